@@ -1,0 +1,34 @@
+// The CPU kernels as TypeScript functions over plain arrays: each stages its operands in the arena, runs the WebAssembly
+// kernel over the pool's threads and copies results out. What is used again (weights, objectives) stays in the arena.
+export { KernelPool, type PoolOptions } from './pool.js';
+export { Arena, type Pointer } from './wasm/arena.js';
+export {
+  transformChannels,
+  rotationTable,
+  fakeQuantize,
+  transpose,
+  addScaled,
+  dot,
+  type RotationSpec,
+  type QuantizedMatrix,
+  type FakeQuantizeOutputs,
+} from './wasm/transform-kernels.js';
+export { ObjectiveKernel, type ObjectiveSpec } from './wasm/objective-kernel.js';
+export { gptqBlock, gptqBlocks, type GptqBlockArguments } from './wasm/gptq-kernel.js';
+export { cholesky, solveLowerTransposed, invertLower } from './wasm/linalg-kernels.js';
+export {
+  attention,
+  KvCache,
+  ResidentVector,
+  rmsNorm,
+  RopeTable,
+  RowTransform,
+  score,
+  siluMul,
+  splitHeads,
+  type AttentionArguments,
+  type LogitScores,
+  type SplitHeadsArguments,
+  type VectorSource,
+} from './wasm/forward-kernels.js';
+export { MAX_GEMV_ROWS, PackedLinear } from './wasm/packed-linear.js';

@@ -1,0 +1,197 @@
+// The quantization ops of the CPU backend: our WebAssembly kernels for what is per channel and per group, ONNX Runtime for
+// the matrix products between them.
+import { ensure } from '../../core/errors.js';
+import type {
+  GridSpec,
+  PairwiseTransform,
+  QuantizationOps,
+  RoundedWeight,
+  Tensor,
+  TransformObjective,
+} from '../../ops/backend.js';
+import {
+  addScaled,
+  dot,
+  fakeQuantize,
+  gptqBlock,
+  gptqBlocks,
+  ObjectiveKernel,
+  transformChannels,
+  transpose,
+  type KernelPool,
+} from './kernels.js';
+import { gptqFactor, solveSymmetric } from './linalg.js';
+import type { OrtKernels } from './ort.js';
+import { CpuTensor, own } from './tensor.js';
+
+/** See {@link QuantizationOps}. */
+export class CpuQuantization implements QuantizationOps {
+  readonly #pool: KernelPool;
+  readonly #ort: OrtKernels;
+
+  constructor(pool: KernelPool, ort: OrtKernels) {
+    this.#pool = pool;
+    this.#ort = ort;
+  }
+
+  async matmul(a: Tensor, b: Tensor, options: { transposeA?: boolean; transposeB?: boolean } = {}): Promise<Tensor> {
+    const { transposeA = false, transposeB = false } = options;
+    const [left, right] = [own(a).matrix, own(b).matrix];
+    const out = new CpuTensor([transposeA ? left.cols : left.rows, transposeB ? right.rows : right.cols]);
+    await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
+    return out;
+  }
+
+  addScaled(acc: Tensor, x: Tensor, scale: number, inPlace = false): Tensor {
+    const a = own(acc);
+    const out = inPlace ? a : new CpuTensor(a.shape);
+    addScaled(a.data, own(x).data, scale, out.data);
+    return out;
+  }
+
+  transpose(x: Tensor): Tensor {
+    const { data, rows, cols } = own(x).matrix;
+    const out = new CpuTensor([cols, rows]);
+    transpose(this.#pool, data, out.data, rows, cols);
+    return out;
+  }
+
+  dot(a: Tensor, b: Tensor): number {
+    return dot(own(a).data, own(b).data);
+  }
+
+  transformChannels(
+    w: Tensor,
+    transform: PairwiseTransform,
+    direction: 'forward' | 'inverse',
+    side: 'weight' | 'activation' = 'weight',
+  ): Tensor {
+    const { data, rows, cols } = own(w).matrix;
+    ensure(
+      rows === transform.channels,
+      'tensor-shape',
+      () => `a transform of ${transform.channels} channels on ${rows} rows`,
+    );
+    ensure(side === 'weight' || direction === 'forward', 'usage', 'the activation side has no inverse here');
+    const a = transform.channelScales;
+    const out = new CpuTensor([rows, cols]);
+    // The weight side multiplies by s = 1/a; both directions of the kernel take s.
+    transformChannels(
+      this.#pool,
+      data,
+      out.data,
+      cols,
+      transform,
+      transform.theta,
+      side === 'weight' ? a.map((v) => 1 / v) : a,
+      direction,
+    );
+    return out;
+  }
+
+  createObjective(
+    w: Tensor,
+    transform: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
+    grid: GridSpec,
+  ): TransformObjective {
+    const { data, rows, cols } = own(w).matrix;
+    const kernel = new ObjectiveKernel(this.#pool, {
+      ...transform,
+      weight: data,
+      columns: cols,
+      bits: grid.bits,
+      gridGroupSize: grid.groupSize,
+    });
+    const out = new CpuTensor([rows, cols]);
+    return {
+      forward(theta, scales) {
+        kernel.forward(theta, scales, out.data);
+        return out;
+      },
+      backward: (gradient) => kernel.backward(own(gradient).data),
+      dispose: () => kernel.dispose(),
+    };
+  }
+
+  roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): RoundedWeight {
+    const { data, rows, cols } = own(w).matrix;
+    const rounded = fakeQuantize(this.#pool, data, cols, grid.groupSize, grid.bits, clip);
+    return {
+      codes: rounded.codes,
+      zeros: rounded.zeros,
+      scales: rounded.scales,
+      values: new CpuTensor([rows, cols], rounded.values),
+    };
+  }
+
+  async gptq(w: Tensor, factor: Tensor, grid: GridSpec, clip?: Float32Array): Promise<RoundedWeight> {
+    const { data, rows: channels, cols: columns } = own(w).matrix;
+    const u = own(factor).matrix;
+    ensure(
+      u.rows === channels && u.cols === channels,
+      'tensor-shape',
+      () => `GPTQ factor [${u.rows}, ${u.cols}] for ${channels} channels`,
+    );
+    const groups = channels / grid.groupSize;
+    const work = data.slice();
+    const codes = new Uint8Array(channels * columns);
+    const zeros = new Uint8Array(groups * columns);
+    const scales = new Float32Array(groups * columns);
+    let update = new Float32Array(0);
+    for (const [begin, end] of gptqBlocks(channels, grid.groupSize)) {
+      const size = end - begin;
+      const diagonal = new Float32Array(size * size);
+      for (let r = 0; r < size; r++)
+        diagonal.set(u.data.subarray((begin + r) * channels + begin, (begin + r) * channels + end), r * size);
+      const errors = new Float32Array(size * columns);
+      gptqBlock(this.#pool, {
+        w: work,
+        columns,
+        begin,
+        end,
+        factor: diagonal,
+        groupSize: grid.groupSize,
+        bits: grid.bits,
+        clip,
+        codes,
+        zeros,
+        scales,
+        errors,
+      });
+      const after = channels - end;
+      if (after === 0) break;
+      // The lazy update: rows past the block see all of the block's errors in one product.
+      const spread = new Float32Array(size * after);
+      for (let r = 0; r < size; r++)
+        spread.set(u.data.subarray((begin + r) * channels + end, (begin + r + 1) * channels), r * after);
+      if (update.length < after * columns) update = new Float32Array(after * columns);
+      await this.#ort.gemm(
+        { data: spread, rows: size, cols: after },
+        true,
+        { data: errors, rows: size, cols: columns },
+        false,
+        update,
+      );
+      addScaled(work.subarray(end * columns), update.subarray(0, after * columns), -1, work.subarray(end * columns));
+    }
+    return { codes, zeros, scales, values: new CpuTensor([channels, columns], work) };
+  }
+
+  async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {
+    const { data, rows } = own(h).matrix;
+    return new CpuTensor([rows, rows], await gptqFactor({ pool: this.#pool, ort: this.#ort }, data, rows, damp));
+  }
+
+  async solveSymmetric(h: Tensor, b: Tensor, damp: number): Promise<Tensor> {
+    const right = own(b).matrix;
+    const out = await solveSymmetric(
+      { pool: this.#pool, ort: this.#ort },
+      own(h).data,
+      right.data,
+      right.rows,
+      right.cols,
+      damp,
+    );
+    return new CpuTensor([right.rows, right.cols], out);
+  }
+}

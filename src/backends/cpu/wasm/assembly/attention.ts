@@ -1,0 +1,174 @@
+// Grouped-query attention of a few query rows over many keys: decoding, and short chunks.
+import { exp4, sumLanes } from './math';
+
+/** Keys whose values are summed at a time: 64 rows of 128 floats fit in half an L1 cache and serve every query. */
+const BLOCK: u32 = 64;
+
+/** Σ a·b of n floats. */
+function dot1(a: usize, b: usize, n: u32): f32 {
+  let s = f32x4.splat(0);
+  let i: u32 = 0;
+  for (; i + 4 <= n; i += 4) s = f32x4.add(s, f32x4.mul(v128.load(a + (<usize>i << 2)), v128.load(b + (<usize>i << 2))));
+  let sum = sumLanes(s);
+  for (; i < n; i++) sum += load<f32>(a + (<usize>i << 2)) * load<f32>(b + (<usize>i << 2));
+  return sum;
+}
+
+/** Four keys at once (`step` bytes apart), n a multiple of 4. */
+function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
+  let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
+  const k1 = key + step, k2 = k1 + step, k3 = k2 + step;
+  for (let at: usize = 0; at < <usize>n << 2; at += 16) {
+    const x = v128.load(q + at);
+    s0 = f32x4.add(s0, f32x4.mul(x, v128.load(key + at)));
+    s1 = f32x4.add(s1, f32x4.mul(x, v128.load(k1 + at)));
+    s2 = f32x4.add(s2, f32x4.mul(x, v128.load(k2 + at)));
+    s3 = f32x4.add(s3, f32x4.mul(x, v128.load(k3 + at)));
+  }
+  const a = f32x4.add(
+    i8x16.shuffle(s0, s1, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+    i8x16.shuffle(s0, s1, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31),
+  );
+  const b = f32x4.add(
+    i8x16.shuffle(s2, s3, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+    i8x16.shuffle(s2, s3, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31),
+  );
+  const low = i8x16.shuffle(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const high = i8x16.shuffle(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  v128.store(to, f32x4.mul(f32x4.add(low, high), f32x4.splat(scale)));
+}
+
+/** x ← e^(x − max x) over n floats (4 may be written past the end); returns the sum. */
+function softmaxParts(x: usize, n: u32): f32 {
+  let top: f32 = -Infinity;
+  for (let i: u32 = 0; i < n; i++) top = max<f32>(top, load<f32>(x + (<usize>i << 2)));
+  const shift = f32x4.splat(top);
+  let sum: f64 = 0;
+  let i: u32 = 0;
+  for (; i + 4 <= n; i += 4) {
+    const e = exp4(f32x4.sub(v128.load(x + (<usize>i << 2)), shift));
+    v128.store(x + (<usize>i << 2), e);
+    sum += <f64>sumLanes(e);
+  }
+  for (; i < n; i++) {
+    const e = f32x4.extract_lane(exp4(f32x4.sub(v128.load32_splat(x + (<usize>i << 2)), shift)), 0);
+    store<f32>(x + (<usize>i << 2), e);
+    sum += <f64>e;
+  }
+  return <f32>sum;
+}
+
+/** to += Σ_p weights[p] · values[p], over n floats. */
+function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
+  let at: usize = 0;
+  const bytes = <usize>n << 2;
+  for (; at + 64 <= bytes; at += 64) {
+    let a0 = v128.load(to + at), a1 = v128.load(to + at, 16), a2 = v128.load(to + at, 32), a3 = v128.load(to + at, 48);
+    let p = values + at;
+    for (let i: u32 = 0; i < count; i++) {
+      const w = v128.load32_splat(weights + (<usize>i << 2));
+      a0 = f32x4.add(a0, f32x4.mul(v128.load(p), w));
+      a1 = f32x4.add(a1, f32x4.mul(v128.load(p, 16), w));
+      a2 = f32x4.add(a2, f32x4.mul(v128.load(p, 32), w));
+      a3 = f32x4.add(a3, f32x4.mul(v128.load(p, 48), w));
+      p += step;
+    }
+    v128.store(to + at, a0);
+    v128.store(to + at, a1, 16);
+    v128.store(to + at, a2, 32);
+    v128.store(to + at, a3, 48);
+  }
+  for (; at < bytes; at += 4) {
+    let a = load<f32>(to + at);
+    for (let i: u32 = 0; i < count; i++) a += load<f32>(weights + (<usize>i << 2)) * load<f32>(values + i * step + at);
+    store<f32>(to + at, a);
+  }
+}
+
+/**
+ * Causal attention. q, out: [batch · tokens, heads · d]. Keys and values: position p of head h of sequence b at
+ * b·batchStep + h·headStep + p·step bytes (a cache, or a chunk as projected). Token t sits at position start + t and sees
+ * the last `window` positions up to its own (0: all). Units are (sequence, kv head): the heads that share keys run
+ * together, so that keys and values are read once. Scratch: queries · (start + tokens, padded) floats.
+ */
+export function attention(
+  begin: u32, end: u32, scratch: usize,
+  q: usize, keys: usize, values: usize, out: usize, tokens: u32, heads: u32, kvHeads: u32, d: u32,
+  batchStep: usize, headStep: usize, step: usize, start: u32, window: u32, scale: f32,
+): void {
+  const share = heads / kvHeads;
+  const bytes = <usize>d << 2;
+  const total = start + tokens;
+  const padded = <usize>((total + 7) & ~3) << 2;
+  for (let unit = begin; unit < end; unit++) {
+    const b = unit / kvHeads;
+    const h = unit - b * kvHeads;
+    const keyAt = keys + b * batchStep + h * headStep;
+    const valueAt = values + b * batchStep + h * headStep;
+    const first = q + (b * tokens * heads + h * share) * bytes;
+    const result = out + (b * tokens * heads + h * share) * bytes;
+    const oldest = window && start + 1 > window ? start + 1 - window : 0;
+    for (let p = oldest; p < total; p += 4) {
+      const key = keyAt + p * step;
+      for (let t: u32 = 0; t < tokens; t++) {
+        if (p > start + t) continue;
+        for (let i: u32 = 0; i < share; i++) {
+          const query = first + (t * heads + i) * bytes;
+          const to = scratch + (t * share + i) * padded + (<usize>p << 2);
+          if (p + 4 <= total && !(d & 3)) {
+            dot4(query, key, step, d, to, scale);
+          } else {
+            for (let c: u32 = 0; c < min<u32>(4, total - p); c++) store<f32>(to + (<usize>c << 2), dot1(query, key + c * step, d) * scale);
+          }
+        }
+      }
+    }
+    for (let t: u32 = 0; t < tokens; t++) {
+      const last = start + t + 1;
+      const from = window && last > window ? last - window : 0;
+      for (let i: u32 = 0; i < share; i++) {
+        const row = scratch + (t * share + i) * padded;
+        const sum = softmaxParts(row + (<usize>from << 2), last - from);
+        store<f32>(row + (<usize>total << 2), 1 / sum);
+        memory.fill(result + (t * heads + i) * bytes, 0, bytes);
+      }
+    }
+    for (let p = oldest; p < total; p += BLOCK) {
+      for (let t: u32 = 0; t < tokens; t++) {
+        const last = start + t + 1;
+        const from = max(p, window && last > window ? last - window : 0);
+        const to = min(p + BLOCK, last);
+        if (from >= to) continue;
+        for (let i: u32 = 0; i < share; i++) {
+          const row = scratch + (t * share + i) * padded;
+          addWeighted(row + (<usize>from << 2), valueAt + from * step, step, to - from, d, result + (t * heads + i) * bytes);
+        }
+      }
+    }
+    for (let t: u32 = 0; t < tokens; t++) {
+      for (let i: u32 = 0; i < share; i++) {
+        const factor = load<f32>(scratch + (t * share + i) * padded + (<usize>total << 2));
+        const row = result + (t * heads + i) * bytes;
+        for (let c: usize = 0; c < bytes; c += 4) store<f32>(row + c, load<f32>(row + c) * factor);
+      }
+    }
+  }
+}
+
+/** Appends rows [batch · tokens, kvHeads · d] to a cache [batch, kvHeads, capacity, d] at `start`; units are sequences. */
+export function appendCache(
+  begin: u32, end: u32, scratch: usize, rows: usize, cache: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, start: u32,
+): void {
+  const bytes = <usize>d << 2;
+  for (let b = begin; b < end; b++) {
+    for (let t: u32 = 0; t < tokens; t++) {
+      for (let h: u32 = 0; h < kvHeads; h++) {
+        memory.copy(
+          cache + ((<usize>(b * kvHeads + h)) * capacity + start + t) * bytes,
+          rows + ((<usize>b * tokens + t) * kvHeads + h) * bytes,
+          bytes,
+        );
+      }
+    }
+  }
+}

@@ -1,0 +1,14 @@
+// The CPU kernels, compiled from AssemblyScript to WebAssembly with SIMD (scripts/build-wasm.mjs). Pure functions over raw
+// pointers: no allocation, no mutable globals, so that instances in several threads can share one memory. Kernels that
+// the pool splits take (begin, end, scratch, …): units [begin, end) of their outputs and a scratch area of their thread.
+export { transformChannels, rotationGradient, multiplyAddPeak } from './rotation';
+export { fakeQuantize } from './grid';
+export { objectiveForward, objectiveBackward, reduceChunks } from './objective';
+export { gptqBlock } from './gptq';
+export { cholesky, solveLowerTransposed, invertLower, transpose } from './linalg';
+export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
+export { attention, appendCache } from './attention';
+export {
+  quantizeActivations, gemvNibbles, gemvBytes, packCodes, dequantizeRows, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
+} from './products';
+export { scoreRows } from './score';

@@ -1,0 +1,59 @@
+// Calibration text the model writes itself, so that quantizing needs no data set: sampled at temperature 1 from its start
+// token and a few neutral openings. Written with 8-bit weights and activations: fast, and near enough its own voice.
+import { openBackend } from './backends/registry.js';
+import { silent, type ProgressListener } from './core/progress.js';
+import { generateBatch } from './generate/index.js';
+import { loadDecoder, type ModelSource } from './models/load.js';
+import type { CalibrationTokens } from './quant/calibration/tokens.js';
+import type { Tokenizer } from './tokenizer/index.js';
+
+/** Openings after the start token; the empty one twice as often. Neutral on purpose: the model chooses what to write. */
+const OPENINGS = ['', '', 'The', 'It was', 'Question:', 'In the beginning', '1.', 'def '] as const;
+/** Memory for keys and values of the sequences written together, bytes. */
+const CACHE_BYTES = 1e9;
+
+/** Settings of {@link writeCalibrationText}. */
+export interface SelfWrittenOptions {
+  readonly sequences: number;
+  /** Tokens per sequence. */
+  readonly length: number;
+  readonly seed: number;
+  readonly threads: number;
+  readonly onProgress?: ProgressListener;
+  readonly signal?: AbortSignal;
+}
+
+/** Lets the model write `sequences` × `length` tokens. Deterministic for a seed. */
+export async function writeCalibrationText(source: ModelSource, tokenizer: Tokenizer, options: SelfWrittenOptions): Promise<CalibrationTokens> {
+  const { sequences, length, seed } = options;
+  const { config } = source;
+  const onProgress = options.onProgress ?? silent;
+  const backend = await openBackend('cpu', { threads: options.threads, activations: 'int8' });
+  try {
+    const decoder = await loadDecoder(backend, source, { roundWeights: { bits: 8, groupSize: 32 }, onProgress });
+    const start = tokenizer.bosTokenId ?? config.bosTokenId ?? config.eosTokenIds[0];
+    const prompts = Array.from({ length: sequences }, (_, i) => {
+      const opening = tokenizer.encode(OPENINGS[i % OPENINGS.length], { addSpecialTokens: false });
+      const ids = start === undefined ? opening : Int32Array.of(start, ...opening);
+      return ids.length > 0 ? ids : Int32Array.of(0);
+    });
+    const perSequence = config.layers * config.kvHeads * config.headDim * 2 * 4 * length;
+    const texts = await generateBatch(decoder, prompts, {
+      maxTokens: prompts.map((p) => length - p.length),
+      temperature: 1,
+      seed,
+      stopIds: [],
+      batchSize: Math.max(1, Math.min(sequences, Math.floor(CACHE_BYTES / perSequence))),
+      signal: options.signal,
+      onProgress: (event) => onProgress({ ...event, stage: 'calibration text' }),
+    });
+    const ids = new Int32Array(sequences * length);
+    texts.forEach((text, i) => {
+      ids.set(prompts[i].subarray(0, length), i * length);
+      ids.set(text.ids.subarray(0, length - prompts[i].length), i * length + prompts[i].length);
+    });
+    return { ids, sequences, length, description: `${sequences} × ${length} tokens written by the model itself (seed ${seed})` };
+  } finally {
+    await backend.dispose();
+  }
+}

@@ -1,0 +1,281 @@
+// gyre demo: the whole way on the bundled model, offline: four methods quantize it to 4 bits, each result is measured against
+// the original and asked one question.
+import { readdir, readFile, stat } from 'node:fs/promises';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { Command } from 'commander';
+import { z } from 'zod';
+import { GyreError } from '../../core/errors.js';
+import {
+  evaluateText,
+  judge,
+  parseTasks,
+  summarizeModel,
+  taskPrompt,
+  tokenizeTexts,
+  type TaskSample,
+  type TextEvaluation,
+} from '../../evaluation/index.js';
+import { collect, generate } from '../../generate/index.js';
+import type { Decoder } from '../../models/decoder.js';
+import type { ModelSource } from '../../models/load.js';
+import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
+import { gyreVersion, machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
+import { jsonOption, parseOptions, wholeNumber } from '../options.js';
+import { formatBytes, formatDuration, formatTable } from '../ui/table.js';
+
+/** Quantized in this order: each is a step up from the one before. */
+const METHODS = ['rtn', 'awq', 'gptq', 'paroquant'] as const;
+
+/** The question: the first task of this kind and difficulty, whatever the models make of it. */
+const QUESTION = { kind: 'multiplication', difficulty: 3 } as const;
+
+const MODEL = fileURLToPath(new URL('../../../models/gyre-14m', import.meta.url));
+
+const schema = z.object({
+  out: z.string().min(1),
+  seed: wholeNumber(0),
+  threads: wholeNumber(1, 1024).optional(),
+});
+
+type DemoOptions = z.output<typeof schema>;
+
+/** One row of the demo's table. */
+interface DemoRow {
+  readonly method: string;
+  /** Undefined for the original. */
+  readonly out?: string;
+  readonly linearBytes: number;
+  readonly fileBytes: number;
+  readonly bitsPerWeight: number;
+  readonly evaluation: TextEvaluation;
+  /** Seconds it took to quantize; undefined for the original. */
+  readonly seconds?: number;
+  readonly answer: DemoAnswer;
+}
+
+interface DemoAnswer {
+  readonly text: string;
+  readonly answer: string | null;
+  readonly correct: boolean;
+}
+
+/** The command. */
+export function demoCommand(context: CommandContext): Command {
+  const command = new Command('demo')
+    .description('quantize the bundled model by four methods, compare them, and let each answer a question (npm start)')
+    .option(
+      '--out <dir>',
+      'folder for the quantized models; finished ones are taken up again',
+      path.join('out', 'demo'),
+    )
+    .option('--seed <n>', 'of everything random', '0')
+    .option('--threads <n>', 'CPU threads (default: all cores)');
+  command.addOption(jsonOption());
+  return command
+    .addHelpText(
+      'after',
+      `
+Examples:
+  $ gyre demo
+  $ gyre demo --out /tmp/demo --json`,
+    )
+    .action(async (raw: unknown) => runDemo(context, parseOptions(schema, raw)));
+}
+
+async function runDemo(context: CommandContext, options: DemoOptions): Promise<void> {
+  const { quantizeCheckpoint } = await import('../../quantize.node.js');
+  const begun = performance.now();
+  const { print, progress, colors } = context;
+  const texts = await readProse();
+  const task = await readTask();
+  const model = displayPath(MODEL);
+  print(colors.bold(`gyre ${gyreVersion()}: quantizing ${model} to 4 bits in groups of 128, four ways`));
+  print(
+    colors.dim('Calibration text is written by the model itself; the texts it is measured on were never trained on.'),
+  );
+  print();
+  const made: { method: string; out: string; seconds: number }[] = [];
+  for (const [i, method] of METHODS.entries()) {
+    const out = path.join(options.out, method);
+    const report = await quantizeCheckpoint({
+      model: MODEL,
+      out,
+      method,
+      bits: 4,
+      groupSize: 128,
+      seed: options.seed,
+      threads: options.threads,
+      resume: true,
+      signal: context.signal,
+      onProgress: (event) =>
+        progress.listener({ ...event, stage: `${method} (${i + 1}/${METHODS.length}) ${event.stage}` }),
+    });
+    progress.note(`${method.padEnd(10)} ${formatDuration(report.seconds)}`);
+    made.push({ method, out, seconds: report.seconds });
+  }
+  const rows = await withModel(context, MODEL, {}, (source) =>
+    withBackend(options, async (backend) => {
+      const tokenizer = await loadTokenizer(source.files);
+      const tokens = tokenizeTexts(tokenizer, texts);
+      return withDecoder(context, backend, source, async (original) => {
+        const measure = async (method: string, decoder: Decoder, from: ModelSource, folder: string) => ({
+          method,
+          linearBytes: summarizeModel(from).linearBytes,
+          fileBytes: await weightBytes(folder),
+          bitsPerWeight: summarizeModel(from).linearBitsPerWeight,
+          evaluation: await evaluateText(decoder, tokens, {
+            bosTokenId: tokenizer.bosTokenId,
+            reference: decoder === original ? undefined : original,
+            signal: context.signal,
+            onProgress: (event) => progress.listener({ ...event, stage: `evaluate ${method}` }),
+          }),
+          answer: await answerTask(context, decoder, tokenizer, task),
+        });
+        const found: DemoRow[] = [await measure('original', original, source, MODEL)];
+        for (const { method, out, seconds } of made) {
+          const row = await withModel(context, out, {}, (quantized) =>
+            withDecoder(context, backend, quantized, (decoder) => measure(method, decoder, quantized, out)),
+          );
+          found.push({ ...row, out, seconds });
+        }
+        return found;
+      });
+    }),
+  );
+  progress.clear();
+  const seconds = (performance.now() - begun) / 1000;
+  const memoryBytes = process.resourceUsage().maxRSS * 1024;
+  context.result({
+    model,
+    rows,
+    task,
+    seconds,
+    memoryBytes,
+    version: gyreVersion(),
+    machine: machineInfo(),
+  });
+  print();
+  print(resultTable(rows, context));
+  print();
+  print(answersText(rows, task, context));
+  print();
+  print(`${formatDuration(seconds)} in all, ${formatBytes(memoryBytes)} of memory at the peak.`);
+  print(`The quantized models lie in ${made.map(({ out }) => displayPath(out)).join(', ')}.`);
+  print();
+  print(colors.dim('Next:'));
+  const best = displayPath(path.join(options.out, 'paroquant'));
+  print(`  npx gyre generate ${best} --chat --prompt "What is 80 times 22?" --temperature 0`);
+  print(`  npx gyre inspect ${best}`);
+  print(`  npx gyre eval ${best} --text README.md --reference ${model}`);
+  print(`  npx gyre quantize Qwen/Qwen3-0.6B --out out/qwen3-0.6b-w4`);
+}
+
+/** The texts that come with the bundled model. */
+async function readProse(): Promise<string[]> {
+  const folder = path.join(MODEL, 'eval', 'prose');
+  const names = await bundled(() => readdir(folder));
+  const files = names.filter((name) => name.endsWith('.txt')).sort();
+  return Promise.all(files.map((name) => readFile(path.join(folder, name), 'utf8')));
+}
+
+async function readTask(): Promise<TaskSample> {
+  const file = path.join(MODEL, 'eval', 'tasks.jsonl');
+  const tasks = parseTasks(await bundled(() => readFile(file, 'utf8')), file);
+  return tasks.find(({ kind, difficulty }) => kind === QUESTION.kind && difficulty === QUESTION.difficulty) ?? tasks[0];
+}
+
+async function bundled<T>(read: () => Promise<T>): Promise<T> {
+  try {
+    return await read();
+  } catch (cause) {
+    throw new GyreError(
+      'file-missing',
+      `the bundled model is not whole: ${cause instanceof Error ? cause.message : ''}`,
+      {
+        remedy: 'install gyre again, or clone the repository afresh',
+        cause,
+      },
+    );
+  }
+}
+
+async function answerTask(
+  context: CommandContext,
+  decoder: Decoder,
+  tokenizer: Tokenizer,
+  task: TaskSample,
+): Promise<DemoAnswer> {
+  const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
+  const { ids, summary } = await collect(
+    generate(decoder, taskPrompt(tokenizer, task), { maxTokens: 512, stopIds, signal: context.signal }),
+  );
+  if (summary.reason === 'interrupted') {
+    throw new GyreError('interrupted', 'the demo was stopped; finished models are kept', {
+      remedy: 'run it again to go on',
+    });
+  }
+  const { text, answer, correct } = judge(task, tokenizer.decode(ids, { skipSpecialTokens: false }));
+  return { text, answer, correct };
+}
+
+/** Bytes of a folder's safetensors files. */
+async function weightBytes(folder: string): Promise<number> {
+  const names = (await readdir(folder)).filter((name) => name.endsWith('.safetensors'));
+  const sizes = await Promise.all(names.map(async (name) => (await stat(path.join(folder, name))).size));
+  return sizes.reduce((sum, size) => sum + size, 0);
+}
+
+function resultTable(rows: readonly DemoRow[], { colors }: CommandContext): string {
+  const percent = (value: number | null): string => (value === null ? '' : `${(100 * value).toFixed(2)} %`);
+  const best = Math.min(...rows.map((row) => row.evaluation.kl ?? Infinity));
+  return formatTable(
+    [
+      { title: 'method' },
+      { title: 'linears', align: 'right' },
+      { title: 'file', align: 'right' },
+      { title: 'bits/weight', align: 'right' },
+      { title: 'perplexity', align: 'right' },
+      { title: 'KL', align: 'right' },
+      { title: 'top-1 agreement', align: 'right' },
+      { title: 'time', align: 'right' },
+    ],
+    rows.map(({ method, linearBytes, fileBytes, bitsPerWeight, evaluation, seconds }) => [
+      evaluation.kl === best ? colors.bold(method) : method,
+      formatBytes(linearBytes),
+      formatBytes(fileBytes),
+      bitsPerWeight.toFixed(3),
+      evaluation.perplexity.toFixed(3),
+      evaluation.kl === null
+        ? ''
+        : evaluation.kl === best
+          ? colors.green(evaluation.kl.toFixed(5))
+          : evaluation.kl.toFixed(5),
+      percent(evaluation.top1Agreement),
+      seconds === undefined ? '' : formatDuration(seconds),
+    ]),
+  );
+}
+
+function answersText(rows: readonly DemoRow[], task: TaskSample, { colors }: CommandContext): string {
+  const lines = [`${colors.bold('Question:')} ${task.question} ${colors.dim(`(the answer is ${task.answer})`)}`];
+  for (const { method, answer } of rows) {
+    const mark = answer.correct ? colors.green('✓') : colors.red('✗');
+    lines.push(`  ${mark} ${method.padEnd(10)} ${shorten(answer.text.trim(), 140)}`);
+  }
+  return lines.join('\n');
+}
+
+/** The end of a text matters most (the answer stands there), its beginning next. */
+function shorten(text: string, limit: number): string {
+  const line = text.replaceAll(/\s+/g, ' ');
+  if (line.length <= limit) return line;
+  const tail = Math.floor(limit / 2);
+  return `${line.slice(0, limit - tail - 3)} … ${line.slice(-tail)}`;
+}
+
+/** Relative to the working folder when inside it. */
+function displayPath(file: string): string {
+  const relative = path.relative(process.cwd(), path.resolve(file));
+  return relative.startsWith('..') || path.isAbsolute(relative) ? path.resolve(file) : relative || '.';
+}

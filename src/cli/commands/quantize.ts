@@ -1,0 +1,116 @@
+// gyre quantize: a checkpoint in, a smaller one out.
+import { Command } from 'commander';
+import { z } from 'zod';
+import { RECIPES } from '../../quant/recipes/index.js';
+import type { QuantizeReport } from '../../quantize.node.js';
+import { gyreVersion, type CommandContext } from '../context.js';
+import { jsonOption, modelOptions, modelSchema, oneOf, parseOptions, wholeNumber } from '../options.js';
+import { formatBytes, formatDuration, formatFields } from '../ui/table.js';
+
+const METHODS = RECIPES.map((recipe) => recipe.name);
+
+const schema = z.object({
+  ...modelSchema,
+  out: z.string().min(1),
+  method: oneOf(METHODS),
+  bits: oneOf([2, 3, 4, 8]),
+  groupSize: oneOf([32, 64, 128, -1]),
+  krot: wholeNumber(0, 64),
+  scales: z.boolean(),
+  share: z.boolean(),
+  rounding: oneOf(['rtn', 'gptq']).optional(),
+  steps: wholeNumber(0, 100_000),
+  seed: wholeNumber(0),
+  calib: z.array(z.string()).optional(),
+  calibSamples: wholeNumber(1, 1_000_000),
+  seqLen: wholeNumber(2, 1_000_000),
+  threads: wholeNumber(1, 1024).optional(),
+  device: oneOf(['cpu']),
+  resume: z.boolean().default(false),
+  dryRun: z.boolean().default(false),
+});
+
+/** The command. */
+export function quantizeCommand(context: CommandContext): Command {
+  const command = new Command('quantize')
+    .description('quantize a model, block by block: memory for one block, resumable at any moment')
+    .argument('<model>', 'folder or hub id')
+    .requiredOption('--out <dir>', 'folder to write; must be new, empty, or of the same run')
+    .option('--method <name>', METHODS.join(', '), 'paroquant')
+    .option('--bits <n>', '2, 3, 4 or 8', '4')
+    .option('--group-size <n>', 'input channels per scale: 32, 64, 128, or -1 for one scale per output channel', '128')
+    .option('--krot <n>', 'rotations per group (paroquant); 0 learns scales alone', '8')
+    .option('--no-scales', 'learn no channel scales (paroquant)')
+    .option('--no-share', 'a transform for each linear instead of one per linear group (paroquant)')
+    .option('--rounding <how>', "rtn or gptq (default: the method's own)")
+    .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
+    .option('--seed <n>', 'of everything random', '0')
+    .option(
+      '--calib <files...>',
+      '.txt or .jsonl with "text"; without it the model calibrates on text it writes itself',
+    )
+    .option('--calib-samples <n>', 'calibration sequences', '64')
+    .option('--seq-len <n>', 'tokens per calibration sequence', '512')
+    .option('--device <name>', 'cpu', 'cpu')
+    .option('--threads <n>', 'CPU threads (default: all cores); the result does not depend on it')
+    .option('--resume', 'go on with a run that was stopped')
+    .option('--dry-run', 'print the plan and stop');
+  for (const option of [...modelOptions(), jsonOption()]) command.addOption(option);
+  return command
+    .addHelpText(
+      'after',
+      `
+Examples:
+  $ gyre quantize Qwen/Qwen3-0.6B --out qwen3-w4
+  $ gyre quantize Qwen/Qwen3-0.6B --out qwen3-w4 --calib book.txt chats.jsonl --calib-samples 128
+  $ gyre quantize ./my-model --out my-model-w3 --bits 3 --group-size 64
+  $ gyre quantize ./my-model --out my-model-awq --method awq --dry-run
+  $ gyre quantize ./my-model --out my-model-w4 --resume    # after Ctrl-C or a power cut
+
+Methods:
+${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n')}`,
+    )
+    .action(async (model: string, raw: unknown) => {
+      const { revision, token, ...options } = parseOptions(schema, raw);
+      if (token !== undefined) process.env['HF_TOKEN'] = token;
+      const { print, progress, signal } = context;
+      // Loaded when asked for: help and wrong command lines stay quick.
+      const { quantizeCheckpoint } = await import('../../quantize.node.js');
+      const report = await quantizeCheckpoint({
+        model,
+        revision,
+        ...options,
+        signal,
+        onProgress: progress.listener,
+        onPlan: (plan) => {
+          for (const line of plan.lines) {
+            if (options.dryRun) print(line);
+            else progress.note(line);
+          }
+          if (options.dryRun) context.result({ plan, version: gyreVersion() });
+        },
+      });
+      progress.clear();
+      if (options.dryRun) return;
+      context.result({ ...report, version: gyreVersion() });
+      print(summary(model, report, context));
+    });
+}
+
+function summary(model: string, report: QuantizeReport, { colors }: CommandContext): string {
+  const fields: [string, string][] = [
+    [
+      'method',
+      `${report.method}, ${report.bits} bits, ${report.groupSize === -1 ? 'per channel' : `groups of ${report.groupSize}`}`,
+    ],
+    ['bits per weight', report.bitsPerWeight.toFixed(3)],
+    ['linears', formatBytes(report.linearBytes)],
+    ['time', formatDuration(report.seconds)],
+    ['output', report.out],
+  ];
+  return `${formatFields(fields)}
+
+${colors.dim('Next:')}
+  gyre eval ${report.out} --text <file> --reference ${model}
+  gyre generate ${report.out} --prompt "Once upon a time"`;
+}

@@ -1,0 +1,115 @@
+// What every command gets: where to print, how to show progress, when to stop; and models opened the same way everywhere.
+import { arch, cpus, platform, totalmem } from 'node:os';
+import { readFileSync } from 'node:fs';
+import { openBackend } from '../backends/registry.js';
+import { resolveModel } from '../formats/hub.node.js';
+import { loadDecoder, openModel, type ModelSource } from '../models/load.js';
+import type { Decoder } from '../models/decoder.js';
+import type { Backend } from '../ops/backend.js';
+import { colorsFor, type Colors } from './ui/colors.js';
+import { createProgress, type ProgressView } from './ui/progress.js';
+
+/** The surroundings of one command. */
+export interface CommandContext {
+  readonly json: boolean;
+  /** Aborted by Ctrl-C. */
+  readonly signal: AbortSignal;
+  readonly progress: ProgressView;
+  /** Colours of stdout. */
+  readonly colors: Colors;
+  /** Writes text to stdout as it is. */
+  readonly write: (text: string) => void;
+  /** Writes a line to stdout; nothing under --json. */
+  readonly print: (line?: string) => void;
+  /** Writes the command's result to stdout under --json. */
+  readonly result: (value: unknown) => void;
+}
+
+/** A context on the process's streams. */
+export function createContext(json: boolean, signal: AbortSignal): CommandContext {
+  const write = (text: string): void => void process.stdout.write(text);
+  return {
+    json,
+    signal,
+    progress: createProgress({ stream: process.stderr, quiet: json, colors: colorsFor(process.stderr) }),
+    colors: colorsFor(process.stdout),
+    write,
+    print: (line = '') => {
+      if (!json) write(`${line}\n`);
+    },
+    result: (value) => {
+      if (json) write(`${JSON.stringify(value, null, 2)}\n`);
+    },
+  };
+}
+
+/** Where a model comes from. */
+export interface ModelChoice {
+  readonly revision?: string;
+  readonly token?: string;
+}
+
+/** Finds a model and reads its headers; `use` gets it, and it is closed afterwards. */
+export async function withModel<T>(
+  context: CommandContext,
+  model: string,
+  choice: ModelChoice,
+  use: (source: ModelSource) => Promise<T>,
+): Promise<T> {
+  const { files } = await resolveModel(model, { ...choice, onProgress: context.progress.listener });
+  // For people the model is called what they called it, not the folder of the cache.
+  const source = { ...(await openModel(files)), name: model };
+  try {
+    return await use(source);
+  } finally {
+    await source.checkpoint.close();
+  }
+}
+
+/** Opens the CPU backend; `use` gets it, and it is disposed of afterwards. */
+export async function withBackend<T>(
+  options: { readonly threads?: number; readonly activations?: 'exact' | 'int8' },
+  use: (backend: Backend) => Promise<T>,
+): Promise<T> {
+  const backend = await openBackend('cpu', options);
+  try {
+    return await use(backend);
+  } finally {
+    await backend.dispose();
+  }
+}
+
+/** Loads a model onto a backend with progress; `use` gets it, and it is released afterwards. */
+export async function withDecoder<T>(
+  context: CommandContext,
+  backend: Backend,
+  source: ModelSource,
+  use: (decoder: Decoder) => Promise<T>,
+): Promise<T> {
+  const decoder = await loadDecoder(backend, source, { onProgress: context.progress.listener });
+  try {
+    return await use(decoder);
+  } finally {
+    decoder.release();
+  }
+}
+
+/** gyre's version, from its package.json. */
+export function gyreVersion(): string {
+  const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+    version: string;
+  };
+  return version;
+}
+
+/** The machine, for results. */
+export function machineInfo(): Readonly<Record<string, string | number>> {
+  const cores = cpus();
+  return {
+    platform: `${platform()} ${arch()}`,
+    cpu: cores[0]?.model.trim() ?? 'unknown',
+    cores: cores.length,
+    memoryBytes: totalmem(),
+    node: process.versions.node,
+  };
+}

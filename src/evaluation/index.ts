@@ -1,0 +1,22 @@
+// Measuring models: public exports (`gyre/evaluation`).
+export {
+  linearStatistics,
+  modelFingerprint,
+  summarizeModel,
+  type DtypeSummary,
+  type LinearStatistics,
+  type ModelSummary,
+} from './inspect.js';
+export { cutWindows, evaluateText, type EvaluateOptions, type TextEvaluation } from './perplexity.js';
+export * from './tasks/index.js';
+export {
+  evaluateTasks,
+  judge,
+  parseTasks,
+  taskPrompt,
+  type AnsweredTask,
+  type EvaluateTasksOptions,
+  type KindAccuracy,
+  type TasksEvaluation,
+} from './tasks-eval.js';
+export { parseTextFile, tokenizeTexts } from './text.js';

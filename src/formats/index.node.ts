@@ -1,0 +1,5 @@
+// Public face of formats/ in Node.js: disk, hub, atomic writes.
+export * from './atomic.node.js';
+export * from './hub.node.js';
+export * from './safetensors-writer.node.js';
+export * from './source.node.js';

@@ -1,0 +1,176 @@
+// The output folder of a quantization run: everything is written to `<out>.partial` beside it, shard by shard, under a
+// fingerprint and a lock, and the folder is renamed when whole. A killed run leaves a partial folder that can be resumed.
+import { mkdir, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import path from 'node:path';
+import { z } from 'zod';
+import { GyreError } from '../core/errors.js';
+import {
+  asDiskError,
+  lockFolder,
+  LOCK_FILE,
+  removeStaleTemporaries,
+  writeFileAtomic,
+  type Lock,
+} from './atomic.node.js';
+import { parseJson, validate } from './huggingface-config.js';
+import { SafetensorsFile } from './safetensors.js';
+import { shardName, type TensorEntry } from './safetensors-writer.js';
+import { writeIndex, writeSafetensors } from './safetensors-writer.node.js';
+import { openFile } from './source.node.js';
+import { modelFiles, type ModelFiles } from './source.js';
+
+/** What a run is, kept beside its shards: two runs with equal fingerprints make equal bytes. */
+export const FINGERPRINT_FILE = 'gyre.json';
+/** Calibration tokens of a run in progress. */
+export const TOKENS_FILE = 'calibration.safetensors';
+
+const fingerprintSchema = z.looseObject({ fingerprint: z.string() });
+
+/** A finished file of a run, for the record. */
+export interface RunFolderOptions {
+  /** Continue a partial folder of the same fingerprint. */
+  readonly resume: boolean;
+}
+
+/** Reads the fingerprint of a folder; undefined when it has none. */
+export async function readFingerprint(folder: string): Promise<string | undefined> {
+  let text: string;
+  try {
+    text = await readFile(path.join(folder, FINGERPRINT_FILE), 'utf8');
+  } catch {
+    return undefined;
+  }
+  return validate(fingerprintSchema, parseJson(text, FINGERPRINT_FILE), FINGERPRINT_FILE).fingerprint;
+}
+
+/** The state of `<out>`: free, finished by an equal run, or taken by something else. */
+export async function inspectOutput(out: string, fingerprint: string): Promise<'free' | 'finished'> {
+  const there = await stat(out).catch(() => undefined);
+  if (!there) return 'free';
+  if (!there.isDirectory())
+    throw new GyreError('output-exists', `${out} exists and is not a folder`, { remedy: 'choose another --out' });
+  if ((await readdir(out)).length === 0) return 'free';
+  const found = await readFingerprint(out);
+  if (found === fingerprint) return 'finished';
+  throw new GyreError(
+    'output-exists',
+    `${out} holds ${found ? 'the result of other settings or another model' : 'files that are not of this run'}`,
+    {
+      remedy: `choose another --out, or remove it: rm -r ${JSON.stringify(out)}`,
+    },
+  );
+}
+
+/** A run's partial folder, locked for this process. Implements the pipeline's sink. */
+export class RunFolder {
+  readonly #out: string;
+  readonly #partial: string;
+  readonly #lock: Lock;
+  readonly #order: readonly string[];
+
+  private constructor(out: string, partial: string, lock: Lock, order: readonly string[]) {
+    this.#out = out;
+    this.#partial = partial;
+    this.#lock = lock;
+    this.#order = order;
+  }
+
+  /**
+   * Locks and prepares `<out>.partial`.
+   * @param order every shard of the run, in the order of the final files.
+   * @throws GyreError `output-busy` when another process holds it, `output-exists` when it belongs to other settings, or
+   * to these but `resume` was not asked for.
+   */
+  static async open(
+    out: string,
+    fingerprint: string,
+    order: readonly string[],
+    options: RunFolderOptions,
+  ): Promise<RunFolder> {
+    const partial = `${path.resolve(out)}.partial`;
+    const lock = await lockFolder(partial);
+    try {
+      const found = await readFingerprint(partial);
+      if (found !== undefined && found !== fingerprint) {
+        throw new GyreError(
+          'output-exists',
+          `${partial} holds an unfinished run with other settings or another model`,
+          {
+            remedy: `repeat that command with --resume, choose another --out, or remove it: rm -r ${JSON.stringify(partial)}`,
+          },
+        );
+      }
+      const finished = (await readdir(partial)).filter((name) => name.endsWith('.safetensors'));
+      if (found !== undefined && finished.length > 0 && !options.resume) {
+        throw new GyreError('output-exists', `${partial} holds an unfinished run of this command`, {
+          remedy: `add --resume to go on, or remove it to start again: rm -r ${JSON.stringify(partial)}`,
+        });
+      }
+      await removeStaleTemporaries(partial);
+      await writeFileAtomic(path.join(partial, FINGERPRINT_FILE), `${JSON.stringify({ fingerprint }, null, 2)}\n`);
+      return new RunFolder(out, partial, lock, order);
+    } catch (error) {
+      await lock.release();
+      throw asDiskError(error, partial);
+    }
+  }
+
+  #path(shard: string): string {
+    return path.join(this.#partial, this.#fileName(shard));
+  }
+
+  #fileName(shard: string): string {
+    const index = this.#order.indexOf(shard);
+    if (index < 0) throw new Error(`unknown shard ${shard}`);
+    return shardName(index, this.#order.length);
+  }
+
+  async has(shard: string): Promise<boolean> {
+    return (await stat(this.#path(shard)).catch(() => undefined)) !== undefined;
+  }
+
+  async write(shard: string, entries: readonly TensorEntry[]): Promise<void> {
+    await writeSafetensors(this.#path(shard), entries);
+  }
+
+  /** One finished shard, looking like a model of a single file. */
+  open(shard: string): ModelFiles {
+    return modelFiles(
+      this.#path(shard),
+      () => Promise.resolve(['model.safetensors']),
+      () => openFile(this.#path(shard)),
+    );
+  }
+
+  /** Files kept for resuming and not part of the result. */
+  temporary(name: string): string {
+    return path.join(this.#partial, name);
+  }
+
+  /** Writes the index and the given text files, then renames the folder to its final name. */
+  async finish(files: Readonly<Record<string, string | Uint8Array>>): Promise<void> {
+    const weightMap = new Map<string, string>();
+    let total = 0;
+    for (const shard of this.#order) {
+      const file = await SafetensorsFile.open(await openFile(this.#path(shard)));
+      for (const [name, tensor] of file.tensors) {
+        weightMap.set(name, this.#fileName(shard));
+        total += tensor.end - tensor.begin;
+      }
+      await file.close();
+    }
+    await writeIndex(this.#partial, weightMap, total);
+    for (const [name, content] of Object.entries(files)) await writeFileAtomic(path.join(this.#partial, name), content);
+    await rm(this.temporary(TOKENS_FILE), { force: true });
+    await mkdir(path.dirname(path.resolve(this.#out)), { recursive: true });
+    // An empty folder of that name may be there; rename replaces it.
+    await this.#lock.release();
+    await rm(path.join(this.#partial, LOCK_FILE), { force: true });
+    await rename(this.#partial, path.resolve(this.#out));
+  }
+
+  /** Gives the folder up, keeping what is finished. */
+  async close(): Promise<void> {
+    await this.#lock.release();
+  }
+}

@@ -1,0 +1,321 @@
+// Text generation: chunked prefill, then token by token over a key/value cache; one sequence streamed, or many in lockstep.
+import { GyreError, ensure } from '../core/errors.js';
+import { silent, type ProgressListener } from '../core/progress.js';
+import { createRng } from '../core/rng.js';
+import type { ModelConfig } from '../models/config.js';
+import type { Decoder, DecoderCache } from '../models/decoder.js';
+import { createSampler, type SamplingOptions } from './sampler.js';
+
+/** Rows of a prefill pass: enough to fill the machine, few enough that activations stay small. */
+const PREFILL_ROWS = 512;
+
+/** Options of {@link generate}. */
+export interface GenerateOptions extends SamplingOptions {
+  /** Tokens at most; default 256. Fewer when the model's context is full. */
+  readonly maxTokens?: number;
+  /** Of the random stream; default 0. The same seed, options and backend give the same tokens. */
+  readonly seed?: number;
+  /** Ids that end the text (not part of it); default the model's end-of-text ids. */
+  readonly stopIds?: readonly number[];
+  /** Stops after the current token when aborted. */
+  readonly signal?: AbortSignal;
+}
+
+/** Why a text ended: a stop id, `maxTokens` or the context reached, or the signal. */
+export type StopReason = 'eos' | 'length' | 'interrupted';
+
+/** One generated token. */
+export interface GeneratedToken {
+  readonly id: number;
+  /** 0 for the first generated token. */
+  readonly index: number;
+}
+
+/** What a generation came to; the return value of {@link generate}. */
+export interface GenerationSummary {
+  readonly reason: StopReason;
+  readonly promptTokens: number;
+  /** Generated tokens, without the stop id. */
+  readonly tokens: number;
+  /** Seconds until the first token's logits. */
+  readonly prefillSeconds: number;
+  readonly prefillTokensPerSecond: number;
+  /** Seconds of the steps after the first token (the caller's time between tokens not counted). */
+  readonly decodeSeconds: number;
+  /** 0 when nothing was decoded after the first token. */
+  readonly decodeTokensPerSecond: number;
+}
+
+/** Tokens a model can attend to. */
+export function contextLength(config: ModelConfig): number {
+  // Dynamic NTK is made to run past the trained context.
+  return config.ropeScaling.type === 'dynamic'
+    ? Math.floor(config.maxPositions * config.ropeScaling.factor)
+    : config.maxPositions;
+}
+
+/**
+ * Continues a prompt, yielding tokens as they come and returning a summary.
+ * @param promptIds at least one id (the tokenizer's start token included, if the model wants one).
+ * @throws GyreError `context-length` when the prompt leaves no room, `usage` for an empty prompt or options out of range.
+ */
+export async function* generate(
+  decoder: Decoder,
+  promptIds: Int32Array,
+  options: GenerateOptions = {},
+): AsyncGenerator<GeneratedToken, GenerationSummary, void> {
+  const { maxTokens = 256, seed = 0, stopIds = decoder.config.eosTokenIds, signal } = options;
+  const sampler = createSampler(options);
+  const rng = createRng(seed);
+  const room = checkPrompt(decoder.config, promptIds, maxTokens);
+  const clock = new Clock();
+  const cache = await decoder.createCache(1, promptIds.length + Math.max(room - 1, 0));
+  try {
+    let logits = await prefill(decoder, cache, promptIds, signal);
+    const prefillSeconds = clock.lap();
+    let decodeSeconds = 0;
+    let steps = 0;
+    let tokens = 0;
+    const end = (reason: StopReason): GenerationSummary => ({
+      reason,
+      promptTokens: promptIds.length,
+      tokens,
+      prefillSeconds,
+      prefillTokensPerSecond: promptIds.length / prefillSeconds,
+      decodeSeconds,
+      decodeTokensPerSecond: steps > 0 ? steps / decodeSeconds : 0,
+    });
+    for (;;) {
+      if (!logits || signal?.aborted) return end('interrupted');
+      if (tokens === room) return end('length');
+      const id = sampler.sample(logits, rng);
+      const seconds = clock.lap();
+      if (steps > 0) decodeSeconds += seconds;
+      if (stopIds.includes(id)) return end('eos');
+      yield { id, index: tokens };
+      tokens++;
+      if (tokens === room) return end('length');
+      clock.lap();
+      logits = await step(decoder, cache, Int32Array.of(id));
+      steps++;
+    }
+  } finally {
+    decoder.releaseCache(cache);
+  }
+}
+
+/** Runs a generation to its end. */
+export async function collect(
+  generation: AsyncGenerator<GeneratedToken, GenerationSummary, void>,
+): Promise<{ ids: Int32Array; summary: GenerationSummary }> {
+  const ids: number[] = [];
+  for (;;) {
+    const next = await generation.next();
+    if (next.done) return { ids: Int32Array.from(ids), summary: next.value };
+    ids.push(next.value.id);
+  }
+}
+
+/** Options of {@link generateBatch}. */
+export interface GenerateBatchOptions extends SamplingOptions {
+  /** Tokens at most per text, one number for all or one per prompt; default 256. */
+  readonly maxTokens?: number | readonly number[];
+  /** Text i draws from the fork i of this seed's stream, so the other texts don't disturb it; default 0. */
+  readonly seed?: number;
+  /** Ids that end a text; default the model's end-of-text ids. Empty: every text runs to its length. */
+  readonly stopIds?: readonly number[];
+  /** Sequences decoded together (their caches are what takes memory); default 16. */
+  readonly batchSize?: number;
+  readonly signal?: AbortSignal;
+  /** Stage `generate`, in decode steps. */
+  readonly onProgress?: ProgressListener;
+}
+
+/** One text of {@link generateBatch}. */
+export interface GeneratedText {
+  /** Generated ids, without the prompt and the stop id. */
+  readonly ids: Int32Array;
+  readonly reason: Exclude<StopReason, 'interrupted'>;
+}
+
+/**
+ * Continues many prompts in lockstep: every step feeds one token of each sequence, from the prompt while it lasts, then
+ * what was generated. Prompts of like lengths are put together; results come in the order given.
+ * @throws GyreError `interrupted` when the signal aborts; otherwise as {@link generate}.
+ */
+export async function generateBatch(
+  decoder: Decoder,
+  prompts: readonly Int32Array[],
+  options: GenerateBatchOptions = {},
+): Promise<GeneratedText[]> {
+  const { maxTokens = 256, batchSize = 16, onProgress = silent } = options;
+  ensure(
+    Number.isInteger(batchSize) && batchSize >= 1,
+    'usage',
+    () => `batch size must be at least 1, found ${batchSize}`,
+  );
+  const rng = createRng(options.seed ?? 0);
+  const jobs = prompts
+    .map((prompt, i) => {
+      const wanted = typeof maxTokens === 'number' ? maxTokens : (maxTokens[i] ?? 0);
+      return new Sequence(i, prompt, checkPrompt(decoder.config, prompt, wanted), rng.fork(i));
+    })
+    .sort((a, b) => a.prompt.length - b.prompt.length || a.index - b.index);
+  const batches: Sequence[][] = [];
+  for (let i = 0; i < jobs.length; i += batchSize) batches.push(jobs.slice(i, i + batchSize));
+  const steps = batches.map((batch) => Math.max(...batch.map((s) => s.length)) - batch[0].prompt.length);
+  const total = steps.reduce((sum, n) => sum + n, 0);
+  let before = 0;
+  for (const [i, batch] of batches.entries()) {
+    await runBatch(decoder, batch, options, (done) =>
+      onProgress({ stage: 'generate', done: before + done, total, unit: 'steps' }),
+    );
+    before += steps[i];
+    onProgress({ stage: 'generate', done: before, total, unit: 'steps' });
+  }
+  return jobs
+    .sort((a, b) => a.index - b.index)
+    .map(({ generated, reason }) => ({ ids: Int32Array.from(generated), reason }));
+}
+
+/** One sequence of a batch under way. */
+class Sequence {
+  readonly index: number;
+  readonly prompt: Int32Array;
+  /** Prompt and generated tokens at most. */
+  readonly length: number;
+  readonly rng: ReturnType<typeof createRng>;
+  readonly generated: number[] = [];
+  reason: GeneratedText['reason'] = 'length';
+  done: boolean;
+
+  constructor(index: number, prompt: Int32Array, room: number, rng: ReturnType<typeof createRng>) {
+    this.index = index;
+    this.prompt = prompt;
+    this.length = prompt.length + room;
+    this.rng = rng;
+    this.done = room === 0;
+  }
+
+  /** The token at a position; a finished sequence repeats its last one, which nobody looks at. */
+  token(position: number): number {
+    const { prompt, generated } = this;
+    if (position < prompt.length) return prompt[position];
+    return generated[Math.min(position - prompt.length, generated.length - 1)] ?? prompt[prompt.length - 1];
+  }
+}
+
+async function runBatch(
+  decoder: Decoder,
+  batch: readonly Sequence[],
+  options: GenerateBatchOptions,
+  onStep: (done: number) => void,
+): Promise<void> {
+  const { stopIds = decoder.config.eosTokenIds, signal } = options;
+  const { backend, config } = decoder;
+  const sampler = createSampler(options);
+  const shortest = batch[0].prompt.length;
+  const longest = Math.max(...batch.map((s) => s.length));
+  const ids = (begin: number, end: number): Int32Array =>
+    Int32Array.from(batch.flatMap((s) => Array.from({ length: end - begin }, (_, t) => s.token(begin + t))));
+  const cache = await decoder.createCache(batch.length, Math.max(longest - 1, shortest));
+  try {
+    // All but the last token that every prompt has: their logits are never needed.
+    const chunk = Math.max(1, Math.floor(PREFILL_ROWS / batch.length));
+    for (let begin = 0; begin < shortest - 1; begin += chunk) {
+      checkSignal(signal);
+      backend.free(await decoder.hidden(ids(begin, Math.min(begin + chunk, shortest - 1)), { cache }));
+    }
+    for (let position = shortest - 1; position < longest - 1; position++) {
+      if (batch.every((s) => s.done)) break;
+      checkSignal(signal);
+      const hidden = await decoder.hidden(ids(position, position + 1), { cache });
+      const sampling = batch.filter((s) => !s.done && position >= s.prompt.length - 1);
+      if (sampling.length > 0) {
+        const logits = await decoder.logits(hidden);
+        const values = await backend.download(logits);
+        backend.free(logits);
+        for (const [row, sequence] of batch.entries()) {
+          if (!sampling.includes(sequence)) continue;
+          const id = sampler.sample(
+            values.subarray(row * config.vocabSize, (row + 1) * config.vocabSize),
+            sequence.rng,
+          );
+          if (stopIds.includes(id)) {
+            sequence.reason = 'eos';
+            sequence.done = true;
+          } else {
+            sequence.generated.push(id);
+            sequence.done = sequence.prompt.length + sequence.generated.length === sequence.length;
+          }
+        }
+      }
+      backend.free(hidden);
+      onStep(position + 2 - shortest);
+    }
+  } finally {
+    decoder.releaseCache(cache);
+  }
+}
+
+/** Tokens that may be generated after this prompt. */
+function checkPrompt(config: ModelConfig, prompt: Int32Array, maxTokens: number): number {
+  const context = contextLength(config);
+  ensure(prompt.length > 0, 'usage', 'the prompt holds no tokens', 'Give a prompt of at least one word.');
+  ensure(
+    Number.isInteger(maxTokens) && maxTokens >= 0,
+    'usage',
+    () => `the number of tokens must be a whole number from 0, found ${maxTokens}`,
+  );
+  ensure(
+    prompt.length < context,
+    'context-length',
+    () => `the prompt has ${prompt.length} tokens, the model's context is ${context} and must hold the answer too`,
+    `Shorten the prompt to fewer than ${context} tokens.`,
+  );
+  return Math.min(maxTokens, context - prompt.length);
+}
+
+/** Feeds a prompt in chunks; logits of its last token, or undefined when interrupted. */
+async function prefill(
+  decoder: Decoder,
+  cache: DecoderCache,
+  ids: Int32Array,
+  signal: AbortSignal | undefined,
+): Promise<Float32Array | undefined> {
+  const lastChunk = Math.floor((ids.length - 1) / PREFILL_ROWS) * PREFILL_ROWS;
+  for (let begin = 0; begin < lastChunk; begin += PREFILL_ROWS) {
+    if (signal?.aborted) return undefined;
+    decoder.backend.free(await decoder.hidden(ids.subarray(begin, begin + PREFILL_ROWS), { cache }));
+  }
+  if (signal?.aborted) return undefined;
+  return step(decoder, cache, ids.subarray(lastChunk));
+}
+
+/** Feeds tokens of one sequence; logits [vocab] of the last. */
+async function step(decoder: Decoder, cache: DecoderCache, ids: Int32Array): Promise<Float32Array> {
+  const { backend } = decoder;
+  const hidden = await decoder.hidden(ids, { cache });
+  // The head over the whole vocabulary is the dearest product of a prefill: one row of it is all that is needed.
+  const last = ids.length === 1 ? hidden : backend.sliceRows(hidden, ids.length - 1, ids.length);
+  const logits = await decoder.logits(last);
+  const values = await backend.download(logits);
+  backend.free(logits, hidden);
+  return values;
+}
+
+function checkSignal(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw new GyreError('interrupted', 'generation was interrupted');
+}
+
+/** Seconds between calls. */
+class Clock {
+  #last = performance.now();
+
+  lap(): number {
+    const now = performance.now();
+    const seconds = (now - this.#last) / 1000;
+    this.#last = now;
+    return seconds;
+  }
+}

@@ -1,0 +1,150 @@
+// The decoder-only transformer, defined once for every family: token ids in, logits out.
+import { GyreError, ensure } from '../core/errors.js';
+import type { Backend, KvCacheHandle, LinearHandle, RopeHandle, Tensor } from '../ops/backend.js';
+import type { DecoderBlock } from './block.js';
+import type { ModelConfig } from './config.js';
+import { ropeTable } from './rope.js';
+
+/** The weights around the blocks. */
+export interface DecoderParts {
+  readonly embedding: LinearHandle;
+  /** The same handle as `embedding` when tied. */
+  readonly head: LinearHandle;
+  readonly finalNorm: Tensor;
+  readonly blocks: readonly DecoderBlock[];
+}
+
+/** Keys and values of the tokens seen so far, one cache per block. */
+export class DecoderCache {
+  readonly batch: number;
+  readonly capacity: number;
+  readonly blocks: readonly KvCacheHandle[];
+  /** Tokens of each sequence held. */
+  length = 0;
+
+  constructor(batch: number, capacity: number, blocks: readonly KvCacheHandle[]) {
+    this.batch = batch;
+    this.capacity = capacity;
+    this.blocks = blocks;
+  }
+}
+
+/** Most tokens a sequence may have. */
+export function contextLimit(config: ModelConfig): number {
+  const { ropeScaling, maxPositions } = config;
+  switch (ropeScaling.type) {
+    case 'default':
+    case 'linear':
+    case 'llama3':
+      return maxPositions;
+    case 'yarn':
+      // Some configs give the extended context, some the original one.
+      return Math.max(maxPositions, ropeScaling.originalMaxPositions * ropeScaling.factor);
+    case 'dynamic':
+      // Made to run past the trained context: the angles adapt to the length, quality decides where to stop.
+      return Infinity;
+  }
+}
+
+/** A model ready to run on a backend. */
+export class Decoder {
+  readonly backend: Backend;
+  readonly config: ModelConfig;
+  readonly parts: DecoderParts;
+  #rope: RopeHandle | undefined;
+
+  constructor(backend: Backend, config: ModelConfig, parts: DecoderParts) {
+    this.backend = backend;
+    this.config = config;
+    this.parts = parts;
+  }
+
+  /** Bytes of weights that one decoded token must read. */
+  get bytesPerToken(): number {
+    return this.parts.blocks.reduce((sum, b) => sum + Object.values(b.groups).reduce((s, g) => s + g.bytes, 0), this.parts.head.bytes);
+  }
+
+  /** A cache for `batch` sequences of up to `capacity` tokens. @throws GyreError `context-length` beyond the model's context. */
+  async createCache(batch: number, capacity: number): Promise<DecoderCache> {
+    const { config, backend } = this;
+    this.#checkLength(capacity);
+    const blocks: KvCacheHandle[] = [];
+    for (let i = 0; i < config.layers; i++) {
+      blocks.push(await backend.createKvCache({ batch, kvHeads: config.kvHeads, headDim: config.headDim, capacity }));
+    }
+    return new DecoderCache(batch, capacity, blocks);
+  }
+
+  releaseCache(cache: DecoderCache): void {
+    this.backend.release(...cache.blocks);
+  }
+
+  /**
+   * Residual stream after the last block, normalised: ids [batch × tokens], row-major, continuing `cache` (which is
+   * advanced) or from position 0 without one → [batch·tokens, hidden].
+   */
+  async hidden(ids: Int32Array, options: { batch?: number; cache?: DecoderCache } = {}): Promise<Tensor> {
+    const { backend, parts, config } = this;
+    const { cache } = options;
+    const batch = options.batch ?? cache?.batch ?? 1;
+    const tokens = ids.length / batch;
+    ensure(ids.length > 0 && Number.isInteger(tokens), 'usage', () => `${ids.length} token ids do not split into ${batch} sequences`);
+    const start = cache?.length ?? 0;
+    if (cache && start + tokens > cache.capacity) {
+      throw new GyreError('context-length', `${start + tokens} tokens do not fit a cache of ${cache.capacity}`, {
+        remedy: 'shorten the prompt, generate fewer tokens, or make a larger cache',
+      });
+    }
+    for (const id of ids) ensure(id >= 0 && id < config.vocabSize, 'usage', () => `token id ${id} is outside the vocabulary of ${config.vocabSize}`);
+    const rope = await this.rope(start + tokens);
+    let x = await backend.embed(parts.embedding, ids);
+    for (const [i, block] of parts.blocks.entries()) {
+      const y = await block.forward(x, { batch, start, rope, cache: cache?.blocks[i] });
+      backend.free(x);
+      x = y;
+    }
+    if (cache) cache.length += tokens;
+    const normed = await backend.rmsNorm(x, parts.finalNorm, config.rmsNormEps);
+    backend.free(x);
+    return normed;
+  }
+
+  /** hidden [rows, hidden] → logits [rows, vocab]. */
+  logits(hidden: Tensor): Tensor | Promise<Tensor> {
+    return this.backend.linear(hidden, this.parts.head);
+  }
+
+  /**
+   * Rotary tables that cover `positions` tokens. Dynamic NTK scaling depends on the length, as in Transformers: the
+   * tables change when a sequence outgrows the trained context, and keys already cached keep their angles.
+   */
+  async rope(positions: number): Promise<RopeHandle> {
+    this.#checkLength(positions);
+    const { config, backend } = this;
+    const dynamic = config.ropeScaling.type === 'dynamic' && positions > config.maxPositions;
+    if (this.#rope && this.#rope.positions >= positions && !dynamic) return this.#rope;
+    const covered = dynamic ? positions : Math.max(Math.min(2 * positions, contextLimit(config)), positions);
+    const table = ropeTable(config, covered, dynamic ? positions : undefined);
+    backend.release(this.#rope);
+    this.#rope = await backend.loadRope(table.cos, table.sin, table.rotaryDim);
+    return this.#rope;
+  }
+
+  #checkLength(tokens: number): void {
+    const limit = contextLimit(this.config);
+    if (tokens > limit) {
+      throw new GyreError('context-length', `${tokens} tokens are more than the model's context of ${limit}`, {
+        remedy: 'shorten the prompt or ask for fewer tokens',
+      });
+    }
+  }
+
+  /** Frees the weights; the backend stays usable. */
+  release(): void {
+    const { backend, parts } = this;
+    for (const block of parts.blocks) block.release();
+    backend.free(parts.finalNorm);
+    backend.release(this.#rope, parts.embedding);
+    if (parts.head !== parts.embedding) backend.release(parts.head);
+  }
+}

@@ -1,0 +1,200 @@
+// From a model's files to a decoder on a backend: config, then weights tensor by tensor, block by block.
+import { GyreError } from '../core/errors.js';
+import { silent, type ProgressListener } from '../core/progress.js';
+import { firstNonFinite, floats, hostTensor, type HostTensor } from '../core/tensor.js';
+import { readJson } from '../formats/huggingface-config.js';
+import { parseQuantizationConfig, type QuantizationConfig } from '../formats/quantization-config.js';
+import { isQuantized, readQuantizedLinear } from '../formats/quantized-linear.js';
+import { Checkpoint } from '../formats/safetensors.js';
+import type { ModelFiles } from '../formats/source.js';
+import type { Backend, LinearSource, Tensor } from '../ops/backend.js';
+import { BlockFrame, DecoderBlock, GROUP_NAMES, type GroupName } from './block.js';
+import type { ModelConfig } from './config.js';
+import { Decoder } from './decoder.js';
+import { parseModelConfig } from './families.js';
+import { LinearGroup, type LinearPart } from './linear-group.js';
+import { TENSOR_NAMES } from './families/names.js';
+import { roundRows, type RoundAtLoad } from './round.js';
+
+/** A model's files, read as far as its config and the table of its tensors. */
+export interface ModelSource {
+  /** Folder or hub id, for messages and results. */
+  readonly name: string;
+  readonly files: ModelFiles;
+  readonly config: ModelConfig;
+  /** The raw config.json, to be copied into what is made of the model. */
+  readonly rawConfig: Readonly<Record<string, unknown>>;
+  readonly quantization: QuantizationConfig | undefined;
+  readonly checkpoint: Checkpoint;
+}
+
+/** Reads config.json and the safetensors headers. @throws GyreError for unknown architectures and broken files. */
+export async function openModel(files: ModelFiles): Promise<ModelSource> {
+  const raw = await readJson(files, 'config.json');
+  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) throw new GyreError('config-invalid', `${files.name}: config.json is not an object`);
+  const rawConfig = raw as Readonly<Record<string, unknown>>;
+  const config = parseModelConfig(raw, files.name);
+  const quantization = parseQuantizationConfig(rawConfig['quantization_config']);
+  return { name: files.name, files, config, rawConfig, quantization, checkpoint: await Checkpoint.open(files) };
+}
+
+/** Module names of a block's linear groups, in merged order. */
+export function groupModules(layer: number, group: GroupName): string[] {
+  return TENSOR_NAMES.groups[group].map((name) => `${TENSOR_NAMES.block(layer)}.${name}`);
+}
+
+/** Features in and out of each linear of a group. */
+export function groupShape(config: ModelConfig, group: GroupName): { inFeatures: number; outFeatures: number[] } {
+  const { hiddenSize, intermediateSize, heads, kvHeads, headDim } = config;
+  const shapes: Record<GroupName, { inFeatures: number; outFeatures: number[] }> = {
+    qkv: { inFeatures: hiddenSize, outFeatures: [heads * headDim, kvHeads * headDim, kvHeads * headDim] },
+    o: { inFeatures: heads * headDim, outFeatures: [hiddenSize] },
+    gateUp: { inFeatures: hiddenSize, outFeatures: [intermediateSize, intermediateSize] },
+    down: { inFeatures: intermediateSize, outFeatures: [hiddenSize] },
+  };
+  return shapes[group];
+}
+
+/** Which biases a family has, by group. */
+function hasBias(config: ModelConfig, group: GroupName): boolean {
+  switch (group) {
+    case 'qkv':
+      return config.qkvBias;
+    case 'o':
+      return config.outputBias;
+    case 'gateUp':
+    case 'down':
+      return config.mlpBias;
+  }
+}
+
+/** Reads a float tensor, checking its shape and that every value is finite. */
+export async function readChecked(source: ModelSource, name: string, shape: readonly number[]): Promise<HostTensor> {
+  const tensor = await source.checkpoint.read(name);
+  if (tensor.shape.length !== shape.length || tensor.shape.some((n, i) => n !== shape[i])) {
+    throw new GyreError('tensor-shape', `${name}: expected shape [${shape.join(', ')}], found [${tensor.shape.join(', ')}]`, {
+      remedy: 'config.json and the weights disagree: check that they are of the same model',
+    });
+  }
+  const at = firstNonFinite(floats(tensor));
+  if (at >= 0) {
+    throw new GyreError('non-finite', `${name}: element ${at} is NaN or infinite`, { remedy: 'the checkpoint is damaged: fetch it again' });
+  }
+  return tensor;
+}
+
+/** Reads one linear, quantized or dense, as the checkpoint stores it. */
+export async function readLinear(source: ModelSource, layer: number, group: GroupName, index: number): Promise<LinearPart> {
+  const { config, checkpoint, quantization } = source;
+  const module = groupModules(layer, group)[index];
+  const { inFeatures, outFeatures } = groupShape(config, group);
+  const out = outFeatures[index];
+  const bias = hasBias(config, group) ? floats(await readChecked(source, `${module}.bias`, [out])) : undefined;
+  if (quantization && isQuantized(checkpoint, module)) {
+    const { transform, ...weight } = await readQuantizedLinear(checkpoint, module, quantization);
+    if (weight.inFeatures !== inFeatures || weight.outFeatures !== out) {
+      throw new GyreError('tensor-shape', `${module}: expected [${out}, ${inFeatures}], found [${weight.outFeatures}, ${weight.inFeatures}]`);
+    }
+    return { source: { kind: 'quantized', weight, bias }, transform };
+  }
+  return { source: { kind: 'dense', weight: await readChecked(source, `${module}.weight`, [out, inFeatures]), bias } };
+}
+
+/** Loads what of a block is not linears. */
+export async function loadFrame(backend: Backend, source: ModelSource, layer: number): Promise<BlockFrame> {
+  const { config } = source;
+  const prefix = TENSOR_NAMES.block(layer);
+  const norm = async (name: string, size: number): Promise<Tensor> => backend.upload(await readChecked(source, `${prefix}.${name}.weight`, [size]));
+  return new BlockFrame(backend, config, layer, {
+    input: await norm(TENSOR_NAMES.inputNorm, config.hiddenSize),
+    postAttention: await norm(TENSOR_NAMES.postAttentionNorm, config.hiddenSize),
+    q: config.qkNorm ? await norm(TENSOR_NAMES.qNorm, config.headDim) : undefined,
+    k: config.qkNorm ? await norm(TENSOR_NAMES.kNorm, config.headDim) : undefined,
+  });
+}
+
+/** Options of {@link loadDecoder}. */
+export interface LoadOptions {
+  readonly onProgress?: ProgressListener;
+  /** Round dense linears while loading (and the head, to 8 bits); inputs that the groups don't tile stay dense. */
+  readonly roundWeights?: RoundAtLoad;
+  /** Width of the output head's weights: as stored (16, default), or rounded to 8 bits to read half the bytes per token. */
+  readonly headBits?: 8 | 16;
+}
+
+/** Loads one linear group. */
+export async function loadGroup(
+  backend: Backend,
+  source: ModelSource,
+  layer: number,
+  group: GroupName,
+  options: LoadOptions = {},
+): Promise<LinearGroup> {
+  const parts: LinearPart[] = [];
+  for (let i = 0; i < groupModules(layer, group).length; i++) {
+    const part = await readLinear(source, layer, group, i);
+    parts.push(options.roundWeights ? { ...part, source: rounded(part.source, options.roundWeights) } : part);
+  }
+  return LinearGroup.load(backend, parts);
+}
+
+function rounded(source: LinearSource, grid: RoundAtLoad): LinearSource {
+  if (source.kind === 'quantized') return source;
+  const [out, inFeatures] = source.weight.shape;
+  const weight = roundRows(floats(source.weight), out, inFeatures, grid);
+  return weight ? { kind: 'quantized', weight, bias: source.bias } : source;
+}
+
+/** Loads one decoder block. */
+export async function loadBlock(backend: Backend, source: ModelSource, layer: number, options: LoadOptions = {}): Promise<DecoderBlock> {
+  const frame = await loadFrame(backend, source, layer);
+  const groups: Partial<Record<GroupName, LinearGroup>> = {};
+  for (const group of GROUP_NAMES) groups[group] = await loadGroup(backend, source, layer, group, options);
+  return new DecoderBlock(frame, groups as Record<GroupName, LinearGroup>);
+}
+
+/** Grid of a head rounded to 8 bits. */
+const HEAD_GRID: RoundAtLoad = { bits: 8, groupSize: 32 };
+
+/** Loads a whole model. Progress in blocks. */
+export async function loadDecoder(backend: Backend, source: ModelSource, options: LoadOptions = {}): Promise<Decoder> {
+  const { config } = source;
+  const onProgress = options.onProgress ?? silent;
+  const readTable = async (name: string): Promise<LinearSource> => ({
+    kind: 'dense',
+    weight: await readChecked(source, name, [config.vocabSize, config.hiddenSize]),
+  });
+  const table = await readTable(TENSOR_NAMES.embedding);
+  const embedding = await backend.loadLinear(table);
+  const blocks: DecoderBlock[] = [];
+  for (let layer = 0; layer < config.layers; layer++) {
+    blocks.push(await loadBlock(backend, source, layer, options));
+    onProgress({ stage: 'load', done: layer + 1, total: config.layers, unit: 'blocks' });
+  }
+  const finalNorm = await backend.upload(await readChecked(source, TENSOR_NAMES.finalNorm, [config.hiddenSize]));
+  const narrowHead = options.headBits === 8 || options.roundWeights !== undefined;
+  let head = embedding;
+  if (narrowHead || !config.tiedEmbeddings) {
+    const headSource = config.tiedEmbeddings ? table : await readTable(TENSOR_NAMES.head);
+    head = await backend.loadLinear(narrowHead ? rounded(headSource, HEAD_GRID) : headSource);
+  }
+  return new Decoder(backend, config, { embedding, head, finalNorm, blocks });
+}
+
+/** Rows of the embedding table for these ids, read from the file: [ids.length, hidden] f32. Memory: one row at a time. */
+export async function embedFromFile(source: ModelSource, ids: Int32Array): Promise<HostTensor> {
+  const { hiddenSize } = source.config;
+  const rows = new Map<number, Float32Array>();
+  const out = new Float32Array(ids.length * hiddenSize);
+  for (const [i, id] of ids.entries()) {
+    let row = rows.get(id);
+    if (!row) {
+      row = floats(await source.checkpoint.readRows(TENSOR_NAMES.embedding, id, id + 1));
+      const at = firstNonFinite(row);
+      if (at >= 0) throw new GyreError('non-finite', `${TENSOR_NAMES.embedding}: row ${id}, column ${at} is NaN or infinite`);
+      rows.set(id, row);
+    }
+    out.set(row, i * hiddenSize);
+  }
+  return hostTensor('f32', [ids.length, hiddenSize], out);
+}

@@ -1,0 +1,255 @@
+// The op contract: everything the decoder and the quantizers ask of a machine. A backend implements this and nothing else.
+//
+// Conventions: tensors are f32, dense, row-major; `rows` = batch × tokens. Ops never change their inputs. An op may
+// return its result or a promise of it (kernels are synchronous on the CPU, asynchronous elsewhere): callers await.
+// Every op has a float64 oracle in ops/reference, and test/conformance runs each op on each backend against it.
+import type { HostTensor } from '../core/tensor.js';
+
+export type Awaitable<T> = T | Promise<T>;
+
+/** A float32 tensor that lives on a backend. Opaque: only the backend that made it can read it. */
+export interface Tensor {
+  readonly shape: readonly number[];
+}
+
+/** Bit widths of quantized weights. */
+export type WeightBits = 2 | 3 | 4 | 8;
+
+/** An asymmetric integer grid over groups of input channels (§4.2 of the design: value = (code − zero) · scale). */
+export interface GridSpec {
+  readonly bits: WeightBits;
+  /** Input channels per group; the whole input (per channel) when equal to it. Divides the input. */
+  readonly groupSize: number;
+}
+
+/** A linear layer's weight quantized to integers, as plain host arrays. */
+export interface QuantizedWeight extends GridSpec {
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+  /** [out, in], one code per byte, 0 … 2^bits − 1. */
+  readonly codes: Uint8Array;
+  /** [out, in / groupSize], zero points, 0 … 2^bits − 1. */
+  readonly zeros: Uint8Array;
+  /** [out, in / groupSize]; values exactly representable in f16. */
+  readonly scales: Float32Array;
+}
+
+/** A linear layer: `y = x · Wᵀ + bias`, W [out, in]. */
+export type LinearSource =
+  | { readonly kind: 'dense'; readonly weight: HostTensor; readonly bias?: Float32Array }
+  | { readonly kind: 'quantized'; readonly weight: QuantizedWeight; readonly bias?: Float32Array };
+
+/** A linear layer resident on a backend. */
+export interface LinearHandle {
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+  /** Bytes one product with one row must read: weights, scales and zero points. */
+  readonly bytes: number;
+}
+
+/**
+ * A learned transform of a linear's input (ParoQuant §3, design §4.1): `x ← x ⊙ channelScales`, then for
+ * k = 0 … krot−1, for each pair (i, j) of rotation k: `(x_i, x_j) ← (x_i cosθ + x_j sinθ, x_j cosθ − x_i sinθ)`.
+ */
+export interface PairwiseTransform {
+  /** Input channels. */
+  readonly channels: number;
+  readonly groupSize: number;
+  readonly krot: number;
+  /** [krot, channels]: a permutation inside each group, read two by two as (i, j), local to the group. */
+  readonly pairs: Int16Array;
+  /** [krot, channels / 2], radians. */
+  readonly theta: Float32Array;
+  /** [channels]: a, multiplies activations (weights are multiplied by 1 / a). */
+  readonly channelScales: Float32Array;
+}
+
+/** A transform resident on a backend. */
+export interface TransformHandle {
+  readonly channels: number;
+}
+
+/** Rotary position tables resident on a backend: cos and sin per position and frequency. */
+export interface RopeHandle {
+  /** Positions covered: 0 … positions − 1. */
+  readonly positions: number;
+}
+
+/** One decoder block's key/value cache resident on a backend. */
+export interface KvCacheHandle {
+  readonly batch: number;
+  /** Tokens per sequence it can hold. */
+  readonly capacity: number;
+}
+
+/** Shape of grouped-query attention. */
+export interface AttentionShape {
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+}
+
+/** Arguments of {@link InferenceOps.splitHeads}. */
+export interface SplitHeadsOptions extends AttentionShape {
+  readonly batch: number;
+  /** Position of the first token of each sequence in `qkv`. */
+  readonly start: number;
+  readonly rope: RopeHandle;
+  /** RMSNorm weights [headDim] over each head of q and k before RoPE (Qwen3). */
+  readonly qNorm?: Tensor;
+  readonly kNorm?: Tensor;
+  readonly eps: number;
+}
+
+/** Arguments of {@link InferenceOps.attention}. */
+export interface AttentionOptions extends AttentionShape {
+  readonly batch: number;
+  /** Factor on q·k, normally headDim^-0.5. */
+  readonly scale: number;
+  /** A token sees itself and the window − 1 tokens before it; all earlier ones when undefined. */
+  readonly window?: number;
+  /** Keys and values of earlier tokens; this call's are appended at `start`. Without it the chunk attends to itself. */
+  readonly cache?: KvCacheHandle;
+  /** Tokens already in the cache (0 without one). */
+  readonly start: number;
+}
+
+/** Scores of rows of logits against the next tokens; see {@link InferenceOps.score}. */
+export interface RowScores {
+  /** −log p(target), nats. */
+  readonly nll: Float64Array;
+  /** KL(reference ‖ logits), nats; present when a reference was given. */
+  readonly kl?: Float64Array;
+  /** 1 where the two argmaxes agree; present when a reference was given. */
+  readonly agree?: Uint8Array;
+}
+
+/** Ops of the forward pass. */
+export interface InferenceOps {
+  /** Copies values in; any float dtype becomes f32. */
+  upload(tensor: HostTensor): Awaitable<Tensor>;
+  /** Copies values out, row-major. */
+  download(tensor: Tensor): Promise<Float32Array>;
+  /** Frees tensors now; those never freed are reclaimed with the backend. */
+  free(...tensors: readonly (Tensor | undefined)[]): void;
+  /** A view of rows [begin, end). Valid while `tensor` is. */
+  sliceRows(tensor: Tensor, begin: number, end: number): Tensor;
+  /** [rows, a], [rows, b], … → [rows, a + b + …]. */
+  concatColumns(parts: readonly Tensor[]): Awaitable<Tensor>;
+
+  loadLinear(source: LinearSource): Promise<LinearHandle>;
+  loadTransform(transform: PairwiseTransform): Awaitable<TransformHandle>;
+  /** cos, sin: [positions, rotaryDim / 2], attention scaling folded in. */
+  loadRope(cos: Float32Array, sin: Float32Array, rotaryDim: number): Awaitable<RopeHandle>;
+  createKvCache(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }): Awaitable<KvCacheHandle>;
+  /** Frees what load… and create… made. */
+  release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void;
+
+  /** Rows of a linear's weight [vocab, hidden] (tied embeddings share the head's handle): ids → [ids.length, hidden]. */
+  embed(table: LinearHandle, ids: Int32Array): Awaitable<Tensor>;
+  /** x · weight / sqrt(mean(x²) + eps), per row. x [rows, n], weight [n]. */
+  rmsNorm(x: Tensor, weight: Tensor, eps: number): Awaitable<Tensor>;
+  /** The transform on each row of x [rows, channels]. */
+  rotate(x: Tensor, transform: TransformHandle): Awaitable<Tensor>;
+  /** x [rows, in] → [rows, out], plus `residual` [rows, out] when given. */
+  linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Awaitable<Tensor>;
+  /**
+   * Merged projections qkv [batch·tokens, (heads + 2·kvHeads)·headDim] → q [rows, heads·headDim], k, v
+   * [rows, kvHeads·headDim], with the optional per-head norms and RoPE (half-split, as in Hugging Face) applied to q and k.
+   */
+  splitHeads(qkv: Tensor, options: SplitHeadsOptions): Awaitable<{ q: Tensor; k: Tensor; v: Tensor }>;
+  /** Causal grouped-query attention: [rows, heads·headDim]. */
+  attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Awaitable<Tensor>;
+  /** Merged gate and up [rows, 2·n] → silu(gate) · up [rows, n]. */
+  siluMul(gateUp: Tensor): Awaitable<Tensor>;
+  /** Scores logits [rows, vocab] against targets [rows], and against reference logits [rows, vocab] when given. */
+  score(logits: Tensor, targets: Int32Array, reference?: Tensor): Awaitable<RowScores>;
+}
+
+/** A weight rounded onto a grid; `values` is (code − zero) · scale in channel-major order. */
+export interface RoundedWeight {
+  /** [in, cols], one code per byte. */
+  readonly codes: Uint8Array;
+  /** [in / groupSize, cols]. */
+  readonly zeros: Uint8Array;
+  /** [in / groupSize, cols], f16-representable. */
+  readonly scales: Float32Array;
+  /** [in, cols]. */
+  readonly values: Tensor;
+}
+
+/** Gradients of the layer objective with respect to the transform. */
+export interface TransformGradient {
+  /** [krot, channels / 2]. */
+  readonly theta: Float64Array;
+  /** [channels], with respect to the weight-side scales s = 1 / a. */
+  readonly scales: Float64Array;
+}
+
+/**
+ * Ŵ(θ, s) = T⁻¹(Q(T(W))) of one weight matrix and its gradient, for learning a transform (design §4.3).
+ * Holds W and intermediate results on the backend between the two calls.
+ */
+export interface TransformObjective {
+  /** Ŵ [in, cols] for these parameters. theta [krot, in/2], scales [in] (weight side, s). The tensor is valid until the next call. */
+  forward(theta: Float32Array, scales: Float32Array): Awaitable<Tensor>;
+  /** Gradients at the last forward point, given ∂L/∂Ŵ [in, cols]; straight-through for round and clamp. */
+  backward(gradient: Tensor): Awaitable<TransformGradient>;
+  dispose(): void;
+}
+
+/**
+ * Ops of quantization. Weights here are channel-major: [in, cols] = Wᵀ, so that a channel is a contiguous row and
+ * grouping, rotating and rounding run along rows (cols = output features).
+ */
+export interface QuantizationOps {
+  /** a [m, k] · b [k, n] with optional transposes of either (shapes before transposing are the stored ones). */
+  matmul(a: Tensor, b: Tensor, options?: { transposeA?: boolean; transposeB?: boolean }): Awaitable<Tensor>;
+  /** acc + scale · x, elementwise, into a new tensor, or into `acc` itself when `inPlace`. */
+  addScaled(acc: Tensor, x: Tensor, scale: number, inPlace?: boolean): Awaitable<Tensor>;
+  /** [m, n] → [n, m]. */
+  transpose(x: Tensor): Awaitable<Tensor>;
+  /** Σ a·b over all elements, accumulated in f64. */
+  dot(a: Tensor, b: Tensor): Awaitable<number>;
+
+  /**
+   * T on a weight's channels: [in, cols] ⊙ s (s = 1 / channelScales), then the rotations; or the inverse (rotations
+   * backwards, then ÷ s). For a symmetric matrix H apply it on both sides by transposing in between.
+   * `side` 'activation' uses x ⊙ a instead of ⊙ s (forward only), i.e. T⁻ᵀ.
+   */
+  transformChannels(
+    w: Tensor,
+    transform: PairwiseTransform,
+    direction: 'forward' | 'inverse',
+    side?: 'weight' | 'activation',
+  ): Awaitable<Tensor>;
+  createObjective(w: Tensor, transform: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>, grid: GridSpec): Awaitable<TransformObjective>;
+
+  /** Min–max asymmetric rounding to nearest per group and column (design §4.2). `clip` [in/groupSize, cols] shrinks each range (1 = none). */
+  roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
+  /**
+   * GPTQ: rounds rows in order, spreading each row's error over the rows after it with `factor` [in, in], the upper
+   * Cholesky factor of H⁻¹ (see {@link QuantizationOps.gptqFactor}). Grids are set per group when it is reached, from
+   * the updated weights. `clip` as in roundToNearest.
+   */
+  gptq(w: Tensor, factor: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
+  /** Upper-triangular U with UᵀU = (H + damp·mean(diag H)·I)⁻¹, in f64 inside. Throws `non-finite` if H is not positive definite after damping. */
+  gptqFactor(h: Tensor, damp: number): Promise<Tensor>;
+  /** Solves X (H + λI) = B for X: B [m, n], H [n, n] symmetric positive definite, λ = damp · mean(diag H). f64 inside. */
+  solveSymmetric(h: Tensor, b: Tensor, damp: number): Promise<Tensor>;
+}
+
+/** What a backend says of itself (`gyre doctor`, results JSON). */
+export interface BackendInfo {
+  readonly name: string;
+  /** e.g. "onnxruntime-node 1.30.0 + WebAssembly SIMD, 2 threads". */
+  readonly description: string;
+  readonly threads: number;
+}
+
+/** A machine gyre can run on. */
+export interface Backend extends InferenceOps, QuantizationOps {
+  readonly info: BackendInfo;
+  /** Frees everything; the backend can't be used after. */
+  dispose(): Promise<void>;
+}

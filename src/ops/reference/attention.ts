@@ -1,0 +1,180 @@
+// Heads and attention in float64: per-head norms, RoPE, key/value cache, causal grouped-query attention.
+import type { AttentionShape, KvCacheHandle, RopeHandle } from '../backend.js';
+import { ensure, GyreError } from '../../core/errors.js';
+import { rmsNorm } from './norms.js';
+import { expectSize } from './tensor.js';
+
+/** cos and sin [positions, rotaryDim / 2]. */
+export class ReferenceRope implements RopeHandle {
+  readonly positions: number;
+
+  constructor(
+    readonly cos: Float32Array,
+    readonly sin: Float32Array,
+    readonly rotaryDim: number,
+  ) {
+    ensure(
+      rotaryDim > 0 && rotaryDim % 2 === 0,
+      'tensor-shape',
+      () => `rotary dimension ${rotaryDim} is not positive and even`,
+    );
+    expectSize(sin.length, cos.length, 'RoPE sin length');
+    this.positions = cos.length / (rotaryDim / 2);
+    ensure(Number.isInteger(this.positions), 'tensor-shape', 'RoPE table is not [positions, rotaryDim / 2]');
+  }
+}
+
+/** Keys and values [batch, capacity, kvHeads · headDim]. */
+export class ReferenceKvCache implements KvCacheHandle {
+  readonly batch: number;
+  readonly capacity: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly keys: Float64Array;
+  readonly values: Float64Array;
+
+  constructor(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }) {
+    this.batch = shape.batch;
+    this.capacity = shape.capacity;
+    this.kvHeads = shape.kvHeads;
+    this.headDim = shape.headDim;
+    const size = shape.batch * shape.capacity * shape.kvHeads * shape.headDim;
+    this.keys = new Float64Array(size);
+    this.values = new Float64Array(size);
+  }
+}
+
+/** The reference tables behind an opaque handle. */
+export function ownRope(handle: RopeHandle): ReferenceRope {
+  if (handle instanceof ReferenceRope) return handle;
+  throw new GyreError('backend', 'these RoPE tables belong to another backend');
+}
+
+/** The reference cache behind an opaque handle. */
+export function ownKvCache(handle: KvCacheHandle): ReferenceKvCache {
+  if (handle instanceof ReferenceKvCache) return handle;
+  throw new GyreError('backend', 'this key/value cache belongs to another backend');
+}
+
+/** Columns [begin, begin + width) of x [rows, columns]: [rows, width]. */
+export function takeColumns(x: Float64Array, columns: number, begin: number, width: number): Float64Array {
+  const rows = x.length / columns;
+  const y = new Float64Array(rows * width);
+  for (let r = 0; r < rows; r++) y.set(x.subarray(r * columns + begin, r * columns + begin + width), r * width);
+  return y;
+}
+
+/**
+ * RoPE in Hugging Face's half-split layout, in place, on the first rotaryDim channels of every head:
+ * `(x_i, x_{i+h}) ← (x_i cos − x_{i+h} sin, x_{i+h} cos + x_i sin)`, h = rotaryDim / 2. x [batch·tokens, heads·headDim].
+ */
+export function applyRope(
+  x: Float64Array,
+  tokens: number,
+  heads: number,
+  headDim: number,
+  start: number,
+  { cos, sin, rotaryDim, positions }: ReferenceRope,
+): void {
+  ensure(rotaryDim <= headDim, 'tensor-shape', () => `rotary dimension ${rotaryDim} exceeds head dimension ${headDim}`);
+  ensure(
+    start + tokens <= positions,
+    'context-length',
+    () => `positions up to ${start + tokens} asked of RoPE tables for ${positions}`,
+  );
+  const half = rotaryDim / 2;
+  const rows = x.length / (heads * headDim);
+  for (let r = 0; r < rows; r++) {
+    const position = start + (r % tokens);
+    for (let head = 0; head < heads; head++) {
+      const base = (r * heads + head) * headDim;
+      for (let i = 0; i < half; i++) {
+        const c = cos[position * half + i];
+        const s = sin[position * half + i];
+        const a = x[base + i];
+        const b = x[base + i + half];
+        x[base + i] = a * c - b * s;
+        x[base + i + half] = b * c + a * s;
+      }
+    }
+  }
+}
+
+/** Splits merged projections into q, k, v, with per-head norms and RoPE on q and k. */
+export function splitHeads(
+  qkv: Float64Array,
+  tokens: number,
+  { heads, kvHeads, headDim }: AttentionShape,
+  start: number,
+  rope: ReferenceRope,
+  norms: { q: Float64Array | undefined; k: Float64Array | undefined; eps: number },
+): { q: Float64Array; k: Float64Array; v: Float64Array } {
+  const columns = (heads + 2 * kvHeads) * headDim;
+  let q = takeColumns(qkv, columns, 0, heads * headDim);
+  let k = takeColumns(qkv, columns, heads * headDim, kvHeads * headDim);
+  const v = takeColumns(qkv, columns, (heads + kvHeads) * headDim, kvHeads * headDim);
+  // A head is a contiguous run of headDim values, which is what rmsNorm normalizes for a weight of that length.
+  if (norms.q) q = rmsNorm(q, norms.q, norms.eps);
+  if (norms.k) k = rmsNorm(k, norms.k, norms.eps);
+  applyRope(q, tokens, heads, headDim, start, rope);
+  applyRope(k, tokens, kvHeads, headDim, start, rope);
+  return { q, k, v };
+}
+
+/**
+ * Causal attention of `tokens` new tokens per sequence over keys and values [batch, stride, kvHeads·headDim], of which
+ * the first start + tokens are filled. q [batch·tokens, heads·headDim] → the same shape. Query head h reads key head
+ * ⌊h / (heads / kvHeads)⌋. The token at position p sees positions max(0, p − window + 1) … p.
+ */
+export function attend(
+  q: Float64Array,
+  keys: Float64Array,
+  values: Float64Array,
+  stride: number,
+  { heads, kvHeads, headDim }: AttentionShape,
+  options: { batch: number; tokens: number; start: number; scale: number; window: number | undefined },
+): Float64Array {
+  const { batch, tokens, start, scale, window = Infinity } = options;
+  const y = new Float64Array(q.length);
+  for (let b = 0; b < batch; b++) {
+    for (let t = 0; t < tokens; t++) {
+      const position = start + t;
+      const first = Math.max(0, position - window + 1);
+      for (let head = 0; head < heads; head++) {
+        const kvHead = Math.floor(head / (heads / kvHeads));
+        const query = ((b * tokens + t) * heads + head) * headDim;
+        const keyAt = (p: number): number => ((b * stride + p) * kvHeads + kvHead) * headDim;
+
+        const logits: number[] = [];
+        for (let p = first; p <= position; p++) {
+          let dot = 0;
+          for (let d = 0; d < headDim; d++) dot += q[query + d] * keys[keyAt(p) + d];
+          logits.push(dot * scale);
+        }
+        const max = logits.reduce((a, z) => Math.max(a, z), -Infinity);
+        const weights = logits.map((z) => Math.exp(z - max));
+        const total = weights.reduce((a, w) => a + w, 0);
+        for (let p = first; p <= position; p++) {
+          for (let d = 0; d < headDim; d++) y[query + d] += (weights[p - first] / total) * values[keyAt(p) + d];
+        }
+      }
+    }
+  }
+  return y;
+}
+
+/** Writes rows [batch·tokens, width] of new keys or values into a cache [batch, capacity, width] at `start`. */
+export function appendToCache(
+  cache: Float64Array,
+  capacity: number,
+  rows: Float64Array,
+  batch: number,
+  width: number,
+  start: number,
+): void {
+  const tokens = rows.length / (batch * width);
+  for (let b = 0; b < batch; b++) {
+    const sequence = rows.subarray(b * tokens * width, (b + 1) * tokens * width);
+    cache.set(sequence, (b * capacity + start) * width);
+  }
+}

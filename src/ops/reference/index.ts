@@ -1,0 +1,2 @@
+// Public face of the reference backend.
+export { createReferenceBackend, readF64 } from './backend.js';

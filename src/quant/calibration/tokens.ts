@@ -1,0 +1,79 @@
+// Calibration tokens: fixed-length sequences cut from text the user names, or handed in by whoever wrote them.
+import { GyreError, ensure } from '../../core/errors.js';
+import type { Rng } from '../../core/rng.js';
+import type { Tokenizer } from '../../tokenizer/index.js';
+
+/** Sequences for calibration. */
+export interface CalibrationTokens {
+  /** [sequences, length], row-major. */
+  readonly ids: Int32Array;
+  readonly sequences: number;
+  readonly length: number;
+  /** Where they come from, for the result's record. */
+  readonly description: string;
+}
+
+/** A named text. */
+export interface CalibrationText {
+  readonly name: string;
+  readonly text: string;
+}
+
+/** Documents of a file: the `text` fields of a .jsonl, otherwise the whole. @throws GyreError `calibration` naming the line. */
+export function documentsOf(file: CalibrationText): string[] {
+  if (!file.name.endsWith('.jsonl')) return [file.text];
+  return file.text.split('\n').flatMap((line, i) => {
+    if (line.trim() === '') return [];
+    let value: unknown;
+    try {
+      value = JSON.parse(line);
+    } catch {
+      value = undefined;
+    }
+    const text = typeof value === 'object' && value !== null && 'text' in value ? value.text : undefined;
+    if (typeof text !== 'string') {
+      throw new GyreError('calibration', `${file.name}, line ${i + 1}: expected a JSON object with a string "text"`, {
+        remedy: 'one JSON object per line, or give a plain .txt file',
+      });
+    }
+    return [text];
+  });
+}
+
+/**
+ * Cuts `sequences` windows of `length` tokens at seeded random places of the joined texts; each starts with the start
+ * token when the tokenizer has one, as in evaluation. Windows may overlap when the text is short.
+ * @throws GyreError `calibration` when the text has fewer tokens than one window.
+ */
+export function sampleWindows(
+  tokenizer: Tokenizer,
+  files: readonly CalibrationText[],
+  shape: { readonly sequences: number; readonly length: number },
+  rng: Rng,
+): CalibrationTokens {
+  const { sequences, length } = shape;
+  const pieces = files.flatMap(documentsOf).map((text) => tokenizer.encode(text, { addSpecialTokens: false }));
+  const total = pieces.reduce((sum, p) => sum + p.length, 0);
+  const names = files.map((f) => f.name).join(', ');
+  ensure(
+    total >= length,
+    'calibration',
+    () => `calibration text is too short: ${total} tokens in ${names}, one sequence needs ${length}`,
+    'give more text with --calib, or shorter sequences with --seq-len',
+  );
+  const joined = new Int32Array(total);
+  let offset = 0;
+  for (const piece of pieces) {
+    joined.set(piece, offset);
+    offset += piece.length;
+  }
+  const bos = tokenizer.bosTokenId;
+  const body = bos === undefined ? length : length - 1;
+  const ids = new Int32Array(sequences * length);
+  for (let s = 0; s < sequences; s++) {
+    const start = rng.int(0, total - body + 1);
+    if (bos !== undefined) ids[s * length] = bos;
+    ids.set(joined.subarray(start, start + body), s * length + length - body);
+  }
+  return { ids, sequences, length, description: `${sequences} × ${length} tokens from ${names}` };
+}

@@ -1,0 +1,133 @@
+// The preflight plan: what will be done to every linear, and what it costs, before anything is read or written.
+import { GyreError } from '../core/errors.js';
+import { GROUP_NAMES, type GroupName } from '../models/block.js';
+import type { ModelConfig } from '../models/config.js';
+import { groupShape } from '../models/load.js';
+import type { QuantizeSettings, Recipe } from './types.js';
+
+/** What happens to a linear group. */
+export type GroupDecision =
+  | { readonly kind: 'quantize'; readonly groupSize: number }
+  | { readonly kind: 'keep'; readonly reason: string };
+
+/** Storage layout of the quantized linears (docs/formats.md). */
+export type Layout = 'awq' | 'paroquant' | 'gyre';
+
+/** The plan of a run. Bytes and FLOPs are estimates for people; decisions are binding. */
+export interface QuantizePlan {
+  readonly decisions: Readonly<Record<GroupName, GroupDecision>>;
+  readonly layout: Layout;
+  /** Things the user should know: smaller groups, linears left in 16 bits, a layout other loaders don't read. */
+  readonly notes: readonly string[];
+  readonly calibrationTokens: number;
+  /** Peak working memory beside the runtime itself. */
+  readonly memoryBytes: number;
+  /** Size of the result on disk. */
+  readonly outputBytes: number;
+  readonly floatingPointOperations: number;
+  /** Bits per quantized weight with scales, zero points and transforms. */
+  readonly bitsPerWeight: number;
+}
+
+/** Group sizes tried, largest first, when the wanted one does not divide the input. */
+const FALLBACK_GROUPS = [128, 64, 32] as const;
+
+/** Decides the grid of each group's input and estimates the run. Pure: reads nothing but the config. */
+export function planQuantization(
+  config: ModelConfig,
+  settings: QuantizeSettings,
+  recipe: Recipe,
+  calibration: { readonly sequences: number; readonly length: number },
+  otherBytes: number,
+): QuantizePlan {
+  const notes: string[] = [];
+  const decisions = {} as Record<GroupName, GroupDecision>;
+  for (const group of GROUP_NAMES) decisions[group] = decide(group, groupShape(config, group).inFeatures, settings.groupSize, notes);
+  const quantized = GROUP_NAMES.filter((g) => decisions[g].kind === 'quantize');
+  if (quantized.length === 0) {
+    throw new GyreError('unsupported', `no linear of this model has an input that groups of ${FALLBACK_GROUPS.join(', ')} channels divide`, {
+      remedy: 'quantize per channel: --group-size -1',
+    });
+  }
+  const layout = chooseLayout(config, settings, recipe, quantized, notes);
+  return {
+    decisions,
+    layout,
+    notes,
+    calibrationTokens: recipe.needs === 'nothing' ? 0 : calibration.sequences * calibration.length,
+    ...estimate(config, settings, recipe, decisions, calibration, otherBytes),
+  };
+}
+
+function decide(group: GroupName, inFeatures: number, wanted: number, notes: string[]): GroupDecision {
+  if (wanted === -1) return { kind: 'quantize', groupSize: inFeatures };
+  if (inFeatures % wanted === 0) return { kind: 'quantize', groupSize: wanted };
+  const smaller = FALLBACK_GROUPS.find((size) => size < wanted && inFeatures % size === 0);
+  if (smaller !== undefined) {
+    notes.push(`${group}: its ${inFeatures} input channels are no multiple of ${wanted}; groups of ${smaller} instead`);
+    return { kind: 'quantize', groupSize: smaller };
+  }
+  const reason = `its ${inFeatures} input channels are no multiple of ${wanted} or any smaller group size; left in 16 bits (--group-size -1 would quantize it per channel)`;
+  notes.push(`${group}: ${reason}`);
+  return { kind: 'keep', reason };
+}
+
+function chooseLayout(config: ModelConfig, settings: QuantizeSettings, recipe: Recipe, quantized: readonly GroupName[], notes: string[]): Layout {
+  if (settings.bits !== 4) return 'gyre';
+  if (recipe.layout === 'paroquant' && settings.krot === 0) {
+    notes.push("without rotations the transform is stored in gyre's own layout, which other loaders do not read");
+    return 'gyre';
+  }
+  if (settings.groupSize === -1) {
+    notes.push("per-channel grids are stored in gyre's own layout, which other loaders do not read");
+    return 'gyre';
+  }
+  const odd = quantized.find((g) => groupShape(config, g).outFeatures.some((out) => out % 8 !== 0));
+  if (odd) {
+    notes.push(`${odd}: output features are no multiple of 8, so the ${recipe.layout} layout cannot hold it; gyre's own layout is used`);
+    return 'gyre';
+  }
+  return recipe.layout;
+}
+
+function estimate(
+  config: ModelConfig,
+  settings: QuantizeSettings,
+  recipe: Recipe,
+  decisions: Readonly<Record<GroupName, GroupDecision>>,
+  calibration: { readonly sequences: number; readonly length: number },
+  otherBytes: number,
+) {
+  const tokens = recipe.needs === 'nothing' ? 0 : calibration.sequences * calibration.length;
+  let [weights, storedBits, quantizedWeights, keptBytes, flops, largest, widest] = [0, 0, 0, 0, 0, 0, 0];
+  const paths = recipe.needs === 'cross-gram' ? 2 : 1;
+  for (const group of GROUP_NAMES) {
+    const { inFeatures, outFeatures } = groupShape(config, group);
+    const out = outFeatures.reduce((a, b) => a + b, 0);
+    const count = inFeatures * out;
+    weights += count;
+    widest = Math.max(widest, inFeatures);
+    const decision = decisions[group];
+    if (decision.kind === 'keep') {
+      keptBytes += count * 2;
+    } else {
+      const perWeight = settings.bits + (16 + settings.bits) / decision.groupSize;
+      const transform = recipe.layout === 'paroquant' ? outFeatures.length * inFeatures * (8 * settings.krot + 16 * settings.krot + 16) : 0;
+      storedBits += count * perWeight + transform;
+      quantizedWeights += count;
+      const learnedColumns = Math.min(out, 1024);
+      if (recipe.needs !== 'nothing') flops += 2 * inFeatures ** 2 * (tokens * paths + 3 * out + 3 * inFeatures);
+      if (recipe.layout === 'paroquant') flops += settings.steps * 2 * inFeatures ** 2 * learnedColumns;
+    }
+    flops += 2 * count * tokens * (paths === 2 ? 2 : 2);
+    largest = Math.max(largest, count);
+  }
+  const stream = tokens * config.hiddenSize * 4 * (paths === 2 ? 2 : 1);
+  const intermediate = tokens * Math.max(config.intermediateSize, config.heads * config.headDim) * 4;
+  return {
+    memoryBytes: weights * 8 + largest * 12 + widest ** 2 * 40 + stream + intermediate,
+    outputBytes: Math.ceil(((storedBits / 8) + keptBytes) * config.layers + otherBytes),
+    floatingPointOperations: flops * config.layers,
+    bitsPerWeight: quantizedWeights === 0 ? 16 : storedBits / quantizedWeights,
+  };
+}

@@ -1,0 +1,134 @@
+// ParoQuant with the full-batch layer objective (design §4.3): learned pairwise rotations and channel scales, one
+// transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
+import { createRng } from '../../core/rng.js';
+import type { Backend, PairwiseTransform, Tensor } from '../../ops/backend.js';
+import { randomPairs } from '../../transforms/index.js';
+import { learnTransform } from '../objectives/layer.js';
+import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
+import type { GroupResult, GroupTask, QuantizedPart, Recipe } from '../types.js';
+import { channelMajor, splitRounded } from '../weights.js';
+import { GPTQ_DAMP } from './gptq.js';
+
+/** Columns of W that learning looks at: a transform has few parameters, so a sample of the outputs determines it. */
+const LEARNING_COLUMNS = 1024;
+/** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
+const TARGET_DAMP = 0.01;
+
+export const paroquant: Recipe = {
+  name: 'paroquant',
+  summary: 'learned pairwise rotations and channel scales, error-compensated rounding (ParoQuant)',
+  needs: 'cross-gram',
+  layout: 'paroquant',
+  async quantizeGroup(backend, task) {
+    if (task.settings.share) return quantizeTogether(backend, task);
+    const parts: QuantizedPart[] = [];
+    const stats: Record<string, number> = {};
+    let curve: readonly number[] | undefined;
+    for (const [i, name] of task.names.entries()) {
+      const alone = { ...task, names: [name], weights: [task.weights[i]], outFeatures: [task.outFeatures[i]] };
+      const result = await quantizeTogether(backend, alone);
+      parts.push(...result.parts);
+      curve ??= result.curve;
+      for (const [key, value] of Object.entries(result.stats)) stats[`${key}.${i}`] = value;
+    }
+    return { parts, stats, curve };
+  },
+};
+
+async function quantizeTogether(backend: Backend, task: GroupTask): Promise<GroupResult> {
+  const { inFeatures, grid, settings } = task;
+  const gram = requireGram(task);
+  const w = await channelMajor(backend, task.weights, inFeatures);
+  // Pt = (W·C)ᵀ = Cᵀ·Wt: what the outputs should be, seen through the inputs that the quantized model has.
+  const target = await backend.matmul(task.cross ?? gram, w, { transposeA: true });
+  const { transform, curve } = await learn(backend, task, gram, w, target);
+
+  const best = task.cross ? await leastSquaresWeight(backend, gram, w, target) : w;
+  const transformed = await backend.transformChannels(best, transform, 'forward');
+  const transformedGram = await transformGram(backend, gram, transform);
+  const rounded =
+    (settings.rounding ?? 'gptq') === 'gptq'
+      ? await roundGptq(backend, transformed, transformedGram, task)
+      : await backend.roundToNearest(transformed, grid);
+  const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
+  backend.free(w, target, best === w ? undefined : best, transformed, transformedGram, rounded.values);
+  const parts = splitRounded(rounded, grid, inFeatures, task.outFeatures, transform);
+  return { parts, curve, stats: { error, ...curveStats(curve) } };
+}
+
+async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask) {
+  const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
+  const rounded = await backend.gptq(w, factor, task.grid);
+  backend.free(factor);
+  return rounded;
+}
+
+function curveStats(curve: readonly number[]): Record<string, number> {
+  return curve.length === 0 ? {} : { lossBefore: curve[0], lossAfter: Math.min(...curve) };
+}
+
+/** Learns the group's transform on a seeded sample of columns; curve relative to tr(WHWᵀ), offset so that 0 is no error. */
+async function learn(
+  backend: Backend,
+  task: GroupTask,
+  gram: Tensor,
+  w: Tensor,
+  target: Tensor,
+): Promise<{ transform: PairwiseTransform; curve: number[] }> {
+  const { settings, inFeatures, grid } = task;
+  const rng = createRng(settings.seed).fork(`${task.layer}.${task.names[0]}`);
+  // Rotations stay inside a grid group; per-channel grids keep the kernel's 128-channel rotation groups.
+  const groupSize = rotationGroup(inFeatures, grid.groupSize);
+  const pairs = randomPairs(inFeatures, groupSize, settings.krot, rng);
+  const cols = w.shape[1];
+  const sampled = cols > LEARNING_COLUMNS ? [...rng.permutation(cols).subarray(0, LEARNING_COLUMNS)].sort((a, b) => a - b) : undefined;
+  const ws = sampled ? await gatherColumns(backend, w, sampled) : w;
+  const ts = sampled ? await gatherColumns(backend, target, sampled) : target;
+  const norm = await quadraticForm(backend, gram, ws);
+  const { transform, curve } = await learnTransform(
+    backend,
+    ws,
+    { gram, target: ts },
+    { channels: inFeatures, groupSize, krot: settings.krot, pairs, grid, steps: settings.steps, learnScales: settings.scales },
+  );
+  if (sampled) backend.free(ws, ts);
+  return { transform, curve: curve.map((loss) => loss / norm + 1) };
+}
+
+/** The largest rotation group the kernels use (128) that divides the grid's group. */
+export function rotationGroup(channels: number, gridGroup: number): number {
+  if (gridGroup <= 128) return gridGroup;
+  for (const size of [128, 64, 32, 16, 8, 4, 2]) if (channels % size === 0) return size;
+  return gridGroup;
+}
+
+/** W* = (P + µW)(H + µI)⁻¹, channel-major: the weight that best reproduces the reference outputs from quantized inputs. */
+async function leastSquaresWeight(backend: Backend, gram: Tensor, w: Tensor, target: Tensor): Promise<Tensor> {
+  const n = gram.shape[0];
+  const h = await backend.download(gram);
+  let trace = 0;
+  for (let i = 0; i < n; i++) trace += h[i * n + i];
+  const right = await backend.addScaled(target, w, (TARGET_DAMP * trace) / n);
+  const rows = await backend.transpose(right);
+  const solved = await backend.solveSymmetric(gram, rows, TARGET_DAMP);
+  const result = await backend.transpose(solved);
+  backend.free(right, rows, solved);
+  return result;
+}
+
+/** T⁻ᵀ·H·T⁻¹: the Gram matrix of transformed inputs. */
+export async function transformGram(backend: Backend, gram: Tensor, transform: PairwiseTransform): Promise<Tensor> {
+  const left = await backend.transformChannels(gram, transform, 'forward', 'activation');
+  const turned = await backend.transpose(left);
+  const both = await backend.transformChannels(turned, transform, 'forward', 'activation');
+  backend.free(left, turned);
+  return both;
+}
+
+async function gatherColumns(backend: Backend, matrix: Tensor, columns: readonly number[]): Promise<Tensor> {
+  const [rows, cols] = matrix.shape;
+  const data = await backend.download(matrix);
+  const out = new Float32Array(rows * columns.length);
+  for (let r = 0, i = 0; r < rows; r++) for (const c of columns) out[i++] = data[r * cols + c];
+  return backend.upload({ dtype: 'f32', shape: [rows, columns.length], data: out });
+}

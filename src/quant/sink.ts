@@ -1,0 +1,21 @@
+// Where a run's results go, shard by shard. The pipeline knows this interface; formats/ has the folder behind it.
+import type { TensorEntry } from '../formats/safetensors-writer.js';
+import type { ModelFiles } from '../formats/source.js';
+
+/** Storage of a run that may be interrupted at any moment. Shards are whole or absent. */
+export interface CheckpointSink {
+  /** Shards finished by this run or an earlier one with the same fingerprint. */
+  has(shard: string): Promise<boolean>;
+  /** Writes a shard atomically. */
+  write(shard: string, entries: readonly TensorEntry[], metadata?: Readonly<Record<string, string>>): Promise<void>;
+  /** One finished shard as a model of a single file. */
+  open(shard: string): ModelFiles;
+}
+
+/** Shard of one decoder block. */
+export function blockShard(layer: number): string {
+  return `block-${layer}`;
+}
+
+/** Shard of everything outside the blocks. */
+export const REST_SHARD = 'rest';

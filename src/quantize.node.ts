@@ -1,0 +1,393 @@
+// `gyre quantize` as a function: from a model's name to a finished checkpoint folder. Ties together the hub, the plan,
+// calibration text (given or written by the model), the pipeline and the output folder.
+import { createHash } from 'node:crypto';
+import { readFile, stat } from 'node:fs/promises';
+import { basename } from 'node:path';
+import { availableParallelism } from 'node:os';
+import { openBackend, type BackendName } from './backends/registry.js';
+import { GyreError, ensure } from './core/errors.js';
+import { silent, type ProgressListener } from './core/progress.js';
+import { createRng } from './core/rng.js';
+import { hostTensor } from './core/tensor.js';
+import { freeBytes } from './formats/atomic.node.js';
+import { resolveModel } from './formats/hub.node.js';
+import { quantizationConfigJson, type QuantizationConfig } from './formats/quantization-config.js';
+import { inspectOutput, RunFolder, TOKENS_FILE } from './formats/run-folder.node.js';
+import { SafetensorsFile } from './formats/safetensors.js';
+import { writeSafetensors } from './formats/safetensors-writer.node.js';
+import { openFile } from './formats/source.node.js';
+import { MAX_TEXT_BYTES, type ModelFiles } from './formats/source.js';
+import { writeCalibrationText } from './calibration-text.node.js';
+import { GROUP_NAMES } from './models/block.js';
+import { groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
+import type { WeightBits } from './ops/backend.js';
+import { sampleWindows, type CalibrationText, type CalibrationTokens } from './quant/calibration/tokens.js';
+import { quantizeModel, type GroupReport, type PipelineReport } from './quant/pipeline.js';
+import { planQuantization, type QuantizePlan } from './quant/plan.js';
+import { rotationGroup } from './quant/recipes/paroquant.js';
+import { findRecipe } from './quant/recipes/index.js';
+import { blockShard, REST_SHARD } from './quant/sink.js';
+import type { QuantizeSettings, Recipe, Rounding } from './quant/types.js';
+import { loadTokenizer } from './tokenizer/index.js';
+import { VERSION } from './version.js';
+
+/** Options of {@link quantizeCheckpoint}; all but `model` and `out` have defaults. */
+export interface QuantizeOptions {
+  /** Folder, or hub id `owner/name`. */
+  readonly model: string;
+  readonly revision?: string;
+  /** Hub access token; default HF_TOKEN or the stored one. */
+  readonly token?: string;
+  /** Folder to make. It appears whole, at the end. */
+  readonly out: string;
+  /** Recipe, default `paroquant`. */
+  readonly method?: string;
+  /** Default 4. */
+  readonly bits?: WeightBits;
+  /** Input channels per group, -1 per channel; default 128. */
+  readonly groupSize?: number;
+  /** Rotations; default 8. */
+  readonly krot?: number;
+  readonly scales?: boolean;
+  readonly share?: boolean;
+  readonly rounding?: Rounding;
+  /** Optimiser steps per transform; default 100. */
+  readonly steps?: number;
+  readonly seed?: number;
+  /** Calibration texts (.txt, .jsonl with "text"); without any, the model writes its own. */
+  readonly calib?: readonly string[];
+  /** Calibration sequences; default 64. */
+  readonly calibSamples?: number;
+  /** Tokens per calibration sequence; default 512. */
+  readonly seqLen?: number;
+  /** Default: the machine's cores. */
+  readonly threads?: number;
+  readonly device?: BackendName;
+  /** Continue an interrupted run. */
+  readonly resume?: boolean;
+  /** Plan only. */
+  readonly dryRun?: boolean;
+  readonly signal?: AbortSignal;
+  readonly onProgress?: ProgressListener;
+  /** Called with the plan before anything is written. */
+  readonly onPlan?: (plan: QuantizePlan & { readonly lines: readonly string[] }) => void;
+}
+
+/** What {@link quantizeCheckpoint} returns; also written to `gyre.json` (without `out` and times). */
+export interface QuantizeReport {
+  readonly out: string;
+  /** True when an equal run had finished it before, or for a dry run: nothing was done. */
+  readonly skipped: boolean;
+  readonly method: string;
+  readonly bits: WeightBits;
+  /** -1: per channel. */
+  readonly groupSize: number;
+  readonly settings: QuantizeSettings;
+  readonly layout: QuantizePlan['layout'];
+  readonly bitsPerWeight: number;
+  /** Bytes of the quantized linears and of all tensors; 0 when skipped. */
+  readonly linearBytes: number;
+  readonly calibration: string;
+  readonly notes: readonly string[];
+  readonly seconds: number;
+  readonly breakdown: PipelineReport['seconds'] & { readonly calibrationText: number };
+  readonly groups: readonly GroupReport[];
+}
+
+const DEFAULTS = { method: 'paroquant', bits: 4, groupSize: 128, krot: 8, scales: true, share: true, steps: 100, seed: 0, calibSamples: 64, seqLen: 512 } as const;
+
+/** Files copied beside the weights when the model has them. */
+const COPIED_FILES = [
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'tokenizer.model',
+  'vocab.json',
+  'merges.txt',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+];
+
+/** Quantizes a checkpoint. @throws GyreError for bad input, before anything is written, and for failures, with nothing lost. */
+export async function quantizeCheckpoint(options: QuantizeOptions): Promise<QuantizeReport> {
+  const start = performance.now();
+  const settings = settingsOf(options);
+  const recipe = findRecipe(settings.method);
+  const onProgress = options.onProgress ?? silent;
+  const resolved = await resolveModel(options.model, { revision: options.revision, token: options.token, onProgress });
+  const source = await openModel(resolved.files);
+  try {
+    if (source.quantization) {
+      throw new GyreError('unsupported', `${source.name} is quantized already (${source.quantization.method})`, {
+        remedy: 'start from the original 16-bit checkpoint',
+      });
+    }
+    const shape = { sequences: options.calibSamples ?? DEFAULTS.calibSamples, length: options.seqLen ?? DEFAULTS.seqLen };
+    checkShape(source, shape, recipe);
+    const plan = planQuantization(source.config, settings, recipe, shape, otherBytes(source));
+    const texts = recipe.needs === 'nothing' ? [] : await readTexts(options.calib ?? []);
+    const fingerprint = fingerprintOf(source, settings, shape, texts, recipe);
+    options.onPlan?.({ ...plan, lines: describePlan(source, plan, settings, recipe, shape, texts) });
+    const state = await inspectOutput(options.out, fingerprint);
+    const report = (parts: Partial<QuantizeReport>): QuantizeReport => ({
+      out: options.out,
+      skipped: false,
+      method: settings.method,
+      bits: settings.bits,
+      groupSize: settings.groupSize,
+      settings,
+      layout: plan.layout,
+      bitsPerWeight: plan.bitsPerWeight,
+      linearBytes: 0,
+      calibration: '',
+      notes: plan.notes,
+      seconds: (performance.now() - start) / 1000,
+      breakdown: { forward: 0, statistics: 0, quantize: 0, write: 0, calibrationText: 0 },
+      groups: [],
+      ...parts,
+    });
+    if (state === 'finished' || options.dryRun) return report({ skipped: true });
+    await checkDisk(options.out, plan);
+
+    const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
+    const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
+    const threads = options.threads ?? availableParallelism();
+    const backend = await openBackend(options.device ?? 'cpu', { threads });
+    try {
+      const textStart = performance.now();
+      const calibration = recipe.needs === 'nothing' ? undefined : await calibrationTokens(folder, source, texts, shape, settings.seed, options, threads);
+      const calibrationText = (performance.now() - textStart) / 1000;
+      const quantization = quantizationOf(source, settings, recipe, plan);
+      const pipeline = await quantizeModel({
+        backend,
+        source,
+        recipe,
+        settings,
+        plan,
+        quantization,
+        calibration,
+        sink: folder,
+        onProgress,
+        signal: options.signal,
+      });
+      const description = calibration?.description ?? 'none';
+      await folder.finish(await resultFiles(source, quantization, { fingerprint, settings, calibration: description, notes: plan.notes }));
+      return report({
+        calibration: description,
+        linearBytes: await linearBytes(options.out, source),
+        seconds: (performance.now() - start) / 1000,
+        breakdown: { ...pipeline.seconds, calibrationText },
+        groups: pipeline.groups,
+      });
+    } finally {
+      await folder.close();
+      await backend.dispose();
+    }
+  } finally {
+    await source.checkpoint.close();
+  }
+}
+
+function settingsOf(options: QuantizeOptions): QuantizeSettings {
+  const bits = options.bits ?? DEFAULTS.bits;
+  const groupSize = options.groupSize ?? DEFAULTS.groupSize;
+  const krot = options.krot ?? DEFAULTS.krot;
+  ensure([2, 3, 4, 8].includes(bits), 'usage', () => `--bits must be 2, 3, 4 or 8, found ${bits}`);
+  ensure([-1, 32, 64, 128].includes(groupSize), 'usage', () => `--group-size must be 32, 64, 128 or -1 (per channel), found ${groupSize}`);
+  ensure(Number.isInteger(krot) && krot >= 0 && krot <= 31, 'usage', () => `--krot must be between 0 and 31, found ${krot}`);
+  return {
+    method: options.method ?? DEFAULTS.method,
+    bits,
+    groupSize,
+    krot,
+    scales: options.scales ?? DEFAULTS.scales,
+    share: options.share ?? DEFAULTS.share,
+    rounding: options.rounding,
+    steps: options.steps ?? DEFAULTS.steps,
+    seed: options.seed ?? DEFAULTS.seed,
+  };
+}
+
+function checkShape(source: ModelSource, shape: { sequences: number; length: number }, recipe: Recipe): void {
+  if (recipe.needs === 'nothing') return;
+  ensure(shape.sequences >= 1 && shape.length >= 2, 'usage', 'calibration needs at least one sequence of two tokens');
+  ensure(
+    shape.length <= source.config.maxPositions,
+    'context-length',
+    () => `calibration sequences of ${shape.length} tokens are longer than the model's context of ${source.config.maxPositions}`,
+    'use a smaller --seq-len',
+  );
+}
+
+/** Bytes of everything that is copied as it is. */
+function otherBytes(source: ModelSource): number {
+  const linears = new Set(
+    Array.from({ length: source.config.layers }, (_, layer) => GROUP_NAMES.flatMap((g) => groupModules(layer, g).map((m) => `${m}.weight`))).flat(),
+  );
+  let bytes = 0;
+  for (const name of source.checkpoint.names()) {
+    const info = source.checkpoint.info(name);
+    if (!linears.has(name)) bytes += info.end - info.begin;
+  }
+  return bytes;
+}
+
+async function readTexts(names: readonly string[]): Promise<CalibrationText[]> {
+  const texts: CalibrationText[] = [];
+  for (const name of names) {
+    const info = await stat(name).catch(() => undefined);
+    if (!info?.isFile()) throw new GyreError('file-missing', `calibration text ${name} is not a file`, { remedy: 'check the path given to --calib' });
+    ensure(info.size <= MAX_TEXT_BYTES, 'limit-exceeded', `calibration text ${name} has ${info.size} bytes, the limit is ${MAX_TEXT_BYTES}`, 'give a part of it');
+    const text = await readFile(name, 'utf8');
+    ensure(text.trim() !== '', 'calibration', `calibration text ${name} is empty`, 'give a file with text in it');
+    texts.push({ name: basename(name), text });
+  }
+  return texts;
+}
+
+/** Two runs with equal fingerprints make equal bytes: the model's tensors, the settings, the calibration text, gyre itself. */
+function fingerprintOf(source: ModelSource, settings: QuantizeSettings, shape: object, texts: readonly CalibrationText[], recipe: Recipe): string {
+  const hash = createHash('sha256');
+  hash.update(JSON.stringify({ version: VERSION, settings, shape: recipe.needs === 'nothing' ? null : shape, config: source.rawConfig }));
+  for (const name of [...source.checkpoint.names()].sort()) {
+    const { dtype, shape: dims, begin, end } = source.checkpoint.info(name);
+    hash.update(JSON.stringify([name, dtype, dims, begin, end]));
+  }
+  for (const { name, text } of texts) hash.update(JSON.stringify([name, createHash('sha256').update(text).digest('hex')]));
+  return hash.digest('hex');
+}
+
+async function checkDisk(out: string, plan: QuantizePlan): Promise<void> {
+  const free = await freeBytes(out);
+  ensure(
+    free >= plan.outputBytes * 1.05,
+    'disk-full',
+    () => `the result needs about ${megabytes(plan.outputBytes)}, ${megabytes(free)} are free where ${out} would be`,
+    'free some space or choose another --out',
+  );
+}
+
+/** The run's tokens: those of the interrupted run if there are any, sampled from the texts, or written by the model. */
+async function calibrationTokens(
+  folder: RunFolder,
+  source: ModelSource,
+  texts: readonly CalibrationText[],
+  shape: { sequences: number; length: number },
+  seed: number,
+  options: QuantizeOptions,
+  threads: number,
+): Promise<CalibrationTokens> {
+  const stored = folder.temporary(TOKENS_FILE);
+  if (await stat(stored).catch(() => undefined)) {
+    const file = await SafetensorsFile.open(await openFile(stored));
+    const ids = await file.read('ids');
+    await file.close();
+    return { ...shape, ids: ids.data as Int32Array, description: file.metadata['description'] ?? '' };
+  }
+  const tokenizer = await loadTokenizer(source.files);
+  const rng = createRng(seed).fork('calibration');
+  const tokens =
+    texts.length > 0
+      ? sampleWindows(tokenizer, texts, shape, rng)
+      : await writeCalibrationText(source, tokenizer, { ...shape, seed, threads, onProgress: options.onProgress, signal: options.signal });
+  const ids = hostTensor('i32', [shape.sequences, shape.length], tokens.ids);
+  await writeSafetensors(stored, [{ name: 'ids', dtype: 'i32', shape: ids.shape, data: () => ids.data }], { metadata: { description: tokens.description } });
+  return tokens;
+}
+
+/** The quantization config of a planned run. */
+export function quantizationOf(source: ModelSource, settings: QuantizeSettings, recipe: Recipe, plan: QuantizePlan): QuantizationConfig {
+  const { config } = source;
+  const overrides: Record<string, number> = {};
+  const kept: string[] = config.tiedEmbeddings ? [] : ['lm_head'];
+  for (const group of GROUP_NAMES) {
+    const decision = plan.decisions[group];
+    for (let layer = 0; layer < config.layers; layer++) {
+      for (const module of groupModules(layer, group)) {
+        if (decision.kind === 'keep') kept.push(module);
+        else if (settings.groupSize !== -1 && decision.groupSize !== settings.groupSize) overrides[module] = decision.groupSize;
+      }
+    }
+  }
+  const learned = recipe.layout === 'paroquant';
+  const perChannel = settings.groupSize === -1;
+  return {
+    method: plan.layout,
+    bits: settings.bits,
+    groupSize: settings.groupSize,
+    krot: learned ? settings.krot : 0,
+    modulesToNotConvert: kept,
+    groupSizeOverrides: overrides,
+    ...(plan.layout === 'gyre' ? { recipe: recipe.name } : {}),
+    ...(plan.layout === 'gyre' && learned && perChannel ? { transformGroupSize: commonRotationGroup(source) } : {}),
+  };
+}
+
+/** With per-channel grids every transform keeps the same rotation group. */
+function commonRotationGroup(source: ModelSource): number {
+  return Math.min(...GROUP_NAMES.map((g) => groupShape(source.config, g).inFeatures).map((n) => rotationGroup(n, n)));
+}
+
+async function resultFiles(
+  source: ModelSource,
+  quantization: QuantizationConfig,
+  record: { fingerprint: string; settings: QuantizeSettings; calibration: string; notes: readonly string[] },
+): Promise<Record<string, string>> {
+  const result: Record<string, string> = {
+    'config.json': `${JSON.stringify({ ...source.rawConfig, quantization_config: quantizationConfigJson(quantization) }, null, 2)}\n`,
+    'gyre.json': `${JSON.stringify({ ...record, gyre: VERSION, model: source.name }, null, 2)}\n`,
+  };
+  const present = new Set(await source.files.list());
+  for (const name of COPIED_FILES) if (present.has(name)) result[name] = await readRaw(source.files, name);
+  return result;
+}
+
+async function readRaw(files: ModelFiles, name: string): Promise<string> {
+  return files.readText(name);
+}
+
+/** Bytes of the quantized linears in the finished folder. */
+async function linearBytes(out: string, source: ModelSource): Promise<number> {
+  const { folderFiles } = await import('./formats/source.node.js');
+  const { Checkpoint } = await import('./formats/safetensors.js');
+  const checkpoint = await Checkpoint.open(await folderFiles(out));
+  const prefixes = Array.from({ length: source.config.layers }, (_, layer) => GROUP_NAMES.flatMap((g) => groupModules(layer, g))).flat();
+  const modules = new Set(prefixes);
+  let bytes = 0;
+  for (const name of checkpoint.names()) {
+    const info = checkpoint.info(name);
+    if (modules.has(name.slice(0, name.lastIndexOf('.')))) bytes += info.end - info.begin;
+  }
+  await checkpoint.close();
+  return bytes;
+}
+
+function megabytes(bytes: number): string {
+  return bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+function describePlan(
+  source: ModelSource,
+  plan: QuantizePlan,
+  settings: QuantizeSettings,
+  recipe: Recipe,
+  shape: { sequences: number; length: number },
+  texts: readonly CalibrationText[],
+): string[] {
+  const { config } = source;
+  const grid = settings.groupSize === -1 ? 'per channel' : `groups of ${settings.groupSize}`;
+  const calibration =
+    recipe.needs === 'nothing'
+      ? 'none needed'
+      : `${shape.sequences} × ${shape.length} tokens ${texts.length > 0 ? `from ${texts.map((t) => t.name).join(', ')}` : 'written by the model itself'}`;
+  return [
+    `model        ${source.name}: ${config.family}, ${config.layers} blocks of ${config.hiddenSize}, vocabulary ${config.vocabSize}`,
+    `method       ${recipe.name}: ${recipe.summary}`,
+    `weights      ${settings.bits} bits, ${grid} (${plan.bitsPerWeight.toFixed(2)} bits per weight), ${plan.layout} layout`,
+    `calibration  ${calibration}`,
+    `cost         about ${(plan.floatingPointOperations / 1e12).toFixed(2)} TFLOP, ${megabytes(plan.memoryBytes)} of memory, ${megabytes(plan.outputBytes)} on disk`,
+    ...plan.notes.map((note) => `note         ${note}`),
+  ];
+}

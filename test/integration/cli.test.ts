@@ -1,0 +1,276 @@
+// The command line as people run it: help, results, errors, exit codes, Ctrl-C.
+import { spawn } from 'node:child_process';
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+const root = fileURLToPath(new URL('../..', import.meta.url));
+const bin = path.join(root, 'bin', 'gyre.js');
+const model = path.join('models', 'gyre-14m');
+const prose = path.join(model, 'eval', 'prose', '01-fiction-nineteenth-century.txt');
+
+interface Run {
+  readonly code: number | null;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs a command; `onOutput` sees stdout as it comes and may signal the process. */
+function gyre(
+  args: readonly string[],
+  options: { env?: NodeJS.ProcessEnv; onOutput?: (text: string, kill: () => void) => void } = {},
+) {
+  return new Promise<Run>((resolve, reject) => {
+    const env = { ...process.env, HF_HUB_OFFLINE: '1', ...options.env };
+    const child = spawn(process.execPath, [bin, ...args], { cwd: root, env });
+    let stdout = '';
+    let stderr = '';
+    child.stdout.on('data', (data: Buffer) => {
+      stdout += data.toString();
+      options.onOutput?.(stdout, () => child.kill('SIGINT'));
+    });
+    child.stderr.on('data', (data: Buffer) => (stderr += data.toString()));
+    child.on('error', reject);
+    child.on('close', (code) => resolve({ code, stdout, stderr }));
+  });
+}
+
+const json = (run: Run): Record<string, unknown> => JSON.parse(run.stdout) as Record<string, unknown>;
+
+let folder: string;
+beforeAll(async () => {
+  folder = await mkdtemp(path.join(tmpdir(), 'gyre-cli-'));
+});
+afterAll(async () => {
+  await rm(folder, { recursive: true, force: true });
+});
+
+describe('help', () => {
+  it.each(['quantize', 'eval', 'generate', 'inspect', 'demo'])('of %s has examples and --json', async (command) => {
+    const { code, stdout, stderr } = await gyre([command, '--help']);
+    expect(code).toBe(0);
+    expect(stderr).toBe('');
+    expect(stdout).toContain(`Usage: gyre ${command}`);
+    expect(stdout).toContain(`$ gyre ${command}`);
+    expect(stdout).toContain('--json');
+  });
+
+  it('lists the commands, and the version', async () => {
+    const help = await gyre(['--help']);
+    expect(help.code).toBe(0);
+    expect(help.stdout).toMatch(/quantize[\s\S]*eval[\s\S]*generate[\s\S]*inspect[\s\S]*demo[\s\S]*Exit codes/);
+    const { version } = JSON.parse(await readFile(path.join(root, 'package.json'), 'utf8')) as { version: string };
+    expect((await gyre(['--version'])).stdout.trim()).toBe(version);
+  });
+
+  it('has every flag of quantize', async () => {
+    const { stdout } = await gyre(['quantize', '--help']);
+    const flags =
+      'out method bits group-size krot no-scales no-share rounding steps seed calib calib-samples seq-len device threads resume dry-run revision token';
+    for (const flag of flags.split(' ')) expect(stdout).toContain(`--${flag}`);
+  });
+});
+
+describe('a wrong command line', () => {
+  it.each([
+    [[], 'no command was given', 'gyre --help'],
+    [['quantise', 'x'], "unknown command 'quantise'", 'quantize'],
+    [['quantize', 'x', '--out', 'y', '--bit', '4'], "unknown option '--bit'", '--bits'],
+    [['quantize', 'x'], '--out', 'gyre quantize --help'],
+    [['quantize', 'x', '--out', 'y', '--bits', '5'], 'expected one of 2, 3, 4, 8', 'gyre quantize --help'],
+    [['quantize', 'x', '--out', 'y', '--method', 'magic'], 'rtn, awq, gptq, paroquant', 'gyre quantize --help'],
+    [['eval'], "missing required argument 'model'", 'gyre eval --help'],
+    [['eval', model], 'neither --text nor --tasks', '--text'],
+    [['generate', model, '--prompt', 'x', '--top-p', '2'], '--top-p: expected a number', 'gyre generate --help'],
+    [['generate', model, '--prompt', 'x', '--system', 'y'], '--system needs --chat', '--chat'],
+  ])('%j exits with 2 and says what would work', async (args, message, remedy) => {
+    const { code, stderr } = await gyre(args);
+    expect(code).toBe(2);
+    const lines = stderr.trimEnd().split('\n');
+    expect(lines.length).toBe(3);
+    expect(lines[0]).toMatch(/^error: /);
+    expect(lines[1]).toContain(message);
+    expect(lines[2]).toContain(remedy);
+    expect(stderr).not.toContain('\x1b');
+  });
+
+  it('is one JSON object with --json', async () => {
+    const run = await gyre(['eval', model, '--text', prose, '--seq-len', 'x', '--json']);
+    expect(run.code).toBe(2);
+    expect(run.stderr).toBe('');
+    expect(json(run)).toMatchObject({
+      error: { code: 'usage', message: expect.stringContaining('--seq-len') as string },
+    });
+  });
+});
+
+describe('a failure', () => {
+  it('exits with 1, three lines, and a stack for debugging only', async () => {
+    const args = ['inspect', 'no/such/model'];
+    const { code, stderr } = await gyre(args);
+    expect(code).toBe(1);
+    expect(stderr.trimEnd().split('\n').length).toBe(3);
+    const debugged = await gyre(args, { env: { GYRE_DEBUG: '1' } });
+    expect(debugged.stderr).toContain('    at ');
+  });
+
+  it('is one JSON object with --json', async () => {
+    const run = await gyre(['eval', model, '--text', 'no-such-file.txt', '--json']);
+    expect(run.code).toBe(1);
+    expect(run.stderr).toBe('');
+    expect(json(run)).toMatchObject({
+      error: {
+        code: 'file-missing',
+        message: expect.stringContaining('no-such-file.txt') as string,
+        remedy: expect.any(String) as string,
+      },
+    });
+  });
+
+  it('of a text in the wrong form names the line', async () => {
+    const file = path.join(folder, 'texts.jsonl');
+    await writeFile(file, '{"text": "a"}\n{"txt": "b"}\n');
+    const { code, stderr } = await gyre(['eval', model, '--text', file]);
+    expect(code).toBe(1);
+    expect(stderr).toContain('line 2');
+  });
+});
+
+describe('inspect', () => {
+  it('shows the model and its linears', async () => {
+    const { code, stdout } = await gyre(['inspect', model, '--layers', '0,7']);
+    expect(code).toBe(0);
+    expect(stdout).toMatch(/architecture +qwen3: 8 blocks/);
+    expect(stdout).toMatch(/bits per weight +16\.000/);
+    expect(stdout).toMatch(/0\.self_attn\.q_proj +384×384 +dense/);
+    expect(stdout).toMatch(/7\.mlp\.down_proj/);
+    expect(stdout).not.toMatch(/3\.mlp\.down_proj/);
+  });
+
+  it('gives the same as JSON', async () => {
+    const run = await gyre(['inspect', model, '--layers', 'down_proj', '--json']);
+    expect(run.stderr).toBe('');
+    expect(json(run)).toMatchObject({ family: 'qwen3', layers: 8, quantization: null, linearBitsPerWeight: 16 });
+    expect(json(run)['linears']).toHaveLength(8);
+  });
+});
+
+describe('eval', () => {
+  it('measures a model against itself', async () => {
+    const run = await gyre([
+      'eval',
+      model,
+      '--text',
+      prose,
+      '--reference',
+      model,
+      '--seq-len',
+      '128',
+      '--samples',
+      '2',
+      '--json',
+    ]);
+    expect(run.stderr).toBe('');
+    expect(run.code).toBe(0);
+    const result = json(run);
+    expect(result).toMatchObject({
+      tokens: 254,
+      windows: 2,
+      seqLen: 128,
+      top1Agreement: 1,
+      version: expect.any(String) as string,
+    });
+    expect(Math.abs(result['kl'] as number)).toBeLessThan(1e-6);
+    expect(result['perplexity']).toBeCloseTo(Math.exp(result['nll'] as number), 6);
+    expect(result['perplexity']).toBeLessThan(200);
+    expect(result['model']).toMatchObject({
+      fingerprint: expect.stringMatching(/^[0-9a-f]{16}$/) as string,
+      quantization: null,
+    });
+    expect(result['machine']).toMatchObject({ cores: expect.any(Number) as number });
+  });
+
+  it('prints the same for people', async () => {
+    const { code, stdout } = await gyre(['eval', model, '--text', prose, '--seq-len', '128', '--samples', '1']);
+    expect(code).toBe(0);
+    expect(stdout).toMatch(/perplexity +\d+\.\d+/);
+    expect(stdout).toMatch(/tokens +127 in 1 windows of 128/);
+  });
+
+  it('answers tasks', async () => {
+    const tasks = path.join(model, 'eval', 'tasks.jsonl');
+    const run = await gyre(['eval', model, '--tasks', tasks, '--limit', '5', '--json']);
+    expect(run.code).toBe(0);
+    const { tasksEvaluation } = json(run) as { tasksEvaluation: { tasks: number; correct: number } };
+    expect(tasksEvaluation.tasks).toBe(5);
+    expect(tasksEvaluation.correct).toBeGreaterThanOrEqual(4);
+  });
+});
+
+describe('generate', () => {
+  const ask = ['generate', model, '--chat', '--prompt', 'Compute 413 + 436.', '--temperature', '0'];
+
+  it('streams to stdout, statistics to stderr', async () => {
+    const { code, stdout, stderr } = await gyre(ask);
+    expect(code).toBe(0);
+    expect(stdout).toMatch(/<think>.*<\/think>849\n$/);
+    expect(stderr).toMatch(/tokens\/s.*ended by the model/);
+  });
+
+  it('gives the same as JSON, and the same again for the same seed', async () => {
+    const run = await gyre([...ask, '--json']);
+    expect(run.stderr).toBe('');
+    expect(json(run)).toMatchObject({ reason: 'eos', text: expect.stringMatching(/849$/) as string });
+    const sample = ['generate', model, '--prompt', 'Once upon a time', '--max-tokens', '12', '--seed', '5'];
+    const [first, second] = [await gyre(sample), await gyre(sample)];
+    expect(first.stdout).toBe(second.stdout);
+    expect(first.stdout.length).toBeGreaterThan(5);
+  });
+
+  it('refuses a prompt longer than the context', async () => {
+    const { code, stderr } = await gyre(['generate', model, '--prompt', 'word '.repeat(5000)]);
+    expect(code).toBe(1);
+    expect(stderr).toContain('context is 2048');
+  });
+
+  it('stops on Ctrl-C with 130', async () => {
+    const args = ['generate', model, '--prompt', 'It was', '--max-tokens', '1900', '--temperature', '1'];
+    const { code, stdout, stderr } = await gyre(args, {
+      onOutput: (text, kill) => (text.length > 20 ? kill() : undefined),
+    });
+    expect(code).toBe(130);
+    expect(stdout.length).toBeGreaterThan(20);
+    expect(stderr).toContain('stopped after');
+  });
+});
+
+describe('quantize', () => {
+  it('plans, quantizes, refuses to overwrite, and the result runs', async () => {
+    const out = path.join(folder, 'rtn');
+    const args = ['quantize', model, '--out', out, '--method', 'rtn'];
+    const plan = await gyre([...args, '--dry-run']);
+    expect(plan.code).toBe(0);
+    expect(plan.stdout.trim()).not.toBe('');
+
+    const run = await gyre([...args, '--json']);
+    expect(run.code).toBe(0);
+    expect(run.stderr).toBe('');
+    const report = json(run);
+    expect(report).toMatchObject({ method: 'rtn', bits: 4, groupSize: 128 });
+    expect(report['bitsPerWeight']).toBeCloseTo(4.156, 2);
+
+    const again = await gyre([...args, '--bits', '3']);
+    expect(again.code).toBe(1);
+    expect(again.stderr).toContain('choose another --out');
+
+    const shown = json(await gyre(['inspect', out, '--layers', '0', '--json']));
+    expect(shown).toMatchObject({ quantization: { method: 'awq', bits: 4 } });
+    expect(shown['linearBitsPerWeight']).toBeCloseTo(4.156, 2);
+    const args2 = ['eval', out, '--text', prose, '--reference', model, '--seq-len', '128', '--samples', '2', '--json'];
+    const measured = json(await gyre(args2));
+    expect(measured['kl']).toBeGreaterThan(0.005);
+    expect(measured['kl']).toBeLessThan(0.3);
+  });
+});
