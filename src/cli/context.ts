@@ -1,6 +1,5 @@
 // What every command gets: where to print, how to show progress, when to stop; and models opened the same way everywhere.
 import { arch, cpus, platform, totalmem } from 'node:os';
-import { readFileSync } from 'node:fs';
 import { openBackend } from '../backends/registry.js';
 import { resolveModel } from '../formats/hub.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../models/load.js';
@@ -92,14 +91,6 @@ export async function withDecoder<T>(
   } finally {
     decoder.release();
   }
-}
-
-/** gyre's version, from its package.json. */
-export function gyreVersion(): string {
-  const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
-    version: string;
-  };
-  return version;
 }
 
 /** The machine, for results. */

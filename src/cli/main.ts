@@ -1,12 +1,13 @@
 // The command line: one file per command under commands/; this one parses, stops on Ctrl-C, and turns errors into exit codes.
 import { Command, CommanderError } from 'commander';
 import { GyreError } from '../core/errors.js';
+import { VERSION } from '../version.js';
 import { demoCommand } from './commands/demo.js';
 import { evalCommand } from './commands/eval.js';
 import { generateCommand } from './commands/generate.js';
 import { inspectCommand } from './commands/inspect.js';
 import { quantizeCommand } from './commands/quantize.js';
-import { createContext, gyreVersion, type CommandContext } from './context.js';
+import { createContext, type CommandContext } from './context.js';
 import { colorsFor } from './ui/colors.js';
 import { describeError, errorJson, EXIT, formatError, stacks } from './ui/errors.js';
 
@@ -56,7 +57,7 @@ export async function main(argv: readonly string[]): Promise<void> {
 function buildProgram(context: CommandContext): Command {
   const program = new Command('gyre')
     .description('Quantizes large language models to 2, 3, 4 or 8 bits with learned rotations, measures and runs them.')
-    .version(gyreVersion(), '-V, --version', 'print the version')
+    .version(VERSION, '-V, --version', 'print the version')
     .helpOption('-h, --help', 'print this help')
     .helpCommand('help [command]', 'print the help of a command')
     .addHelpText(

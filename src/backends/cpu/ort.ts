@@ -3,7 +3,7 @@ import type { InferenceSession, Tensor as OrtTensor } from 'onnxruntime-common';
 import { GyreError, ensure } from '../../core/errors.js';
 import type { AttentionShape, QuantizedWeight } from '../../ops/backend.js';
 import { buildOnnxModel, type OnnxValue } from './onnx.js';
-import type { Runtime } from './runtime.js';
+import type { Runtime, RuntimeSession } from './runtime-types.js';
 
 type Float = 'f32' | 'f64';
 type FloatArray = Float32Array | Float64Array;
@@ -28,7 +28,7 @@ export interface AttentionKernel extends AttentionShape {
 export class OrtKernels {
   readonly #runtime: Runtime;
   readonly #options: InferenceSession.SessionOptions;
-  readonly #sessions = new Map<string, Promise<InferenceSession>>();
+  readonly #sessions = new Map<string, Promise<RuntimeSession>>();
 
   constructor(runtime: Runtime, threads: number) {
     this.#runtime = runtime;
@@ -50,7 +50,7 @@ export class OrtKernels {
     return this.#runtime.name;
   }
 
-  #session(key: string, build: () => Uint8Array): Promise<InferenceSession> {
+  #session(key: string, build: () => Uint8Array): Promise<RuntimeSession> {
     let session = this.#sessions.get(key);
     if (!session) {
       session = this.#runtime.InferenceSession.create(build(), this.#options);

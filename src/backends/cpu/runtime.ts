@@ -1,14 +1,5 @@
 // Picks ONNX Runtime's build for where we run: onnxruntime-node in Node.js, onnxruntime-web (WebAssembly) in a browser.
-import type { InferenceSession, Tensor } from 'onnxruntime-common';
-
-/** The part of ONNX Runtime's API that the CPU backend uses; both builds export it. */
-export interface Runtime {
-  readonly name: string;
-  readonly InferenceSession: {
-    create(model: Uint8Array, options: InferenceSession.SessionOptions): Promise<InferenceSession>;
-  };
-  readonly Tensor: typeof Tensor;
-}
+import type { Runtime } from './runtime-types.js';
 
 /** True in Node.js (and Bun and Deno's compatibility layer), false in a browser. */
 export const inNode = typeof process !== 'undefined' && typeof process.versions?.node === 'string';

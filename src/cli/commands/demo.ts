@@ -20,7 +20,8 @@ import { collect, generate } from '../../generate/index.js';
 import type { Decoder } from '../../models/decoder.js';
 import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
-import { gyreVersion, machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
+import { VERSION } from '../../version.js';
+import { machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
 import { jsonOption, parseOptions, wholeNumber } from '../options.js';
 import { formatBytes, formatDuration, formatTable } from '../ui/table.js';
 
@@ -49,7 +50,7 @@ interface DemoRow {
   readonly fileBytes: number;
   readonly bitsPerWeight: number;
   readonly evaluation: TextEvaluation;
-  /** Seconds it took to quantize; undefined for the original. */
+  /** Seconds it took to quantize; undefined for the original, and for what an earlier demo made. */
   readonly seconds?: number;
   readonly answer: DemoAnswer;
 }
@@ -90,12 +91,12 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
   const texts = await readProse();
   const task = await readTask();
   const model = displayPath(MODEL);
-  print(colors.bold(`gyre ${gyreVersion()}: quantizing ${model} to 4 bits in groups of 128, four ways`));
+  print(colors.bold(`gyre ${VERSION}: quantizing ${model} to 4 bits in groups of 128, four ways`));
   print(
     colors.dim('Calibration text is written by the model itself; the texts it is measured on were never trained on.'),
   );
   print();
-  const made: { method: string; out: string; seconds: number }[] = [];
+  const made: { method: string; out: string; seconds: number | undefined }[] = [];
   for (const [i, method] of METHODS.entries()) {
     const out = path.join(options.out, method);
     const report = await quantizeCheckpoint({
@@ -111,8 +112,8 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
       onProgress: (event) =>
         progress.listener({ ...event, stage: `${method} (${i + 1}/${METHODS.length}) ${event.stage}` }),
     });
-    progress.note(`${method.padEnd(10)} ${formatDuration(report.seconds)}`);
-    made.push({ method, out, seconds: report.seconds });
+    progress.note(`${method.padEnd(10)} ${report.skipped ? 'made by an earlier run' : formatDuration(report.seconds)}`);
+    made.push({ method, out, seconds: report.skipped ? undefined : report.seconds });
   }
   const rows = await withModel(context, MODEL, {}, (source) =>
     withBackend(options, async (backend) => {
@@ -152,7 +153,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
     task,
     seconds,
     memoryBytes,
-    version: gyreVersion(),
+    version: VERSION,
     machine: machineInfo(),
   });
   print();
@@ -252,7 +253,7 @@ function resultTable(rows: readonly DemoRow[], { colors }: CommandContext): stri
           ? colors.green(evaluation.kl.toFixed(5))
           : evaluation.kl.toFixed(5),
       percent(evaluation.top1Agreement),
-      seconds === undefined ? '' : formatDuration(seconds),
+      seconds !== undefined ? formatDuration(seconds) : method === 'original' ? '' : 'earlier',
     ]),
   );
 }

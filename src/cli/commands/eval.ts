@@ -16,7 +16,8 @@ import {
 import type { Decoder } from '../../models/decoder.js';
 import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
-import { gyreVersion, machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
+import { VERSION } from '../../version.js';
+import { machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
 import {
   jsonOption,
   modelOptions,
@@ -105,7 +106,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
             text: options.text ?? null,
             backend: backend.info,
             activations: options.activations,
-            version: gyreVersion(),
+            version: VERSION,
             machine: machineInfo(),
           });
           context.print(report(source, found.text, found.tasks, options.reference));

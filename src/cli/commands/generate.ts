@@ -4,7 +4,8 @@ import { z } from 'zod';
 import { GyreError } from '../../core/errors.js';
 import { generate, type GenerationSummary } from '../../generate/index.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
-import { gyreVersion, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
+import { VERSION } from '../../version.js';
+import { withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
 import {
   decimalNumber,
   jsonOption,
@@ -81,7 +82,7 @@ Examples:
             put(decoding.flush());
             const summary = next.value;
             if (!pieces.join('').endsWith('\n')) context.print();
-            context.result({ text: pieces.join(''), ...summary, model, backend: backend.info, version: gyreVersion() });
+            context.result({ text: pieces.join(''), ...summary, model, backend: backend.info, version: VERSION });
             context.progress.note(statistics(summary));
             if (summary.reason !== 'interrupted') return;
             if (context.json) {

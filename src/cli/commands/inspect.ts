@@ -10,7 +10,8 @@ import {
   type ModelSummary,
 } from '../../evaluation/index.js';
 import type { ModelSource } from '../../models/load.js';
-import { gyreVersion, withModel, type CommandContext } from '../context.js';
+import { VERSION } from '../../version.js';
+import { withModel, type CommandContext } from '../context.js';
 import { jsonOption, modelOptions, modelSchema, parseOptions } from '../options.js';
 import { formatBytes, formatCount, formatFields, formatTable } from '../ui/table.js';
 
@@ -78,7 +79,7 @@ distribution. Quantized linears are measured as stored: with ParoQuant, in the r
           fingerprint,
           quantization: source.quantization ?? null,
           ...(options.statistics && { linears }),
-          version: gyreVersion(),
+          version: VERSION,
         });
       });
     });

@@ -3,7 +3,8 @@ import { Command } from 'commander';
 import { z } from 'zod';
 import { RECIPES } from '../../quant/recipes/index.js';
 import type { QuantizeReport } from '../../quantize.node.js';
-import { gyreVersion, type CommandContext } from '../context.js';
+import { VERSION } from '../../version.js';
+import { type CommandContext } from '../context.js';
 import { jsonOption, modelOptions, modelSchema, oneOf, parseOptions, wholeNumber } from '../options.js';
 import { formatBytes, formatDuration, formatFields } from '../ui/table.js';
 
@@ -15,7 +16,7 @@ const schema = z.object({
   method: oneOf(METHODS),
   bits: oneOf([2, 3, 4, 8]),
   groupSize: oneOf([32, 64, 128, -1]),
-  krot: wholeNumber(0, 64),
+  krot: wholeNumber(0, 31),
   scales: z.boolean(),
   share: z.boolean(),
   rounding: oneOf(['rtn', 'gptq']).optional(),
@@ -71,14 +72,12 @@ Methods:
 ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n')}`,
     )
     .action(async (model: string, raw: unknown) => {
-      const { revision, token, ...options } = parseOptions(schema, raw);
-      if (token !== undefined) process.env['HF_TOKEN'] = token;
+      const options = parseOptions(schema, raw);
       const { print, progress, signal } = context;
       // Loaded when asked for: help and wrong command lines stay quick.
       const { quantizeCheckpoint } = await import('../../quantize.node.js');
       const report = await quantizeCheckpoint({
         model,
-        revision,
         ...options,
         signal,
         onProgress: progress.listener,
@@ -87,17 +86,30 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n
             if (options.dryRun) print(line);
             else progress.note(line);
           }
-          if (options.dryRun) context.result({ plan, version: gyreVersion() });
+          if (options.dryRun) context.result({ plan, version: VERSION });
         },
       });
       progress.clear();
       if (options.dryRun) return;
-      context.result({ ...report, version: gyreVersion() });
+      context.result({ ...report, version: VERSION });
       print(summary(model, report, context));
     });
 }
 
+const BREAKDOWN: Readonly<Record<keyof QuantizeReport['breakdown'], string>> = {
+  calibrationText: 'calibration text',
+  forward: 'forward passes',
+  statistics: 'statistics',
+  quantize: 'quantizing',
+  write: 'writing',
+};
+
 function summary(model: string, report: QuantizeReport, { colors }: CommandContext): string {
+  const times = Object.entries(report.breakdown)
+    .filter(([, seconds]) => seconds > 0)
+    .map(([what, seconds]) => `${BREAKDOWN[what as keyof QuantizeReport['breakdown']]} ${formatDuration(seconds)}`)
+    .join(', ');
+  if (report.skipped) return `${report.out} is finished already: an equal run made it. Nothing was done.`;
   const fields: [string, string][] = [
     [
       'method',
@@ -105,7 +117,8 @@ function summary(model: string, report: QuantizeReport, { colors }: CommandConte
     ],
     ['bits per weight', report.bitsPerWeight.toFixed(3)],
     ['linears', formatBytes(report.linearBytes)],
-    ['time', formatDuration(report.seconds)],
+    ['calibration', report.calibration],
+    ['time', `${formatDuration(report.seconds)} (${times})`],
     ['output', report.out],
   ];
   return `${formatFields(fields)}

@@ -8,7 +8,7 @@ import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, loadWide, storeWide, loadNarrow
 /** Bytes of one pair in a rotation table. */
 export const ENTRY_SHIFT: u32 = 4;
 /** Columns whose gradients are summed together, a fixed number so that sums do not depend on threads. */
-export const CHUNK: u32 = 256;
+export const CHUNK: u32 = 128;
 
 /** One rotation of a wide tile. */
 export function rotateWide(tile: usize, table: usize, pairs: u32, first: usize): void {

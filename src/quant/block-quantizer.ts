@@ -1,0 +1,342 @@
+// Quantizes the linear groups of one decoder block while the calibration chunks move through it, in stages: statistics of a
+// group's inputs → quantize the group → the next group's inputs. Every product is computed once per path: the reference
+// path (original weights) runs ahead just far enough to give the targets.
+import { GyreError } from '../core/errors.js';
+import { floats, hostTensor } from '../core/tensor.js';
+import { quantizedLinearEntries } from '../formats/quantized-linear.js';
+import type { TensorEntry } from '../formats/safetensors-writer.js';
+import { GROUP_NAMES, type BlockFrame, type ChunkContext, type GroupName } from '../models/block.js';
+import { TENSOR_NAMES } from '../models/families/names.js';
+import { LinearGroup, type LinearPart } from '../models/linear-group.js';
+import { groupModules, groupShape, readLinear } from '../models/load.js';
+import type { Backend, RopeHandle, Tensor } from '../ops/backend.js';
+import { foldIntoNorm, foldIntoRows, normFold, rowFold } from './folding.js';
+import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
+import { InputStatistics } from './statistics.js';
+import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
+
+/** What a block asks of the pipeline. */
+export interface BlockHooks {
+  tell(message: string): void;
+  checkAborted(): void;
+  timed<T>(what: keyof PipelineReport['seconds'], work: () => Promise<T>): Promise<T>;
+  report(group: GroupReport): void;
+  /** Frees a residual stream unless it must outlive the block. */
+  free(tensor: Tensor): void;
+}
+
+/** Quantizes the groups of one block, moving the chunks through it. */
+export class BlockQuantizer {
+  readonly #run: QuantizeRun;
+  readonly #frame: BlockFrame;
+  readonly #chunks: Chunk[];
+  readonly #rope: RopeHandle | undefined;
+  readonly #hooks: BlockHooks;
+  /** Tensors of the shard, by module or tensor name; folding replaces earlier ones. */
+  readonly #parts = new Map<string, QuantizedPart>();
+  readonly #biases = new Map<string, Float32Array>();
+  readonly #norms = new Map<string, Float32Array>();
+
+  constructor(run: QuantizeRun, frame: BlockFrame, chunks: Chunk[], rope: RopeHandle | undefined, hooks: BlockHooks) {
+    this.#run = run;
+    this.#frame = frame;
+    this.#chunks = chunks;
+    this.#rope = rope;
+    this.#hooks = hooks;
+  }
+
+  async run(): Promise<TensorEntry[]> {
+    if (this.#chunks.length === 0) {
+      for (const group of GROUP_NAMES) await this.#group(group);
+    } else {
+      await this.#throughBlock();
+    }
+    return this.#entries();
+  }
+
+  get #twoPaths(): boolean {
+    return this.#run.recipe.needs === 'cross-gram';
+  }
+
+  #context(chunk: Chunk): ChunkContext {
+    if (!this.#rope) throw new Error('calibration without rotary tables');
+    return { batch: chunk.batch, start: 0, rope: this.#rope };
+  }
+
+  /** The staged pass over a block; see the head of this file. */
+  async #throughBlock(): Promise<void> {
+    const { backend } = this.#run;
+    const frame = this.#frame;
+    const chunks = this.#chunks;
+
+    const qkv = await this.#stage('qkv', async (chunk) => {
+      const q = await frame.attentionInput(chunk.quantized);
+      return { quantized: q, reference: chunk.reference === chunk.quantized ? q : await this.#ifTwoPaths(() => frame.attentionInput(chunk.reference), q) };
+    });
+    // Inputs of o: attention of the quantized projections; the reference path moves on to after its o.
+    const o = await this.#stage(
+      'o',
+      async (chunk) => {
+        const context = this.#context(chunk);
+        const attend = async (x: Tensor, group: LinearGroup) => {
+          const normed = await frame.attentionInput(x);
+          const projected = await group.forward(normed);
+          const y = await frame.attend(projected, context);
+          backend.free(normed, projected);
+          return y;
+        };
+        const quantized = await attend(chunk.quantized, qkv.quantized);
+        return { quantized, reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference), quantized) };
+      },
+      true,
+    );
+    for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, o, i);
+    qkv.release();
+    o.release();
+
+    const gateUp = await this.#stage('gateUp', async (chunk) => {
+      const quantized = await frame.mlpInput(chunk.quantized);
+      return { quantized, reference: await this.#ifTwoPaths(() => frame.mlpInput(chunk.reference), quantized) };
+    });
+    const down = await this.#stage(
+      'down',
+      async (chunk) => {
+        const activate = async (x: Tensor, group: LinearGroup) => {
+          const normed = await frame.mlpInput(x);
+          const projected = await group.forward(normed);
+          const y = await frame.activate(projected);
+          backend.free(normed, projected);
+          return y;
+        };
+        const quantized = await activate(chunk.quantized, gateUp.quantized);
+        return { quantized, reference: await this.#ifTwoPaths(() => activate(chunk.reference, gateUp.reference), quantized) };
+      },
+      true,
+    );
+    for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, down, i);
+    gateUp.release();
+    down.release();
+  }
+
+  async #ifTwoPaths(make: () => Tensor | Promise<Tensor>, otherwise: Tensor): Promise<Tensor> {
+    return this.#twoPaths ? make() : otherwise;
+  }
+
+  /**
+   * Gathers statistics of a group's inputs over all chunks, quantizes the group, and returns it ready to run in both
+   * forms. With `keep`, the quantized path's inputs stay for {@link BlockQuantizer.#advance} and the reference path
+   * moves past the group at once.
+   */
+  async #stage(
+    group: GroupName,
+    inputs: (chunk: Chunk) => Promise<{ quantized: Tensor; reference: Tensor }>,
+    keep = false,
+  ): Promise<StagedGroup> {
+    const { backend } = this.#run;
+    const parts = await this.#readParts(group);
+    const reference = await LinearGroup.load(backend, parts);
+    const statistics = new InputStatistics(backend);
+    const kept: Tensor[] = [];
+    for (const [i, chunk] of this.#chunks.entries()) {
+      this.#hooks.checkAborted();
+      this.#hooks.tell(`${group}: inputs ${i + 1}/${this.#chunks.length}`);
+      const x = await this.#hooks.timed('forward', () => inputs(chunk));
+      await this.#hooks.timed('statistics', () => statistics.add(x.quantized, this.#twoPaths && x.reference !== x.quantized ? x.reference : undefined));
+      if (keep) {
+        if (this.#twoPaths) {
+          const next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
+          if (chunk.reference !== chunk.quantized) this.#hooks.free(chunk.reference);
+          chunk.reference = next;
+        }
+        kept.push(x.quantized);
+      } else {
+        backend.free(x.quantized);
+      }
+      if (x.reference !== x.quantized) backend.free(x.reference);
+    }
+    const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
+    const quantizedParts = await this.#group(group, parts, finished);
+    backend.free(finished.gram, finished.cross);
+    const quantized = await LinearGroup.load(backend, quantizedParts);
+    return new StagedGroup(backend, quantized, reference, kept);
+  }
+
+  /** The quantized path past a group whose inputs were kept. */
+  async #advance(chunk: Chunk, group: StagedGroup, index: number): Promise<void> {
+    const { backend } = this.#run;
+    await this.#hooks.timed('forward', async () => {
+      const input = group.takeInput(index);
+      const next = await group.quantized.forward(input, chunk.quantized);
+      backend.free(input);
+      this.#hooks.free(chunk.quantized);
+      if (!this.#twoPaths) chunk.reference = next;
+      chunk.quantized = next;
+    });
+  }
+
+  async #readParts(group: GroupName): Promise<LinearPart[]> {
+    const { source } = this.#run;
+    const parts: LinearPart[] = [];
+    for (let i = 0; i < groupModules(this.#frame.layer, group).length; i++) parts.push(await readLinear(source, this.#frame.layer, group, i));
+    return parts;
+  }
+
+  /** Quantizes one group (or keeps it); returns it as the runtime will load it. */
+  async #group(group: GroupName, parts?: LinearPart[], statistics?: { gram: Tensor; cross: Tensor | undefined }): Promise<LinearPart[]> {
+    const { backend, source, recipe, settings, plan } = this.#run;
+    const decision = plan.decisions[group];
+    const read = parts ?? (await this.#readParts(group));
+    if (decision.kind === 'keep') return read;
+    const layer = this.#frame.layer;
+    const names = groupModules(layer, group);
+    const { inFeatures, outFeatures } = groupShape(source.config, group);
+    this.#hooks.checkAborted();
+    this.#hooks.tell(`${group}: quantizing`);
+    const start = performance.now();
+    const task: GroupTask = {
+      layer,
+      group,
+      names,
+      weights: read.map(({ source: s }, i) => {
+        if (s.kind !== 'dense') throw new GyreError('unsupported', `${names[i]} is quantized already`, { remedy: 'start from the original checkpoint' });
+        return floats(s.weight);
+      }),
+      inFeatures,
+      outFeatures,
+      grid: { bits: settings.bits, groupSize: decision.groupSize },
+      gram: statistics?.gram,
+      cross: statistics?.cross,
+      fold: await this.#fold(group),
+      settings,
+    };
+    const result = await this.#hooks.timed('quantize', () => recipe.quantizeGroup(backend, task));
+    await this.#store(task, read, result);
+    this.#hooks.report({ layer, group, modules: names, seconds: (performance.now() - start) / 1000, stats: result.stats, curve: result.curve });
+    // Until the shard is written, folded scales act at the group itself: the same product, inputs as they are now.
+    const { foldedScales } = result;
+    return result.parts.map((part, i) => ({
+      source: { kind: 'quantized', weight: part.weight, bias: read[i].source.bias },
+      transform: foldedScales ? inverseScaling(foldedScales) : part.transform,
+    }));
+  }
+
+  /** Where a scaling of this group's input can be folded. */
+  async #fold(group: GroupName): Promise<GroupTask['fold']> {
+    const { source } = this.#run;
+    const { config } = source;
+    const prefix = TENSOR_NAMES.block(this.#frame.layer);
+    switch (group) {
+      case 'qkv':
+        return normFold(await source.checkpoint.read(`${prefix}.${TENSOR_NAMES.inputNorm}.weight`));
+      case 'gateUp':
+        return normFold(await source.checkpoint.read(`${prefix}.${TENSOR_NAMES.postAttentionNorm}.weight`));
+      case 'o':
+        return rowFold(config.heads * config.headDim, (c) => {
+          const head = Math.floor(c / config.headDim);
+          return Math.floor(head / (config.heads / config.kvHeads)) * config.headDim + (c % config.headDim);
+        });
+      case 'down':
+        return rowFold(config.intermediateSize, (c) => c);
+    }
+  }
+
+  /** Keeps a group's result for the shard, folding scales into what stands before it. */
+  async #store(task: GroupTask, read: readonly LinearPart[], result: GroupResult): Promise<void> {
+    const { source } = this.#run;
+    for (const [i, name] of task.names.entries()) {
+      this.#parts.set(name, result.parts[i]);
+      const { bias } = read[i].source;
+      if (bias) this.#biases.set(name, bias);
+    }
+    const scales = result.foldedScales;
+    if (!scales || scales.every((s) => s === 1)) return;
+    const prefix = TENSOR_NAMES.block(task.layer);
+    switch (task.group) {
+      case 'qkv':
+      case 'gateUp': {
+        const name = `${prefix}.${task.group === 'qkv' ? TENSOR_NAMES.inputNorm : TENSOR_NAMES.postAttentionNorm}.weight`;
+        this.#norms.set(name, foldIntoNorm(floats(await source.checkpoint.read(name)), scales));
+        return;
+      }
+      case 'o':
+      case 'down': {
+        // v feeds o, up feeds down: the last linear of the group before.
+        const modules = groupModules(task.layer, task.group === 'o' ? 'qkv' : 'gateUp');
+        const module = modules[modules.length - 1];
+        const part = this.#parts.get(module);
+        if (!part) throw new GyreError('unsupported', `${module} is left in 16 bits, so the scales of ${task.names[0]} have nowhere to go`);
+        this.#parts.set(module, { ...part, weight: foldIntoRows(part.weight, task.fold.source, scales) });
+        const bias = this.#biases.get(module);
+        if (bias) {
+          const folded = bias.slice();
+          task.fold.source.forEach((row, c) => (folded[row] = bias[row] / scales[c]));
+          this.#biases.set(module, folded);
+        }
+        return;
+      }
+    }
+  }
+
+  /** The shard: quantized linears in place of the originals, everything else of the block as it was. */
+  #entries(): TensorEntry[] {
+    const { source, plan } = this.#run;
+    const prefix = `${TENSOR_NAMES.block(this.#frame.layer)}.`;
+    const entries: TensorEntry[] = [];
+    for (const [module, part] of this.#parts) {
+      entries.push(...quantizedLinearEntries(module, { ...part.weight, bias: this.#biases.get(module), transform: part.transform }, plan.layout));
+    }
+    for (const name of source.checkpoint.names()) {
+      if (!name.startsWith(prefix)) continue;
+      const module = name.replace(/\.(weight|bias)$/, '');
+      if (this.#parts.has(module)) continue;
+      const norm = this.#norms.get(name);
+      entries.push(norm ? this.#normEntry(name, norm) : copyEntry(source, name));
+    }
+    return entries;
+  }
+
+  #normEntry(name: string, values: Float32Array): TensorEntry {
+    const { shape } = this.#run.source.checkpoint.info(name);
+    const stored = hostTensor('f32', shape, values);
+    return { name, dtype: 'f32', shape, data: () => stored.data };
+  }
+}
+
+/** A group in both forms, with the quantized path's inputs when they were kept. */
+class StagedGroup {
+  readonly #backend: Backend;
+  readonly quantized: LinearGroup;
+  readonly reference: LinearGroup;
+  readonly #inputs: (Tensor | undefined)[];
+
+  constructor(backend: Backend, quantized: LinearGroup, reference: LinearGroup, inputs: Tensor[]) {
+    this.#backend = backend;
+    this.quantized = quantized;
+    this.reference = reference;
+    this.#inputs = inputs;
+  }
+
+  takeInput(index: number): Tensor {
+    const input = this.#inputs[index];
+    if (!input) throw new Error(`input ${index} was not kept or already taken`);
+    this.#inputs[index] = undefined;
+    return input;
+  }
+
+  release(): void {
+    this.#backend.free(...this.#inputs);
+    this.quantized.release();
+    this.reference.release();
+  }
+}
+
+function inverseScaling(scales: Float32Array): LinearPart['transform'] {
+  return {
+    channels: scales.length,
+    groupSize: scales.length,
+    krot: 0,
+    pairs: new Int16Array(0),
+    theta: new Float32Array(0),
+    channelScales: scales.map((s) => 1 / s),
+  };
+}

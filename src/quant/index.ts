@@ -1,0 +1,12 @@
+// Quantization for library users: recipes, plan, pipeline and its types (`gyre/quant`).
+export { sampleWindows, documentsOf, type CalibrationText, type CalibrationTokens } from './calibration/tokens.js';
+export { searchClip, type ClipSearchOptions } from './grids/clip.js';
+export { evaluateObjective, learnTransform, type LayerObjective, type LearnOptions } from './objectives/layer.js';
+export { quadraticError } from './objectives/error.js';
+export { AdamW, cosineRate, type AdamWOptions } from './optimizer.js';
+export { quantizeModel } from './pipeline.js';
+export { planQuantization, type GroupDecision, type Layout, type QuantizePlan } from './plan.js';
+export { findRecipe, RECIPES } from './recipes/index.js';
+export type { GroupReport, PipelineReport, QuantizeRun } from './run.js';
+export { blockShard, REST_SHARD, type CheckpointSink } from './sink.js';
+export type { GroupResult, GroupTask, InputFold, QuantizedPart, QuantizeSettings, Recipe, Rounding } from './types.js';

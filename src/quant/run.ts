@@ -1,0 +1,56 @@
+// What a quantization run is made of and what it reports: the types shared by the pipeline and its blocks.
+import type { ProgressListener } from '../core/progress.js';
+import type { QuantizationConfig } from '../formats/quantization-config.js';
+import type { TensorEntry } from '../formats/safetensors-writer.js';
+import type { GroupName } from '../models/block.js';
+import type { ModelSource } from '../models/load.js';
+import type { Backend, Tensor } from '../ops/backend.js';
+import type { CalibrationTokens } from './calibration/tokens.js';
+import type { QuantizePlan } from './plan.js';
+import type { CheckpointSink } from './sink.js';
+import type { QuantizeSettings, Recipe } from './types.js';
+
+/** Arguments of quantizeModel. */
+export interface QuantizeRun {
+  readonly backend: Backend;
+  readonly source: ModelSource;
+  readonly recipe: Recipe;
+  readonly settings: QuantizeSettings;
+  readonly plan: QuantizePlan;
+  readonly quantization: QuantizationConfig;
+  /** Undefined for recipes that need none. */
+  readonly calibration: CalibrationTokens | undefined;
+  readonly sink: CheckpointSink;
+  readonly onProgress?: ProgressListener;
+  readonly signal?: AbortSignal;
+}
+
+/** What became of one linear group. */
+export interface GroupReport {
+  readonly layer: number;
+  readonly group: GroupName;
+  readonly modules: readonly string[];
+  readonly seconds: number;
+  readonly stats: Readonly<Record<string, number>>;
+  readonly curve?: readonly number[];
+}
+
+/** What quantizeModel returns: reports of the groups quantized by this call (not of blocks finished before), and where time went. */
+export interface PipelineReport {
+  readonly groups: readonly GroupReport[];
+  readonly seconds: Readonly<Record<'forward' | 'statistics' | 'quantize' | 'write', number>>;
+}
+
+/** One chunk of calibration sequences as it moves through the blocks. */
+export interface Chunk {
+  readonly batch: number;
+  /** Residual streams [batch·length, hidden]; the same tensor until the first quantized block. */
+  reference: Tensor;
+  quantized: Tensor;
+}
+
+/** A tensor of the source as it is. */
+export function copyEntry(source: ModelSource, name: string): TensorEntry {
+  const { dtype, shape } = source.checkpoint.info(name);
+  return { name, dtype, shape, data: async () => (await source.checkpoint.read(name)).data };
+}
