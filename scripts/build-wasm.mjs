@@ -10,17 +10,36 @@ const root = path.dirname(path.dirname(fileURLToPath(import.meta.url)));
 const folder = path.join(root, 'src/backends/cpu/wasm/assembly');
 const output = path.join(root, 'src/backends/cpu/wasm/kernels.generated.ts');
 
-const common = ['--runtime', 'stub', '--enable', 'simd', '--use', 'abort=', '--importMemory', '-O3', '--noAssert', '--converge',
+const common = [
+  '--runtime',
+  'stub',
+  '--enable',
+  'simd',
+  '--use',
+  'abort=',
+  '--importMemory',
+  '-O3',
+  '--noAssert',
+  '--converge',
   // 64-bit portability of address arithmetic, and v128 in signatures of helpers: neither concerns wasm32 called from our wrappers.
-  '--disableWarning', '201', '--disableWarning', '112'];
+  '--disableWarning',
+  '201',
+  '--disableWarning',
+  '112',
+];
 const builds = [
-  { name: 'SHARED', options: ['--enable', 'threads', '--sharedMemory', '--initialMemory', '1', '--maximumMemory', '65536'] },
+  {
+    name: 'SHARED',
+    options: ['--enable', 'threads', '--sharedMemory', '--initialMemory', '1', '--maximumMemory', '65536'],
+  },
   { name: 'PLAIN', options: ['--initialMemory', '1', '--maximumMemory', '65536'] },
 ];
 
 async function inputHash() {
   const hash = createHash('sha256');
-  const version = JSON.parse(await readFile(path.join(root, 'node_modules/assemblyscript/package.json'), 'utf8')).version;
+  const version = JSON.parse(
+    await readFile(path.join(root, 'node_modules/assemblyscript/package.json'), 'utf8'),
+  ).version;
   hash.update(JSON.stringify([version, common, builds]));
   for (const name of (await readdir(folder)).filter((n) => n.endsWith('.ts')).sort()) {
     hash.update(name).update(await readFile(path.join(folder, name)));
@@ -37,7 +56,15 @@ if (!previous.includes(hash)) {
   try {
     for (const { name, options } of builds) {
       const file = path.join(temporary, `${name}.wasm`);
-      const { error, stderr } = await asc.main([path.join(folder, 'index.ts'), '--baseDir', root, '--outFile', file, ...common, ...options]);
+      const { error, stderr } = await asc.main([
+        path.join(folder, 'index.ts'),
+        '--baseDir',
+        root,
+        '--outFile',
+        file,
+        ...common,
+        ...options,
+      ]);
       if (error) {
         console.error(stderr.toString());
         throw new Error(`compiling the ${name} kernels failed: ${error.message}`);

@@ -24,7 +24,11 @@ export interface SelfWrittenOptions {
 }
 
 /** Lets the model write `sequences` × `length` tokens. Deterministic for a seed. */
-export async function writeCalibrationText(source: ModelSource, tokenizer: Tokenizer, options: SelfWrittenOptions): Promise<CalibrationTokens> {
+export async function writeCalibrationText(
+  source: ModelSource,
+  tokenizer: Tokenizer,
+  options: SelfWrittenOptions,
+): Promise<CalibrationTokens> {
   const { sequences, length, seed } = options;
   const { config } = source;
   const onProgress = options.onProgress ?? silent;
@@ -52,7 +56,12 @@ export async function writeCalibrationText(source: ModelSource, tokenizer: Token
       ids.set(prompts[i].subarray(0, length), i * length);
       ids.set(text.ids.subarray(0, length - prompts[i].length), i * length + prompts[i].length);
     });
-    return { ids, sequences, length, description: `${sequences} × ${length} tokens written by the model itself (seed ${seed})` };
+    return {
+      ids,
+      sequences,
+      length,
+      description: `${sequences} × ${length} tokens written by the model itself (seed ${seed})`,
+    };
   } finally {
     await backend.dispose();
   }

@@ -1,27 +1,32 @@
 // `gyre quantize` as a function: from a model's name to a finished checkpoint folder. Ties together the hub, the plan,
 // calibration text (given or written by the model), the pipeline and the output folder.
 import { createHash } from 'node:crypto';
-import { readFile, stat } from 'node:fs/promises';
-import { basename } from 'node:path';
+import { readdir, readFile, stat } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
+import path from 'node:path';
 import { openBackend, type BackendName } from './backends/registry.js';
 import { GyreError, ensure } from './core/errors.js';
 import { silent, type ProgressListener } from './core/progress.js';
 import { createRng } from './core/rng.js';
-import { hostTensor } from './core/tensor.js';
+import { bytesOf, hostTensor } from './core/tensor.js';
 import { freeBytes } from './formats/atomic.node.js';
 import { resolveModel } from './formats/hub.node.js';
 import { quantizationConfigJson, type QuantizationConfig } from './formats/quantization-config.js';
-import { inspectOutput, RunFolder, TOKENS_FILE } from './formats/run-folder.node.js';
+import { inspectOutput, partialFolder, RunFolder, TOKENS_FILE } from './formats/run-folder.node.js';
 import { SafetensorsFile } from './formats/safetensors.js';
 import { writeSafetensors } from './formats/safetensors-writer.node.js';
 import { openFile } from './formats/source.node.js';
 import { MAX_TEXT_BYTES, type ModelFiles } from './formats/source.js';
 import { writeCalibrationText } from './calibration-text.node.js';
 import { GROUP_NAMES } from './models/block.js';
-import { groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
+import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
 import type { WeightBits } from './ops/backend.js';
-import { sampleWindows, type CalibrationText, type CalibrationTokens } from './quant/calibration/tokens.js';
+import {
+  documentsOf,
+  sampleWindows,
+  type CalibrationText,
+  type CalibrationTokens,
+} from './quant/calibration/tokens.js';
 import { quantizeModel } from './quant/pipeline.js';
 import type { GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
@@ -57,6 +62,8 @@ export interface QuantizeOptions {
   readonly seed?: number;
   /** Calibration texts (.txt, .jsonl with "text"); without any, the model writes its own. */
   readonly calib?: readonly string[];
+  /** Calibration sequences made before (by {@link writeCalibrationText}, say), instead of texts. */
+  readonly calibrationTokens?: CalibrationTokens;
   /** Calibration sequences; default 64. */
   readonly calibSamples?: number;
   /** Tokens per calibration sequence; default 512. */
@@ -95,7 +102,18 @@ export interface QuantizeReport {
   readonly groups: readonly GroupReport[];
 }
 
-const DEFAULTS = { method: 'paroquant', bits: 4, groupSize: 128, krot: 8, scales: true, share: true, steps: 100, seed: 0, calibSamples: 64, seqLen: 512 } as const;
+const DEFAULTS = {
+  method: 'paroquant',
+  bits: 4,
+  groupSize: 128,
+  krot: 8,
+  scales: true,
+  share: true,
+  steps: 100,
+  seed: 0,
+  calibSamples: 64,
+  seqLen: 512,
+} as const;
 
 /** Files copied beside the weights when the model has them. */
 const COPIED_FILES = [
@@ -125,11 +143,23 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         remedy: 'start from the original 16-bit checkpoint',
       });
     }
-    const shape = { sequences: options.calibSamples ?? DEFAULTS.calibSamples, length: options.seqLen ?? DEFAULTS.seqLen };
-    checkShape(source, shape, recipe);
+    checkTensors(source);
+    const calibrated = recipe.needs !== 'nothing';
+    const given = calibrated ? options.calibrationTokens : undefined;
+    const shape = {
+      sequences: given?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples,
+      length: given?.length ?? options.seqLen ?? DEFAULTS.seqLen,
+    };
+    if (calibrated) checkShape(source, shape, given);
     const plan = planQuantization(source.config, settings, recipe, shape, otherBytes(source));
-    const texts = recipe.needs === 'nothing' ? [] : await readTexts(options.calib ?? []);
-    const fingerprint = fingerprintOf(source, settings, shape, texts, recipe);
+    const texts = calibrated && !given ? await readTexts(options.calib ?? []) : [];
+    const tokenizer = calibrated && !given ? await loadTokenizer(source.files) : undefined;
+    const ready =
+      given ??
+      (tokenizer && texts.length > 0
+        ? sampleWindows(tokenizer, texts, shape, createRng(settings.seed).fork('calibration'))
+        : undefined);
+    const fingerprint = await fingerprintOf(source, settings, calibrated ? { shape, texts, tokens: given } : undefined);
     options.onPlan?.({ ...plan, lines: describePlan(source, plan, settings, recipe, shape, texts) });
     const state = await inspectOutput(options.out, fingerprint);
     const report = (parts: Partial<QuantizeReport>): QuantizeReport => ({
@@ -152,38 +182,53 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     if (state === 'finished' || options.dryRun) return report({ skipped: true });
     await checkDisk(options.out, plan);
 
-    const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
-    const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
     const threads = options.threads ?? availableParallelism();
     const backend = await openBackend(options.device ?? 'cpu', { threads });
     try {
-      const textStart = performance.now();
-      const calibration = recipe.needs === 'nothing' ? undefined : await calibrationTokens(folder, source, texts, shape, settings.seed, options, threads);
-      const calibrationText = (performance.now() - textStart) / 1000;
-      const quantization = quantizationOf(source, settings, recipe, plan);
-      const pipeline = await quantizeModel({
-        backend,
-        source,
-        recipe,
-        settings,
-        plan,
-        quantization,
-        calibration,
-        sink: folder,
-        onProgress,
-        signal: options.signal,
-      });
-      const description = calibration?.description ?? 'none';
-      await folder.finish(await resultFiles(source, quantization, { fingerprint, settings, calibration: description, notes: plan.notes }));
-      return report({
-        calibration: description,
-        linearBytes: await linearBytes(options.out, source),
-        seconds: (performance.now() - start) / 1000,
-        breakdown: { ...pipeline.seconds, calibrationText },
-        groups: pipeline.groups,
-      });
+      const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
+      const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
+      try {
+        // Another run may have finished between the look at the folder and the lock.
+        if ((await inspectOutput(options.out, fingerprint)) === 'finished') return report({ skipped: true });
+        const textStart = performance.now();
+        const writing = { ...shape, seed: settings.seed, threads, onProgress, signal: options.signal };
+        const calibration =
+          ready ??
+          (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));
+        const calibrationText = (performance.now() - textStart) / 1000;
+        const quantization = quantizationOf(source, settings, recipe, plan);
+        const pipeline = await quantizeModel({
+          backend,
+          source,
+          recipe,
+          settings,
+          plan,
+          quantization,
+          calibration,
+          sink: folder,
+          onProgress,
+          signal: options.signal,
+        });
+        const description = calibration?.description ?? 'none';
+        await folder.finish(
+          await resultFiles(source, quantization, {
+            fingerprint,
+            settings,
+            calibration: description,
+            notes: plan.notes,
+          }),
+        );
+        return report({
+          calibration: description,
+          linearBytes: await linearBytes(options.out, source),
+          seconds: (performance.now() - start) / 1000,
+          breakdown: { ...pipeline.seconds, calibrationText },
+          groups: pipeline.groups,
+        });
+      } finally {
+        await folder.close();
+      }
     } finally {
-      await folder.close();
       await backend.dispose();
     }
   } finally {
@@ -196,8 +241,16 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
   const groupSize = options.groupSize ?? DEFAULTS.groupSize;
   const krot = options.krot ?? DEFAULTS.krot;
   ensure([2, 3, 4, 8].includes(bits), 'usage', () => `--bits must be 2, 3, 4 or 8, found ${bits}`);
-  ensure([-1, 32, 64, 128].includes(groupSize), 'usage', () => `--group-size must be 32, 64, 128 or -1 (per channel), found ${groupSize}`);
-  ensure(Number.isInteger(krot) && krot >= 0 && krot <= 31, 'usage', () => `--krot must be between 0 and 31, found ${krot}`);
+  ensure(
+    [-1, 32, 64, 128].includes(groupSize),
+    'usage',
+    () => `--group-size must be 32, 64, 128 or -1 (per channel), found ${groupSize}`,
+  );
+  ensure(
+    Number.isInteger(krot) && krot >= 0 && krot <= 31,
+    'usage',
+    () => `--krot must be between 0 and 31, found ${krot}`,
+  );
   return {
     method: options.method ?? DEFAULTS.method,
     bits,
@@ -211,13 +264,29 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
   };
 }
 
-function checkShape(source: ModelSource, shape: { sequences: number; length: number }, recipe: Recipe): void {
-  if (recipe.needs === 'nothing') return;
-  ensure(shape.sequences >= 1 && shape.length >= 2, 'usage', 'calibration needs at least one sequence of two tokens');
+function checkShape(
+  source: ModelSource,
+  shape: { sequences: number; length: number },
+  given: CalibrationTokens | undefined,
+): void {
+  const { sequences, length } = shape;
+  ensure(
+    Number.isInteger(sequences) && Number.isInteger(length) && sequences >= 1 && length >= 2,
+    'usage',
+    () => `calibration needs at least one sequence of two tokens, found ${sequences} of ${length}`,
+    'raise --calib-samples or --seq-len',
+  );
+  ensure(
+    !given || given.ids.length === sequences * length,
+    'calibration',
+    () => `the calibration tokens should be ${sequences} × ${length} ids, found ${given?.ids.length}`,
+    'pass sequences of equal length, one after the other',
+  );
   ensure(
     shape.length <= source.config.maxPositions,
     'context-length',
-    () => `calibration sequences of ${shape.length} tokens are longer than the model's context of ${source.config.maxPositions}`,
+    () =>
+      `calibration sequences of ${shape.length} tokens are longer than the model's context of ${source.config.maxPositions}`,
     'use a smaller --seq-len',
   );
 }
@@ -225,7 +294,9 @@ function checkShape(source: ModelSource, shape: { sequences: number; length: num
 /** Bytes of everything that is copied as it is. */
 function otherBytes(source: ModelSource): number {
   const linears = new Set(
-    Array.from({ length: source.config.layers }, (_, layer) => GROUP_NAMES.flatMap((g) => groupModules(layer, g).map((m) => `${m}.weight`))).flat(),
+    Array.from({ length: source.config.layers }, (_, layer) =>
+      GROUP_NAMES.flatMap((g) => groupModules(layer, g).map((m) => `${m}.weight`)),
+    ).flat(),
   );
   let bytes = 0;
   for (const name of source.checkpoint.names()) {
@@ -239,46 +310,90 @@ async function readTexts(names: readonly string[]): Promise<CalibrationText[]> {
   const texts: CalibrationText[] = [];
   for (const name of names) {
     const info = await stat(name).catch(() => undefined);
-    if (!info?.isFile()) throw new GyreError('file-missing', `calibration text ${name} is not a file`, { remedy: 'check the path given to --calib' });
-    ensure(info.size <= MAX_TEXT_BYTES, 'limit-exceeded', `calibration text ${name} has ${info.size} bytes, the limit is ${MAX_TEXT_BYTES}`, 'give a part of it');
-    const text = await readFile(name, 'utf8');
-    ensure(text.trim() !== '', 'calibration', `calibration text ${name} is empty`, 'give a file with text in it');
-    texts.push({ name: basename(name), text });
+    if (!info?.isFile())
+      throw new GyreError('file-missing', `calibration text ${name} is not a file`, {
+        remedy: 'check the path given to --calib',
+      });
+    ensure(
+      info.size <= MAX_TEXT_BYTES,
+      'limit-exceeded',
+      `calibration text ${name} has ${info.size} bytes, the limit is ${MAX_TEXT_BYTES}`,
+      'give a part of it',
+    );
+    const text = { name: path.basename(name), text: decodeText(await readFile(name), name) };
+    const documents = documentsOf(text); // names a line that is wrong before anything is done
+    ensure(
+      documents.some((document) => document.trim() !== ''),
+      'calibration',
+      () => `calibration text ${name} is empty`,
+      'give a file with text in it',
+    );
+    texts.push(text);
   }
   return texts;
 }
 
-/** Two runs with equal fingerprints make equal bytes: the model's tensors, the settings, the calibration text, gyre itself. */
-function fingerprintOf(source: ModelSource, settings: QuantizeSettings, shape: object, texts: readonly CalibrationText[], recipe: Recipe): string {
+function decodeText(bytes: Uint8Array, name: string): string {
+  try {
+    return new TextDecoder('utf-8', { fatal: true }).decode(bytes);
+  } catch (cause) {
+    throw new GyreError('calibration', `calibration text ${name} is not UTF-8 text`, {
+      remedy: 'save it as UTF-8',
+      cause,
+    });
+  }
+}
+
+/**
+ * Two runs with equal fingerprints make equal bytes: the model (config, every tensor's place and first row; hashing all of
+ * it would take as long as reading it twice), the settings, the calibration, gyre itself.
+ */
+async function fingerprintOf(
+  source: ModelSource,
+  settings: QuantizeSettings,
+  calibration: { shape: object; texts: readonly CalibrationText[]; tokens: CalibrationTokens | undefined } | undefined,
+): Promise<string> {
   const hash = createHash('sha256');
-  hash.update(JSON.stringify({ version: VERSION, settings, shape: recipe.needs === 'nothing' ? null : shape, config: source.rawConfig }));
+  const digest = (data: string | Uint8Array): string => createHash('sha256').update(data).digest('hex');
+  hash.update(JSON.stringify({ version: VERSION, settings, shape: calibration?.shape, config: source.rawConfig }));
   for (const name of [...source.checkpoint.names()].sort()) {
     const { dtype, shape: dims, begin, end } = source.checkpoint.info(name);
     hash.update(JSON.stringify([name, dtype, dims, begin, end]));
+    const sample = await (dims.length === 2
+      ? source.checkpoint.readRows(name, 0, Math.min(1, dims[0]))
+      : source.checkpoint.read(name));
+    hash.update(bytesOf(sample.data));
   }
-  for (const { name, text } of texts) hash.update(JSON.stringify([name, createHash('sha256').update(text).digest('hex')]));
+  for (const { name, text } of calibration?.texts ?? []) hash.update(JSON.stringify([name, digest(text)]));
+  if (calibration?.tokens) hash.update(digest(bytesOf(calibration.tokens.ids)));
   return hash.digest('hex');
 }
 
 async function checkDisk(out: string, plan: QuantizePlan): Promise<void> {
   const free = await freeBytes(out);
+  const needed = Math.max(0, plan.outputBytes * 1.05 - (await bytesIn(partialFolder(out))));
   ensure(
-    free >= plan.outputBytes * 1.05,
+    free >= needed,
     'disk-full',
-    () => `the result needs about ${megabytes(plan.outputBytes)}, ${megabytes(free)} are free where ${out} would be`,
+    () => `the result needs about ${megabytes(needed)} more, ${megabytes(free)} are free where ${out} would be`,
     'free some space or choose another --out',
   );
 }
 
-/** The run's tokens: those of the interrupted run if there are any, sampled from the texts, or written by the model. */
-async function calibrationTokens(
+/** Bytes of a folder's finished shards. */
+async function bytesIn(folder: string): Promise<number> {
+  let bytes = 0;
+  for (const name of await readdir(folder).catch(() => [])) {
+    if (name.endsWith('.safetensors')) bytes += (await stat(path.join(folder, name))).size;
+  }
+  return bytes;
+}
+
+/** Tokens that take long to make, kept beside the shards: those of the interrupted run if there are any. */
+async function storedTokens(
   folder: RunFolder,
-  source: ModelSource,
-  texts: readonly CalibrationText[],
   shape: { sequences: number; length: number },
-  seed: number,
-  options: QuantizeOptions,
-  threads: number,
+  make: () => Promise<CalibrationTokens>,
 ): Promise<CalibrationTokens> {
   const stored = folder.temporary(TOKENS_FILE);
   if (await stat(stored).catch(() => undefined)) {
@@ -287,19 +402,21 @@ async function calibrationTokens(
     await file.close();
     return { ...shape, ids: ids.data as Int32Array, description: file.metadata['description'] ?? '' };
   }
-  const tokenizer = await loadTokenizer(source.files);
-  const rng = createRng(seed).fork('calibration');
-  const tokens =
-    texts.length > 0
-      ? sampleWindows(tokenizer, texts, shape, rng)
-      : await writeCalibrationText(source, tokenizer, { ...shape, seed, threads, onProgress: options.onProgress, signal: options.signal });
+  const tokens = await make();
   const ids = hostTensor('i32', [shape.sequences, shape.length], tokens.ids);
-  await writeSafetensors(stored, [{ name: 'ids', dtype: 'i32', shape: ids.shape, data: () => ids.data }], { metadata: { description: tokens.description } });
+  await writeSafetensors(stored, [{ name: 'ids', dtype: 'i32', shape: ids.shape, data: () => ids.data }], {
+    metadata: { description: tokens.description },
+  });
   return tokens;
 }
 
 /** The quantization config of a planned run. */
-export function quantizationOf(source: ModelSource, settings: QuantizeSettings, recipe: Recipe, plan: QuantizePlan): QuantizationConfig {
+export function quantizationOf(
+  source: ModelSource,
+  settings: QuantizeSettings,
+  recipe: Recipe,
+  plan: QuantizePlan,
+): QuantizationConfig {
   const { config } = source;
   const overrides: Record<string, number> = {};
   const kept: string[] = config.tiedEmbeddings ? [] : ['lm_head'];
@@ -308,7 +425,8 @@ export function quantizationOf(source: ModelSource, settings: QuantizeSettings, 
     for (let layer = 0; layer < config.layers; layer++) {
       for (const module of groupModules(layer, group)) {
         if (decision.kind === 'keep') kept.push(module);
-        else if (settings.groupSize !== -1 && decision.groupSize !== settings.groupSize) overrides[module] = decision.groupSize;
+        else if (settings.groupSize !== -1 && decision.groupSize !== settings.groupSize)
+          overrides[module] = decision.groupSize;
       }
     }
   }
@@ -354,7 +472,9 @@ async function linearBytes(out: string, source: ModelSource): Promise<number> {
   const { folderFiles } = await import('./formats/source.node.js');
   const { Checkpoint } = await import('./formats/safetensors.js');
   const checkpoint = await Checkpoint.open(await folderFiles(out));
-  const prefixes = Array.from({ length: source.config.layers }, (_, layer) => GROUP_NAMES.flatMap((g) => groupModules(layer, g))).flat();
+  const prefixes = Array.from({ length: source.config.layers }, (_, layer) =>
+    GROUP_NAMES.flatMap((g) => groupModules(layer, g)),
+  ).flat();
   const modules = new Set(prefixes);
   let bytes = 0;
   for (const name of checkpoint.names()) {

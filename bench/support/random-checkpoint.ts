@@ -9,8 +9,26 @@ import { writeSafetensors } from '../../src/formats/safetensors-writer.node.js';
 
 /** Shapes of published models. */
 export const SHAPES = {
-  'qwen3-0.6b': { hidden: 1024, intermediate: 3072, layers: 28, heads: 16, kvHeads: 8, headDim: 128, vocab: 151936, tied: true },
-  'qwen3-1.7b': { hidden: 2048, intermediate: 6144, layers: 28, heads: 16, kvHeads: 8, headDim: 128, vocab: 151936, tied: true },
+  'qwen3-0.6b': {
+    hidden: 1024,
+    intermediate: 3072,
+    layers: 28,
+    heads: 16,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    tied: true,
+  },
+  'qwen3-1.7b': {
+    hidden: 2048,
+    intermediate: 6144,
+    layers: 28,
+    heads: 16,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    tied: true,
+  },
 } as const;
 export type ShapeName = keyof typeof SHAPES;
 
@@ -21,7 +39,10 @@ function bf16Normals(count: number, scale: number, channels: number, seed: numbe
   const rng = createRng(seed);
   const table = Float32Array.from({ length: 65536 }, () => rng.normal());
   // Log-normal channel magnitudes with a few outliers, as trained weights have.
-  const channel = Float32Array.from({ length: channels }, () => scale * Math.exp(0.3 * rng.normal()) * (rng.uniform() < 0.005 ? 6 : 1));
+  const channel = Float32Array.from(
+    { length: channels },
+    () => scale * Math.exp(0.3 * rng.normal()) * (rng.uniform() < 0.005 ? 6 : 1),
+  );
   const out = new Uint16Array(count);
   let state = (seed * 2654435761 + 1) >>> 0;
   for (let i = 0; i < count; i++) {
@@ -34,7 +55,11 @@ function bf16Normals(count: number, scale: number, channels: number, seed: numbe
 }
 
 /** Makes the checkpoint in `folder` unless it is there. `layers` shortens the model. */
-export async function makeRandomCheckpoint(folder: string, name: ShapeName, layers: number = SHAPES[name].layers): Promise<void> {
+export async function makeRandomCheckpoint(
+  folder: string,
+  name: ShapeName,
+  layers: number = SHAPES[name].layers,
+): Promise<void> {
   if (await stat(path.join(folder, 'model.safetensors')).catch(() => undefined)) return;
   const { hidden, intermediate, heads, kvHeads, headDim, vocab, tied } = SHAPES[name];
   await mkdir(folder, { recursive: true });
@@ -42,10 +67,20 @@ export async function makeRandomCheckpoint(folder: string, name: ShapeName, laye
   let seed = 1;
   const matrix = (tensor: string, out: number, inside: number, scale: number): void => {
     const own = seed++;
-    entries.push({ name: tensor, dtype: 'bf16', shape: [out, inside], data: () => bf16Normals(out * inside, scale, inside, own) });
+    entries.push({
+      name: tensor,
+      dtype: 'bf16',
+      shape: [out, inside],
+      data: () => bf16Normals(out * inside, scale, inside, own),
+    });
   };
   const norm = (tensor: string, size: number): void => {
-    entries.push({ name: tensor, dtype: 'bf16', shape: [size], data: () => new Uint16Array(size).fill(f32ToBf16Bits(1)) });
+    entries.push({
+      name: tensor,
+      dtype: 'bf16',
+      shape: [size],
+      data: () => new Uint16Array(size).fill(f32ToBf16Bits(1)),
+    });
   };
   matrix('model.embed_tokens.weight', vocab, hidden, 0.02);
   for (let i = 0; i < layers; i++) {
@@ -64,7 +99,8 @@ export async function makeRandomCheckpoint(folder: string, name: ShapeName, laye
   }
   norm('model.norm.weight', hidden);
   if (!tied) matrix('lm_head.weight', vocab, hidden, 0.02);
-  for (const file of ['tokenizer.json', 'tokenizer_config.json']) await copyFile(path.join(TOKENIZER, file), path.join(folder, file));
+  for (const file of ['tokenizer.json', 'tokenizer_config.json'])
+    await copyFile(path.join(TOKENIZER, file), path.join(folder, file));
   const config = {
     architectures: ['Qwen3ForCausalLM'],
     model_type: 'qwen3',

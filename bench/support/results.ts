@@ -19,7 +19,9 @@ export function round(x: number): number {
 
 /** Machine, versions, load. */
 export function machine(): Record<string, unknown> {
-  const ort = JSON.parse(readFileSync(path.join(ROOT, 'node_modules/onnxruntime-node/package.json'), 'utf8')) as { version: string };
+  const ort = JSON.parse(readFileSync(path.join(ROOT, 'node_modules/onnxruntime-node/package.json'), 'utf8')) as {
+    version: string;
+  };
   return {
     date: new Date().toISOString(),
     gyre: VERSION,

@@ -26,6 +26,8 @@ export async function openBackend(name: BackendName, options: BackendOptions = {
       return (await import('../ops/reference/backend.js')).createReferenceBackend();
     default:
       unreachable(name);
-      throw new GyreError('unsupported', `unknown backend '${String(name)}'`, { remedy: `choose one of: ${BACKENDS.join(', ')}` });
+      throw new GyreError('unsupported', `unknown backend '${String(name)}'`, {
+        remedy: `choose one of: ${BACKENDS.join(', ')}`,
+      });
   }
 }

@@ -20,8 +20,14 @@ export async function main(argv: readonly string[]): Promise<void> {
   const json = argv.includes('--json');
   const interrupt = new AbortController();
   const context = createContext(json, interrupt.signal);
+  let first = 0;
   const onSignal = (): void => {
-    if (interrupt.signal.aborted) process.exit(EXIT.interrupted);
+    if (interrupt.signal.aborted) {
+      // npx hands on the Ctrl-C that the terminal has sent to us already.
+      if (performance.now() - first > 500) process.exit(EXIT.interrupted);
+      return;
+    }
+    first = performance.now();
     interrupt.abort();
     context.progress.note('Stopping at the next safe point; press Ctrl-C again to stop at once.');
   };

@@ -9,16 +9,19 @@ export type FloatDType = 'f64' | 'f32' | 'f16' | 'bf16';
 
 /** The typed array that holds elements of each {@link DType}. */
 export type TypedArray =
-  | Float64Array
-  | Float32Array
-  | Uint16Array
-  | BigInt64Array
-  | Int32Array
-  | Int16Array
-  | Int8Array
-  | Uint8Array;
+  Float64Array | Float32Array | Uint16Array | BigInt64Array | Int32Array | Int16Array | Int8Array | Uint8Array;
 
-const BYTES: Readonly<Record<DType, number>> = { f64: 8, f32: 4, f16: 2, bf16: 2, i64: 8, i32: 4, i16: 2, i8: 1, u8: 1 };
+const BYTES: Readonly<Record<DType, number>> = {
+  f64: 8,
+  f32: 4,
+  f16: 2,
+  bf16: 2,
+  i64: 8,
+  i32: 4,
+  i16: 2,
+  i8: 1,
+  u8: 1,
+};
 
 /** Bytes per element. */
 export function bytesPerElement(dtype: DType): number {

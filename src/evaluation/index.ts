@@ -7,7 +7,14 @@ export {
   type LinearStatistics,
   type ModelSummary,
 } from './inspect.js';
-export { cutWindows, evaluateText, type EvaluateOptions, type TextEvaluation } from './perplexity.js';
+export {
+  cutWindows,
+  evaluateText,
+  remembering,
+  type EvaluateOptions,
+  type Predictor,
+  type TextEvaluation,
+} from './perplexity.js';
 export * from './tasks/index.js';
 export {
   evaluateTasks,

@@ -7,7 +7,8 @@
 // kl = mean KL(reference ‖ model) in nats over the same tokens.
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
-import { contextLength } from '../generate/index.js';
+import { contextLength, createBreath } from '../generate/index.js';
+import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tensor } from '../ops/backend.js';
 
@@ -16,6 +17,31 @@ const ROWS_PER_PASS = 1024;
 
 /** Bytes of logits held at a time (per model), unless told how many rows. */
 const LOGITS_BYTES = 64 * 1024 * 1024;
+
+/** What is evaluated: a {@link Decoder}, or something that answers like one. */
+export type Predictor = Pick<Decoder, 'backend' | 'config' | 'hidden' | 'logits'>;
+
+/**
+ * A model that remembers its hidden states, in host memory (hidden size × 4 bytes a token): a reference that several
+ * models are compared with runs its blocks only once over the text.
+ */
+export function remembering(decoder: Decoder): Predictor {
+  const { backend, config } = decoder;
+  const seen = new Map<string, Float32Array>();
+  return {
+    backend,
+    config,
+    logits: (hidden) => decoder.logits(hidden),
+    hidden: async (ids, options) => {
+      const key = `${options?.batch ?? 1}:${ids.join()}`;
+      const known = seen.get(key);
+      if (known) return backend.upload(hostTensor('f32', [ids.length, config.hiddenSize], known));
+      const hidden = await decoder.hidden(ids, options);
+      seen.set(key, (await backend.download(hidden)).slice());
+      return hidden;
+    },
+  };
+}
 
 /** Options of {@link evaluateText}. */
 export interface EvaluateOptions {
@@ -26,7 +52,7 @@ export interface EvaluateOptions {
   /** Start token each window opens with; none by default. Give the tokenizer's. */
   readonly bosTokenId?: number;
   /** A model on the same backend, with the same vocabulary, to compare with. */
-  readonly reference?: Decoder;
+  readonly reference?: Predictor;
   /** Rows whose logits are computed at a time; default what fits 64 MiB. */
   readonly rowsPerLogits?: number;
   /** Stage `evaluate`, in windows. */
@@ -64,7 +90,7 @@ export interface TextEvaluation {
  * `non-finite` when the model's logits are, `interrupted`.
  */
 export async function evaluateText(
-  decoder: Decoder,
+  decoder: Predictor,
   tokens: Int32Array,
   options: EvaluateOptions = {},
 ): Promise<TextEvaluation> {
@@ -80,8 +106,11 @@ export async function evaluateText(
   const kl: number[] = [];
   const agree: number[] = [];
   const referenceNll: number[] = [];
+  const breathe = createBreath();
   for (let begin = 0; begin < windows.length; begin += perPass) {
-    if (signal?.aborted) throw new GyreError('interrupted', 'the evaluation was interrupted');
+    await breathe();
+    if (signal?.aborted)
+      throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again.' });
     const batch = windows.slice(begin, begin + perPass);
     const scores = await scoreWindows(decoder, reference, batch, rowsPerLogits);
     for (const window of scores) {
@@ -160,8 +189,8 @@ interface WindowScore {
 
 /** Mean scores of each window of a batch of windows of one length. */
 async function scoreWindows(
-  decoder: Decoder,
-  reference: Decoder | undefined,
+  decoder: Predictor,
+  reference: Predictor | undefined,
   batch: readonly Int32Array[],
   rowsPerLogits: number,
 ): Promise<WindowScore[]> {
@@ -201,7 +230,7 @@ async function scoreWindows(
   return scores;
 }
 
-function windowLength(decoder: Decoder, reference: Decoder | undefined, seqLen: number | undefined): number {
+function windowLength(decoder: Predictor, reference: Predictor | undefined, seqLen: number | undefined): number {
   const contexts = [decoder, reference].flatMap((d) => (d ? [contextLength(d.config)] : []));
   const context = Math.min(...contexts);
   if (seqLen === undefined) return Math.min(1024, context);
@@ -219,7 +248,7 @@ function windowLength(decoder: Decoder, reference: Decoder | undefined, seqLen: 
   return seqLen;
 }
 
-function checkReference(decoder: Decoder, reference: Decoder): void {
+function checkReference(decoder: Predictor, reference: Predictor): void {
   ensure(reference.backend === decoder.backend, 'usage', 'the model and its reference must be on the same backend');
   const [own, other] = [decoder.config.vocabSize, reference.config.vocabSize];
   ensure(

@@ -114,6 +114,11 @@ export async function writeFileAtomic(file: string, content: string | Uint8Array
   await out.finish(() => out.write(typeof content === 'string' ? new TextEncoder().encode(content) : content));
 }
 
+/** Whether a file's name is one of {@link AtomicFile}'s temporary ones. */
+export function isTemporary(name: string): boolean {
+  return TEMP_PATTERN.test(name);
+}
+
 /** Removes temporary files that killed processes left in a folder. @returns their number. */
 export async function removeStaleTemporaries(folder: string): Promise<number> {
   let removed = 0;
@@ -260,7 +265,7 @@ export async function freeBytes(folder: string): Promise<number> {
       return bavail * bsize;
     } catch (error) {
       const parent = path.dirname(at);
-      if (codeOf(error) !== 'ENOENT' || parent === at) throw error;
+      if (!['ENOENT', 'ENOTDIR'].includes(codeOf(error) ?? '') || parent === at) throw error;
       at = parent;
     }
   }

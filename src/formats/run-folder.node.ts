@@ -1,18 +1,18 @@
 // The output folder of a quantization run: everything is written to `<out>.partial` beside it, shard by shard, under a
 // fingerprint and a lock, and the folder is renamed when whole. A killed run leaves a partial folder that can be resumed.
-import { mkdir, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rename, rm, rmdir, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { z } from 'zod';
 import { GyreError } from '../core/errors.js';
 import {
   asDiskError,
+  isTemporary,
   lockFolder,
   LOCK_FILE,
   removeStaleTemporaries,
   writeFileAtomic,
   type Lock,
 } from './atomic.node.js';
-import { parseJson, validate } from './huggingface-config.js';
 import { SafetensorsFile } from './safetensors.js';
 import { shardName, type TensorEntry } from './safetensors-writer.js';
 import { writeIndex, writeSafetensors } from './safetensors-writer.node.js';
@@ -32,15 +32,14 @@ export interface RunFolderOptions {
   readonly resume: boolean;
 }
 
-/** Reads the fingerprint of a folder; undefined when it has none. */
+/** Reads the fingerprint of a folder; undefined when it has none, or a file of that name which is not gyre's. */
 export async function readFingerprint(folder: string): Promise<string | undefined> {
-  let text: string;
   try {
-    text = await readFile(path.join(folder, FINGERPRINT_FILE), 'utf8');
+    const text = await readFile(path.join(folder, FINGERPRINT_FILE), 'utf8');
+    return fingerprintSchema.parse(JSON.parse(text)).fingerprint;
   } catch {
     return undefined;
   }
-  return validate(fingerprintSchema, parseJson(text, FINGERPRINT_FILE), FINGERPRINT_FILE).fingerprint;
 }
 
 /** The state of `<out>`: free, finished by an equal run, or taken by something else. */
@@ -61,12 +60,18 @@ export async function inspectOutput(out: string, fingerprint: string): Promise<'
   );
 }
 
+/** Where a run to `out` grows until it is whole. */
+export function partialFolder(out: string): string {
+  return `${path.resolve(out)}.partial`;
+}
+
 /** A run's partial folder, locked for this process. Implements the pipeline's sink. */
 export class RunFolder {
   readonly #out: string;
   readonly #partial: string;
   readonly #lock: Lock;
   readonly #order: readonly string[];
+  #finished = false;
 
   private constructor(out: string, partial: string, lock: Lock, order: readonly string[]) {
     this.#out = out;
@@ -78,8 +83,8 @@ export class RunFolder {
   /**
    * Locks and prepares `<out>.partial`.
    * @param order every shard of the run, in the order of the final files.
-   * @throws GyreError `output-busy` when another process holds it, `output-exists` when it belongs to other settings, or
-   * to these but `resume` was not asked for.
+   * @throws GyreError `output-busy` when another process holds it, `output-exists` when it holds shards of other settings,
+   * of these but `resume` was not asked for, or files that are not gyre's.
    */
   static async open(
     out: string,
@@ -87,11 +92,17 @@ export class RunFolder {
     order: readonly string[],
     options: RunFolderOptions,
   ): Promise<RunFolder> {
-    const partial = `${path.resolve(out)}.partial`;
-    const lock = await lockFolder(partial);
+    const partial = partialFolder(out);
+    await checkPlace(partial);
+    const lock = await lockFolder(partial).catch((error: unknown) => {
+      throw asDiskError(error, partial);
+    });
     try {
       const found = await readFingerprint(partial);
-      if (found !== undefined && found !== fingerprint) {
+      const finished = (await readdir(partial)).filter((name) => name.endsWith('.safetensors'));
+      if (found === undefined) await refuseForeign(partial);
+      // A run that stopped before it had anything to keep stands in nobody's way.
+      if (found !== undefined && found !== fingerprint && finished.length > 0) {
         throw new GyreError(
           'output-exists',
           `${partial} holds an unfinished run with other settings or another model`,
@@ -100,7 +111,6 @@ export class RunFolder {
           },
         );
       }
-      const finished = (await readdir(partial)).filter((name) => name.endsWith('.safetensors'));
       if (found !== undefined && finished.length > 0 && !options.resume) {
         throw new GyreError('output-exists', `${partial} holds an unfinished run of this command`, {
           remedy: `add --resume to go on, or remove it to start again: rm -r ${JSON.stringify(partial)}`,
@@ -163,14 +173,52 @@ export class RunFolder {
     for (const [name, content] of Object.entries(files)) await writeFileAtomic(path.join(this.#partial, name), content);
     await rm(this.temporary(TOKENS_FILE), { force: true });
     await mkdir(path.dirname(path.resolve(this.#out)), { recursive: true });
+    this.#finished = true;
     // An empty folder of that name may be there; rename replaces it.
     await this.#lock.release();
     await rm(path.join(this.#partial, LOCK_FILE), { force: true });
     await rename(this.#partial, path.resolve(this.#out));
   }
 
-  /** Gives the folder up, keeping what is finished. */
+  /** Gives the folder up, keeping what is finished; without anything finished, nothing stays. */
   async close(): Promise<void> {
+    if (this.#finished) return;
+    const names = await readdir(this.#partial).catch(() => undefined);
+    if (names?.every((name) => OWN_FILES.includes(name))) {
+      await rm(path.join(this.#partial, FINGERPRINT_FILE), { force: true });
+      await this.#lock.release();
+      // Another run may have come in meanwhile: then the folder is its own, and not empty.
+      await rmdir(this.#partial).catch(() => undefined);
+    }
     await this.#lock.release();
   }
+}
+
+/** What gyre itself puts into a partial folder before its first result. */
+const OWN_FILES: readonly string[] = [FINGERPRINT_FILE, LOCK_FILE];
+
+/** Throws when the folder can't be made because a file is in the way. */
+async function checkPlace(partial: string): Promise<void> {
+  for (let at = partial; ; at = path.dirname(at)) {
+    const there = await stat(at).catch(() => undefined);
+    if (there?.isDirectory()) return;
+    if (there)
+      throw new GyreError('output-exists', `${at} is not a folder, so ${partial} can't be made`, {
+        remedy: 'choose another --out',
+      });
+    if (at === path.dirname(at)) return;
+  }
+}
+
+/** Throws when a folder without a fingerprint holds anything but a lock and temporary files. */
+async function refuseForeign(partial: string): Promise<void> {
+  const foreign = (await readdir(partial)).filter((name) => name !== LOCK_FILE && !isTemporary(name));
+  if (foreign.length === 0) return;
+  throw new GyreError(
+    'output-exists',
+    `${partial} holds files that are not gyre's: ${foreign.slice(0, 3).join(', ')}`,
+    {
+      remedy: 'this is where the result would grow: move them away, or choose another --out',
+    },
+  );
 }

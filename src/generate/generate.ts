@@ -2,8 +2,9 @@
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { createRng } from '../core/rng.js';
-import type { ModelConfig } from '../models/config.js';
+import { contextLength, type ModelConfig } from '../models/config.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
+import { createBreath } from './breathe.js';
 import { createSampler, type SamplingOptions } from './sampler.js';
 
 /** Rows of a prefill pass: enough to fill the machine, few enough that activations stay small. */
@@ -46,14 +47,6 @@ export interface GenerationSummary {
   readonly decodeTokensPerSecond: number;
 }
 
-/** Tokens a model can attend to. */
-export function contextLength(config: ModelConfig): number {
-  // Dynamic NTK is made to run past the trained context.
-  return config.ropeScaling.type === 'dynamic'
-    ? Math.floor(config.maxPositions * config.ropeScaling.factor)
-    : config.maxPositions;
-}
-
 /**
  * Continues a prompt, yielding tokens as they come and returning a summary.
  * @param promptIds at least one id (the tokenizer's start token included, if the model wants one).
@@ -69,6 +62,7 @@ export async function* generate(
   const rng = createRng(seed);
   const room = checkPrompt(decoder.config, promptIds, maxTokens);
   const clock = new Clock();
+  const breathe = createBreath();
   const cache = await decoder.createCache(1, promptIds.length + Math.max(room - 1, 0));
   try {
     let logits = await prefill(decoder, cache, promptIds, signal);
@@ -86,6 +80,7 @@ export async function* generate(
       decodeTokensPerSecond: steps > 0 ? steps / decodeSeconds : 0,
     });
     for (;;) {
+      await breathe();
       if (!logits || signal?.aborted) return end('interrupted');
       if (tokens === room) return end('length');
       const id = sampler.sample(logits, rng);
@@ -214,6 +209,7 @@ async function runBatch(
   const { stopIds = decoder.config.eosTokenIds, signal } = options;
   const { backend, config } = decoder;
   const sampler = createSampler(options);
+  const breathe = createBreath();
   const shortest = batch[0].prompt.length;
   const longest = Math.max(...batch.map((s) => s.length));
   const ids = (begin: number, end: number): Int32Array =>
@@ -223,11 +219,13 @@ async function runBatch(
     // All but the last token that every prompt has: their logits are never needed.
     const chunk = Math.max(1, Math.floor(PREFILL_ROWS / batch.length));
     for (let begin = 0; begin < shortest - 1; begin += chunk) {
+      await breathe();
       checkSignal(signal);
       backend.free(await decoder.hidden(ids(begin, Math.min(begin + chunk, shortest - 1)), { cache }));
     }
     for (let position = shortest - 1; position < longest - 1; position++) {
       if (batch.every((s) => s.done)) break;
+      await breathe();
       checkSignal(signal);
       const hidden = await decoder.hidden(ids(position, position + 1), { cache });
       const sampling = batch.filter((s) => !s.done && position >= s.prompt.length - 1);
@@ -283,8 +281,10 @@ async function prefill(
   ids: Int32Array,
   signal: AbortSignal | undefined,
 ): Promise<Float32Array | undefined> {
+  const breathe = createBreath();
   const lastChunk = Math.floor((ids.length - 1) / PREFILL_ROWS) * PREFILL_ROWS;
   for (let begin = 0; begin < lastChunk; begin += PREFILL_ROWS) {
+    await breathe();
     if (signal?.aborted) return undefined;
     decoder.backend.free(await decoder.hidden(ids.subarray(begin, begin + PREFILL_ROWS), { cache }));
   }
@@ -305,7 +305,7 @@ async function step(decoder: Decoder, cache: DecoderCache, ids: Int32Array): Pro
 }
 
 function checkSignal(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw new GyreError('interrupted', 'generation was interrupted');
+  if (signal?.aborted) throw new GyreError('interrupted', 'generation was interrupted', { remedy: 'Run it again.' });
 }
 
 /** Seconds between calls. */

@@ -1,7 +1,8 @@
 // Text generation: public exports.
+export { contextLength } from '../models/config.js';
+export { createBreath } from './breathe.js';
 export {
   collect,
-  contextLength,
   generate,
   generateBatch,
   type GenerateBatchOptions,

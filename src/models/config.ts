@@ -1,4 +1,5 @@
 // The decoder's hyper-parameters: one normal form that every supported Hugging Face config maps to.
+import { unreachable } from '../core/errors.js';
 
 /** RoPE variants (Hugging Face `rope_type`). */
 export type RopeScaling =
@@ -49,4 +50,24 @@ export interface ModelConfig {
   readonly windows: readonly (number | undefined)[];
   readonly bosTokenId?: number;
   readonly eosTokenIds: readonly number[];
+}
+
+/**
+ * Tokens a model can be trusted with in one sequence. YaRN configs give the extended context or the original one: the
+ * larger counts. Dynamic NTK adapts its angles to any length, so that no length fails; its factor says what it was meant for.
+ */
+export function contextLength(config: Pick<ModelConfig, 'maxPositions' | 'ropeScaling'>): number {
+  const { ropeScaling, maxPositions } = config;
+  switch (ropeScaling.type) {
+    case 'default':
+    case 'linear':
+    case 'llama3':
+      return maxPositions;
+    case 'yarn':
+      return Math.max(maxPositions, Math.floor(ropeScaling.originalMaxPositions * ropeScaling.factor));
+    case 'dynamic':
+      return Math.max(maxPositions, Math.floor(maxPositions * ropeScaling.factor));
+    default:
+      return unreachable(ropeScaling);
+  }
 }

@@ -2,7 +2,7 @@
 import { GyreError, ensure } from '../core/errors.js';
 import type { Backend, KvCacheHandle, LinearHandle, RopeHandle, Tensor } from '../ops/backend.js';
 import type { DecoderBlock } from './block.js';
-import type { ModelConfig } from './config.js';
+import { contextLength, type ModelConfig } from './config.js';
 import { ropeTable } from './rope.js';
 
 /** The weights around the blocks. */
@@ -29,23 +29,6 @@ export class DecoderCache {
   }
 }
 
-/** Most tokens a sequence may have. */
-export function contextLimit(config: ModelConfig): number {
-  const { ropeScaling, maxPositions } = config;
-  switch (ropeScaling.type) {
-    case 'default':
-    case 'linear':
-    case 'llama3':
-      return maxPositions;
-    case 'yarn':
-      // Some configs give the extended context, some the original one.
-      return Math.max(maxPositions, ropeScaling.originalMaxPositions * ropeScaling.factor);
-    case 'dynamic':
-      // Made to run past the trained context: the angles adapt to the length, quality decides where to stop.
-      return Infinity;
-  }
-}
-
 /** A model ready to run on a backend. */
 export class Decoder {
   readonly backend: Backend;
@@ -61,7 +44,10 @@ export class Decoder {
 
   /** Bytes of weights that one decoded token must read. */
   get bytesPerToken(): number {
-    return this.parts.blocks.reduce((sum, b) => sum + Object.values(b.groups).reduce((s, g) => s + g.bytes, 0), this.parts.head.bytes);
+    return this.parts.blocks.reduce(
+      (sum, b) => sum + Object.values(b.groups).reduce((s, g) => s + g.bytes, 0),
+      this.parts.head.bytes,
+    );
   }
 
   /** A cache for `batch` sequences of up to `capacity` tokens. @throws GyreError `context-length` beyond the model's context. */
@@ -88,14 +74,23 @@ export class Decoder {
     const { cache } = options;
     const batch = options.batch ?? cache?.batch ?? 1;
     const tokens = ids.length / batch;
-    ensure(ids.length > 0 && Number.isInteger(tokens), 'usage', () => `${ids.length} token ids do not split into ${batch} sequences`);
+    ensure(
+      ids.length > 0 && Number.isInteger(tokens),
+      'usage',
+      () => `${ids.length} token ids do not split into ${batch} sequences`,
+    );
     const start = cache?.length ?? 0;
     if (cache && start + tokens > cache.capacity) {
       throw new GyreError('context-length', `${start + tokens} tokens do not fit a cache of ${cache.capacity}`, {
         remedy: 'shorten the prompt, generate fewer tokens, or make a larger cache',
       });
     }
-    for (const id of ids) ensure(id >= 0 && id < config.vocabSize, 'usage', () => `token id ${id} is outside the vocabulary of ${config.vocabSize}`);
+    for (const id of ids)
+      ensure(
+        id >= 0 && id < config.vocabSize,
+        'usage',
+        () => `token id ${id} is outside the vocabulary of ${config.vocabSize}`,
+      );
     const rope = await this.rope(start + tokens);
     let x = await backend.embed(parts.embedding, ids);
     for (const [i, block] of parts.blocks.entries()) {
@@ -123,7 +118,7 @@ export class Decoder {
     const { config, backend } = this;
     const dynamic = config.ropeScaling.type === 'dynamic' && positions > config.maxPositions;
     if (this.#rope && this.#rope.positions >= positions && !dynamic) return this.#rope;
-    const covered = dynamic ? positions : Math.max(Math.min(2 * positions, contextLimit(config)), positions);
+    const covered = dynamic ? positions : Math.max(Math.min(2 * positions, contextLength(config)), positions);
     const table = ropeTable(config, covered, dynamic ? positions : undefined);
     backend.release(this.#rope);
     this.#rope = await backend.loadRope(table.cos, table.sin, table.rotaryDim);
@@ -131,7 +126,9 @@ export class Decoder {
   }
 
   #checkLength(tokens: number): void {
-    const limit = contextLimit(this.config);
+    // Dynamic NTK adapts its angles to any length; how far to trust it is for whoever asks.
+    if (this.config.ropeScaling.type === 'dynamic') return;
+    const limit = contextLength(this.config);
     if (tokens > limit) {
       throw new GyreError('context-length', `${tokens} tokens are more than the model's context of ${limit}`, {
         remedy: 'shorten the prompt or ask for fewer tokens',

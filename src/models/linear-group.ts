@@ -33,7 +33,11 @@ export class LinearGroup {
   }
 
   /** Loads the parts, merging neighbours that share transform and grid. `share: false` keeps them apart (ablation). */
-  static async load(backend: Backend, parts: readonly LinearPart[], options: { share?: boolean } = {}): Promise<LinearGroup> {
+  static async load(
+    backend: Backend,
+    parts: readonly LinearPart[],
+    options: { share?: boolean } = {},
+  ): Promise<LinearGroup> {
     const runs: LinearPart[][] = [];
     for (const part of parts) {
       const last = runs.at(-1);
@@ -113,15 +117,29 @@ function equal(a: ArrayLike<number>, b: ArrayLike<number>): boolean {
 /** Stacks linears along their outputs. */
 function mergeSources(sources: readonly LinearSource[]): LinearSource {
   if (sources.length === 1) return sources[0];
-  const bias = sources[0].bias && concat(Float32Array, sources.map((s) => s.bias ?? new Float32Array(0)));
+  const bias =
+    sources[0].bias &&
+    concat(
+      Float32Array,
+      sources.map((s) => s.bias ?? new Float32Array(0)),
+    );
   const quantized = sources.flatMap((s) => (s.kind === 'quantized' ? [s.weight] : []));
   if (quantized.length > 0) {
     const weight: QuantizedWeight = {
       ...quantized[0],
       outFeatures: quantized.reduce((sum, w) => sum + w.outFeatures, 0),
-      codes: concat(Uint8Array, quantized.map((w) => w.codes)),
-      zeros: concat(Uint8Array, quantized.map((w) => w.zeros)),
-      scales: concat(Float32Array, quantized.map((w) => w.scales)),
+      codes: concat(
+        Uint8Array,
+        quantized.map((w) => w.codes),
+      ),
+      zeros: concat(
+        Uint8Array,
+        quantized.map((w) => w.zeros),
+      ),
+      scales: concat(
+        Float32Array,
+        quantized.map((w) => w.scales),
+      ),
     };
     return { kind: 'quantized', weight, bias };
   }
@@ -134,7 +152,10 @@ export function stackRows(tensors: readonly HostTensor[]): HostTensor {
   const [first] = tensors;
   if (tensors.length === 1) return first;
   const shape = [tensors.reduce((sum, t) => sum + t.shape[0], 0), ...first.shape.slice(1)];
-  const data = first.dtype === 'bf16' || first.dtype === 'f16' ? new Uint16Array(elementCount(shape)) : new Float32Array(elementCount(shape));
+  const data =
+    first.dtype === 'bf16' || first.dtype === 'f16'
+      ? new Uint16Array(elementCount(shape))
+      : new Float32Array(elementCount(shape));
   let offset = 0;
   for (const t of tensors) {
     data.set(data instanceof Uint16Array ? (t.data as Uint16Array) : floats(t), offset);

@@ -1,5 +1,6 @@
 // From a model's files to a decoder on a backend: config, then weights tensor by tensor, block by block.
-import { GyreError } from '../core/errors.js';
+import { toFloat32 } from '../core/dtype.js';
+import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { firstNonFinite, floats, hostTensor, type HostTensor } from '../core/tensor.js';
 import { readJson } from '../formats/huggingface-config.js';
@@ -31,7 +32,8 @@ export interface ModelSource {
 /** Reads config.json and the safetensors headers. @throws GyreError for unknown architectures and broken files. */
 export async function openModel(files: ModelFiles): Promise<ModelSource> {
   const raw = await readJson(files, 'config.json');
-  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) throw new GyreError('config-invalid', `${files.name}: config.json is not an object`);
+  if (typeof raw !== 'object' || raw === null || Array.isArray(raw))
+    throw new GyreError('config-invalid', `${files.name}: config.json is not an object`);
   const rawConfig = raw as Readonly<Record<string, unknown>>;
   const config = parseModelConfig(raw, files.name);
   const quantization = parseQuantizationConfig(rawConfig['quantization_config']);
@@ -71,20 +73,68 @@ function hasBias(config: ModelConfig, group: GroupName): boolean {
 /** Reads a float tensor, checking its shape and that every value is finite. */
 export async function readChecked(source: ModelSource, name: string, shape: readonly number[]): Promise<HostTensor> {
   const tensor = await source.checkpoint.read(name);
-  if (tensor.shape.length !== shape.length || tensor.shape.some((n, i) => n !== shape[i])) {
-    throw new GyreError('tensor-shape', `${name}: expected shape [${shape.join(', ')}], found [${tensor.shape.join(', ')}]`, {
-      remedy: 'config.json and the weights disagree: check that they are of the same model',
-    });
-  }
-  const at = firstNonFinite(floats(tensor));
-  if (at >= 0) {
-    throw new GyreError('non-finite', `${name}: element ${at} is NaN or infinite`, { remedy: 'the checkpoint is damaged: fetch it again' });
-  }
+  checkShape(name, tensor.shape, shape);
+  checkFinite(name, tensor);
   return tensor;
 }
 
+/** Elements converted to f32 at once by {@link checkFinite}. */
+const FINITE_CHUNK = 1 << 20;
+
+/** Throws `non-finite`, naming the tensor and the element, when a float tensor holds NaN or infinity. */
+export function checkFinite(name: string, tensor: HostTensor): void {
+  const { data, dtype } = tensor;
+  if (!['f64', 'f32', 'f16', 'bf16'].includes(dtype)) return;
+  // Piece by piece: a bf16 embedding table as f32 would take twice its memory.
+  for (let begin = 0; begin < data.length; begin += FINITE_CHUNK) {
+    const at = firstNonFinite(toFloat32(data.subarray(begin, begin + FINITE_CHUNK), dtype));
+    if (at < 0) continue;
+    throw new GyreError('non-finite', `${name}: element ${begin + at} is NaN or infinite`, {
+      remedy: 'the checkpoint is damaged: fetch it again',
+    });
+  }
+}
+
+/**
+ * Checks by the headers alone that a 16-bit checkpoint has every tensor the decoder reads, in the shape its config says.
+ * @throws `tensor-missing`, `tensor-shape`, `unsupported`, naming the tensor.
+ */
+export function checkTensors(source: ModelSource): void {
+  const { config, checkpoint } = source;
+  const check = (name: string, ...shape: number[]): void => checkShape(name, checkpoint.info(name).shape, shape);
+  check(TENSOR_NAMES.embedding, config.vocabSize, config.hiddenSize);
+  for (let layer = 0; layer < config.layers; layer++) {
+    const prefix = TENSOR_NAMES.block(layer);
+    const norms = [TENSOR_NAMES.inputNorm, TENSOR_NAMES.postAttentionNorm];
+    for (const name of norms) check(`${prefix}.${name}.weight`, config.hiddenSize);
+    const headNorms = config.qkNorm ? [TENSOR_NAMES.qNorm, TENSOR_NAMES.kNorm] : [];
+    for (const name of headNorms) check(`${prefix}.${name}.weight`, config.headDim);
+    for (const group of GROUP_NAMES) {
+      const { inFeatures, outFeatures } = groupShape(config, group);
+      for (const [i, module] of groupModules(layer, group).entries()) {
+        check(`${module}.weight`, outFeatures[i], inFeatures);
+        if (hasBias(config, group)) check(`${module}.bias`, outFeatures[i]);
+      }
+    }
+  }
+  check(TENSOR_NAMES.finalNorm, config.hiddenSize);
+  if (!config.tiedEmbeddings) check(TENSOR_NAMES.head, config.vocabSize, config.hiddenSize);
+}
+
+function checkShape(name: string, found: readonly number[], expected: readonly number[]): void {
+  if (found.length === expected.length && found.every((n, i) => n === expected[i])) return;
+  throw new GyreError('tensor-shape', `${name}: expected shape [${expected.join(', ')}], found [${found.join(', ')}]`, {
+    remedy: 'config.json and the weights disagree: check that they are of the same model',
+  });
+}
+
 /** Reads one linear, quantized or dense, as the checkpoint stores it. */
-export async function readLinear(source: ModelSource, layer: number, group: GroupName, index: number): Promise<LinearPart> {
+export async function readLinear(
+  source: ModelSource,
+  layer: number,
+  group: GroupName,
+  index: number,
+): Promise<LinearPart> {
   const { config, checkpoint, quantization } = source;
   const module = groupModules(layer, group)[index];
   const { inFeatures, outFeatures } = groupShape(config, group);
@@ -92,9 +142,7 @@ export async function readLinear(source: ModelSource, layer: number, group: Grou
   const bias = hasBias(config, group) ? floats(await readChecked(source, `${module}.bias`, [out])) : undefined;
   if (quantization && isQuantized(checkpoint, module)) {
     const { transform, ...weight } = await readQuantizedLinear(checkpoint, module, quantization);
-    if (weight.inFeatures !== inFeatures || weight.outFeatures !== out) {
-      throw new GyreError('tensor-shape', `${module}: expected [${out}, ${inFeatures}], found [${weight.outFeatures}, ${weight.inFeatures}]`);
-    }
+    checkShape(module, [weight.outFeatures, weight.inFeatures], [out, inFeatures]);
     return { source: { kind: 'quantized', weight, bias }, transform };
   }
   return { source: { kind: 'dense', weight: await readChecked(source, `${module}.weight`, [out, inFeatures]), bias } };
@@ -104,7 +152,8 @@ export async function readLinear(source: ModelSource, layer: number, group: Grou
 export async function loadFrame(backend: Backend, source: ModelSource, layer: number): Promise<BlockFrame> {
   const { config } = source;
   const prefix = TENSOR_NAMES.block(layer);
-  const norm = async (name: string, size: number): Promise<Tensor> => backend.upload(await readChecked(source, `${prefix}.${name}.weight`, [size]));
+  const norm = async (name: string, size: number): Promise<Tensor> =>
+    backend.upload(await readChecked(source, `${prefix}.${name}.weight`, [size]));
   return new BlockFrame(backend, config, layer, {
     input: await norm(TENSOR_NAMES.inputNorm, config.hiddenSize),
     postAttention: await norm(TENSOR_NAMES.postAttentionNorm, config.hiddenSize),
@@ -146,7 +195,12 @@ function rounded(source: LinearSource, grid: RoundAtLoad): LinearSource {
 }
 
 /** Loads one decoder block. */
-export async function loadBlock(backend: Backend, source: ModelSource, layer: number, options: LoadOptions = {}): Promise<DecoderBlock> {
+export async function loadBlock(
+  backend: Backend,
+  source: ModelSource,
+  layer: number,
+  options: LoadOptions = {},
+): Promise<DecoderBlock> {
   const frame = await loadFrame(backend, source, layer);
   const groups: Partial<Record<GroupName, LinearGroup>> = {};
   for (const group of GROUP_NAMES) groups[group] = await loadGroup(backend, source, layer, group, options);
@@ -183,15 +237,25 @@ export async function loadDecoder(backend: Backend, source: ModelSource, options
 
 /** Rows of the embedding table for these ids, read from the file: [ids.length, hidden] f32. Memory: one row at a time. */
 export async function embedFromFile(source: ModelSource, ids: Int32Array): Promise<HostTensor> {
-  const { hiddenSize } = source.config;
+  const { hiddenSize, vocabSize } = source.config;
   const rows = new Map<number, Float32Array>();
   const out = new Float32Array(ids.length * hiddenSize);
   for (const [i, id] of ids.entries()) {
     let row = rows.get(id);
     if (!row) {
+      ensure(
+        id >= 0 && id < vocabSize,
+        'calibration',
+        () => `token id ${id} is outside the model's vocabulary of ${vocabSize}`,
+        'check that tokenizer.json belongs to the model',
+      );
       row = floats(await source.checkpoint.readRows(TENSOR_NAMES.embedding, id, id + 1));
       const at = firstNonFinite(row);
-      if (at >= 0) throw new GyreError('non-finite', `${TENSOR_NAMES.embedding}: row ${id}, column ${at} is NaN or infinite`);
+      if (at >= 0) {
+        throw new GyreError('non-finite', `${TENSOR_NAMES.embedding}: row ${id}, column ${at} is NaN or infinite`, {
+          remedy: 'the checkpoint is damaged: fetch it again',
+        });
+      }
       rows.set(id, row);
     }
     out.set(row, i * hiddenSize);

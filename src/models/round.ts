@@ -9,7 +9,12 @@ export interface RoundAtLoad {
 }
 
 /** Rounds [out, in] to nearest on min–max grids (design §4.2); undefined when the groups do not tile the input. */
-export function roundRows(weight: Float32Array, outFeatures: number, inFeatures: number, grid: RoundAtLoad): QuantizedWeight | undefined {
+export function roundRows(
+  weight: Float32Array,
+  outFeatures: number,
+  inFeatures: number,
+  grid: RoundAtLoad,
+): QuantizedWeight | undefined {
   const { bits, groupSize } = grid;
   if (inFeatures % groupSize !== 0) return undefined;
   const levels = 2 ** bits - 1;

@@ -223,7 +223,11 @@ export interface QuantizationOps {
     direction: 'forward' | 'inverse',
     side?: 'weight' | 'activation',
   ): Awaitable<Tensor>;
-  createObjective(w: Tensor, transform: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>, grid: GridSpec): Awaitable<TransformObjective>;
+  createObjective(
+    w: Tensor,
+    transform: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
+    grid: GridSpec,
+  ): Awaitable<TransformObjective>;
 
   /** Min–max asymmetric rounding to nearest per group and column (design §4.2). `clip` [in/groupSize, cols] shrinks each range (1 = none). */
   roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
@@ -233,6 +237,12 @@ export interface QuantizationOps {
    * the updated weights. `clip` as in roundToNearest.
    */
   gptq(w: Tensor, factor: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
+  /**
+   * Coordinate descent: visits channels in order, `sweeps` times, and moves each code to the grid value nearest its
+   * optimum given all others, under tr((Ŵ−W)ᵗ·H·(Ŵ−W)). Grids stay as they are; the error never grows but by rounding
+   * of the sums. w, rounded [in, cols], gram [in, in].
+   */
+  descend(w: Tensor, rounded: RoundedWeight, gram: Tensor, grid: GridSpec, sweeps: number): Awaitable<RoundedWeight>;
   /** Upper-triangular U with UᵀU = (H + damp·mean(diag H)·I)⁻¹, in f64 inside. Throws `non-finite` if H is not positive definite after damping. */
   gptqFactor(h: Tensor, damp: number): Promise<Tensor>;
   /** Solves X (H + λI) = B for X: B [m, n], H [n, n] symmetric positive definite, λ = damp · mean(diag H). f64 inside. */

@@ -10,7 +10,7 @@ import { TENSOR_NAMES } from '../models/families/names.js';
 import { LinearGroup, type LinearPart } from '../models/linear-group.js';
 import { groupModules, groupShape, readLinear } from '../models/load.js';
 import type { Backend, RopeHandle, Tensor } from '../ops/backend.js';
-import { foldIntoNorm, foldIntoRows, normFold, rowFold } from './folding.js';
+import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { InputStatistics } from './statistics.js';
 import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
@@ -71,7 +71,13 @@ export class BlockQuantizer {
 
     const qkv = await this.#stage('qkv', async (chunk) => {
       const q = await frame.attentionInput(chunk.quantized);
-      return { quantized: q, reference: chunk.reference === chunk.quantized ? q : await this.#ifTwoPaths(() => frame.attentionInput(chunk.reference), q) };
+      return {
+        quantized: q,
+        reference:
+          chunk.reference === chunk.quantized
+            ? q
+            : await this.#ifTwoPaths(() => frame.attentionInput(chunk.reference), q),
+      };
     });
     // Inputs of o: attention of the quantized projections; the reference path moves on to after its o.
     const o = await this.#stage(
@@ -86,7 +92,10 @@ export class BlockQuantizer {
           return y;
         };
         const quantized = await attend(chunk.quantized, qkv.quantized);
-        return { quantized, reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference), quantized) };
+        return {
+          quantized,
+          reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference), quantized),
+        };
       },
       true,
     );
@@ -109,11 +118,15 @@ export class BlockQuantizer {
           return y;
         };
         const quantized = await activate(chunk.quantized, gateUp.quantized);
-        return { quantized, reference: await this.#ifTwoPaths(() => activate(chunk.reference, gateUp.reference), quantized) };
+        return {
+          quantized,
+          reference: await this.#ifTwoPaths(() => activate(chunk.reference, gateUp.reference), quantized),
+        };
       },
       true,
     );
-    for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, down, i);
+    // With folding the stored block is run again from its input; its last product here would be thrown away.
+    if (!this.#run.recipe.folds) for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, down, i);
     gateUp.release();
     down.release();
   }
@@ -141,7 +154,9 @@ export class BlockQuantizer {
       this.#hooks.checkAborted();
       this.#hooks.tell(`${group}: inputs ${i + 1}/${this.#chunks.length}`);
       const x = await this.#hooks.timed('forward', () => inputs(chunk));
-      await this.#hooks.timed('statistics', () => statistics.add(x.quantized, this.#twoPaths && x.reference !== x.quantized ? x.reference : undefined));
+      await this.#hooks.timed('statistics', () =>
+        statistics.add(x.quantized, this.#twoPaths && x.reference !== x.quantized ? x.reference : undefined),
+      );
       if (keep) {
         if (this.#twoPaths) {
           const next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
@@ -177,12 +192,17 @@ export class BlockQuantizer {
   async #readParts(group: GroupName): Promise<LinearPart[]> {
     const { source } = this.#run;
     const parts: LinearPart[] = [];
-    for (let i = 0; i < groupModules(this.#frame.layer, group).length; i++) parts.push(await readLinear(source, this.#frame.layer, group, i));
+    for (let i = 0; i < groupModules(this.#frame.layer, group).length; i++)
+      parts.push(await readLinear(source, this.#frame.layer, group, i));
     return parts;
   }
 
   /** Quantizes one group (or keeps it); returns it as the runtime will load it. */
-  async #group(group: GroupName, parts?: LinearPart[], statistics?: { gram: Tensor; cross: Tensor | undefined }): Promise<LinearPart[]> {
+  async #group(
+    group: GroupName,
+    parts?: LinearPart[],
+    statistics?: { gram: Tensor; cross: Tensor | undefined },
+  ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
     const decision = plan.decisions[group];
     const read = parts ?? (await this.#readParts(group));
@@ -198,7 +218,10 @@ export class BlockQuantizer {
       group,
       names,
       weights: read.map(({ source: s }, i) => {
-        if (s.kind !== 'dense') throw new GyreError('unsupported', `${names[i]} is quantized already`, { remedy: 'start from the original checkpoint' });
+        if (s.kind !== 'dense')
+          throw new GyreError('unsupported', `${names[i]} is quantized already`, {
+            remedy: 'start from the original checkpoint',
+          });
         return floats(s.weight);
       }),
       inFeatures,
@@ -209,9 +232,24 @@ export class BlockQuantizer {
       fold: await this.#fold(group),
       settings,
     };
-    const result = await this.#hooks.timed('quantize', () => recipe.quantizeGroup(backend, task));
+    const result = await this.#hooks
+      .timed('quantize', () => recipe.quantizeGroup(backend, task))
+      .catch((error: unknown) => {
+        if (!(error instanceof GyreError) || error.code !== 'non-finite') throw error;
+        throw new GyreError(error.code, `${group} of block ${layer}: ${error.message}`, {
+          remedy: error.remedy,
+          cause: error,
+        });
+      });
     await this.#store(task, read, result);
-    this.#hooks.report({ layer, group, modules: names, seconds: (performance.now() - start) / 1000, stats: result.stats, curve: result.curve });
+    this.#hooks.report({
+      layer,
+      group,
+      modules: names,
+      seconds: (performance.now() - start) / 1000,
+      stats: result.stats,
+      curve: result.curve,
+    });
     // Until the shard is written, folded scales act at the group itself: the same product, inputs as they are now.
     const { foldedScales } = result;
     return result.parts.map((part, i) => ({
@@ -225,6 +263,8 @@ export class BlockQuantizer {
     const { source } = this.#run;
     const { config } = source;
     const prefix = TENSOR_NAMES.block(this.#frame.layer);
+    const before = group === 'o' ? 'qkv' : group === 'down' ? 'gateUp' : undefined;
+    if (before && this.#run.plan.decisions[before].kind === 'keep') return noFold(groupShape(config, group).inFeatures);
     switch (group) {
       case 'qkv':
         return normFold(await source.checkpoint.read(`${prefix}.${TENSOR_NAMES.inputNorm}.weight`));
@@ -244,6 +284,7 @@ export class BlockQuantizer {
   async #store(task: GroupTask, read: readonly LinearPart[], result: GroupResult): Promise<void> {
     const { source } = this.#run;
     for (const [i, name] of task.names.entries()) {
+      checkScales(name, result.parts[i]);
       this.#parts.set(name, result.parts[i]);
       const { bias } = read[i].source;
       if (bias) this.#biases.set(name, bias);
@@ -264,13 +305,16 @@ export class BlockQuantizer {
         const modules = groupModules(task.layer, task.group === 'o' ? 'qkv' : 'gateUp');
         const module = modules[modules.length - 1];
         const part = this.#parts.get(module);
-        if (!part) throw new GyreError('unsupported', `${module} is left in 16 bits, so the scales of ${task.names[0]} have nowhere to go`);
-        this.#parts.set(module, { ...part, weight: foldIntoRows(part.weight, task.fold.source, scales) });
+        if (!part)
+          throw new Error(`${module} is left in 16 bits, so the scales of ${task.names[0]} have nowhere to go`);
+        const folded = { ...part, weight: foldIntoRows(part.weight, task.fold.source, scales) };
+        checkScales(module, folded);
+        this.#parts.set(module, folded);
         const bias = this.#biases.get(module);
         if (bias) {
-          const folded = bias.slice();
-          task.fold.source.forEach((row, c) => (folded[row] = bias[row] / scales[c]));
-          this.#biases.set(module, folded);
+          const foldedBias = bias.slice();
+          task.fold.source.forEach((row, c) => (foldedBias[row] = bias[row] / scales[c]));
+          this.#biases.set(module, foldedBias);
         }
         return;
       }
@@ -283,7 +327,13 @@ export class BlockQuantizer {
     const prefix = `${TENSOR_NAMES.block(this.#frame.layer)}.`;
     const entries: TensorEntry[] = [];
     for (const [module, part] of this.#parts) {
-      entries.push(...quantizedLinearEntries(module, { ...part.weight, bias: this.#biases.get(module), transform: part.transform }, plan.layout));
+      entries.push(
+        ...quantizedLinearEntries(
+          module,
+          { ...part.weight, bias: this.#biases.get(module), transform: part.transform },
+          plan.layout,
+        ),
+      );
     }
     for (const name of source.checkpoint.names()) {
       if (!name.startsWith(prefix)) continue;
@@ -300,6 +350,21 @@ export class BlockQuantizer {
     const stored = hostTensor('f32', shape, values);
     return { name, dtype: 'f32', shape, data: () => stored.data };
   }
+}
+
+/** The largest f16, to which grids clamp their scales. */
+const MAX_SCALE = 65504;
+
+/** Throws when a linear's weights are too large for the f16 scales of its grid: they would be cut off without a word. */
+function checkScales(module: string, { weight }: QuantizedPart): void {
+  if (weight.scales.every((scale) => scale < MAX_SCALE)) return;
+  throw new GyreError(
+    'non-finite',
+    `${module}.weight: its values are too large for ${weight.bits} bits with f16 scales`,
+    {
+      remedy: 'no trained model has such weights: check the checkpoint with gyre inspect, or fetch it again',
+    },
+  );
 }
 
 /** A group in both forms, with the quantized path's inputs when they were kept. */

@@ -19,6 +19,11 @@ export function rowFold(channels: number, rowOf: (channel: number) => number): I
   return { source: Int32Array.from({ length: channels }, (_, c) => rowOf(c)) };
 }
 
+/** No scales can go anywhere: what stands before is left as it is. */
+export function noFold(channels: number): InputFold {
+  return { ...rowFold(channels, (channel) => channel), roundScale: () => 1 };
+}
+
 /** norm weight ÷ s. */
 export function foldIntoNorm(weight: Float32Array, scales: Float32Array): Float32Array {
   return weight.map((w, c) => w / scales[c]);
@@ -30,7 +35,7 @@ export function foldIntoRows(weight: QuantizedWeight, source: Int32Array, scales
   const folded = weight.scales.slice();
   const divisor = new Map<number, number>();
   source.forEach((row, c) => divisor.set(row, scales[c]));
-  for (const [row, s] of divisor) for (let g = 0; g < groups; g++) folded[row * groups + g] = roundToF16(weight.scales[row * groups + g] / s);
+  for (const [row, s] of divisor)
+    for (let g = 0; g < groups; g++) folded[row * groups + g] = roundToF16(weight.scales[row * groups + g] / s);
   return { ...weight, scales: folded };
 }
-

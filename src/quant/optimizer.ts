@@ -31,7 +31,8 @@ export class AdamW {
       const g = gradient[i];
       const m = (this.#m[i] = beta1 * this.#m[i] + (1 - beta1) * g);
       const v = (this.#v[i] = beta2 * this.#v[i] + (1 - beta2) * g * g);
-      parameters[i] -= learningRate * ((m / correction1) / (Math.sqrt(v / correction2) + eps) + weightDecay * parameters[i]);
+      parameters[i] -=
+        learningRate * (m / correction1 / (Math.sqrt(v / correction2) + eps) + weightDecay * parameters[i]);
     }
   }
 }

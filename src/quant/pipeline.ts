@@ -16,6 +16,9 @@ import { blockShard, REST_SHARD } from './sink.js';
 /** Tokens per chunk of the calibration run: large enough for full speed, small enough for memory. */
 const CHUNK_TOKENS = 4096;
 
+/** Sum of squares of a residual stream from which on f32 norms overflow, and quietly give zeros. */
+const MAX_SQUARES = 3.4e38;
+
 /** Quantizes every block into `run.sink`. Resumes after the last finished block, to the same bytes. */
 export async function quantizeModel(run: QuantizeRun): Promise<PipelineReport> {
   return new Pipeline(run).run();
@@ -60,7 +63,10 @@ class Pipeline {
   }
 
   #checkAborted(): void {
-    if (this.#run.signal?.aborted) throw new GyreError('interrupted', 'stopped; finished blocks are kept', { remedy: 'run the same command with --resume to go on' });
+    if (this.#run.signal?.aborted)
+      throw new GyreError('interrupted', 'stopped; finished blocks are kept', {
+        remedy: 'run the same command with --resume to go on',
+      });
   }
 
   async #timed<T>(what: keyof PipelineReport['seconds'], work: () => Promise<T>): Promise<T> {
@@ -79,9 +85,12 @@ class Pipeline {
     const chunks: Chunk[] = [];
     for (let begin = 0; begin < sequences; begin += perChunk) {
       const batch = Math.min(perChunk, sequences - begin);
-      const x = await backend.upload(await embedFromFile(source, ids.subarray(begin * length, (begin + batch) * length)));
+      const x = await backend.upload(
+        await embedFromFile(source, ids.subarray(begin * length, (begin + batch) * length)),
+      );
       chunks.push({ batch, reference: x, quantized: x });
     }
+    await this.#checkFinite(TENSOR_NAMES.embedding, chunks);
     return chunks;
   }
 
@@ -111,7 +120,7 @@ class Pipeline {
       quantized.release();
       await stored.checkpoint.close();
     });
-    await this.#checkFinite(layer, chunks);
+    await this.#checkFinite(`the output of block ${layer}`, chunks);
   }
 
   async #openBlock(layer: number): Promise<ModelSource> {
@@ -135,6 +144,7 @@ class Pipeline {
       },
     });
     const entries = await block.run();
+    await this.#checkFinite(`the output of block ${layer}`, chunks);
     await this.#timed('write', () => sink.write(blockShard(layer), entries));
     frame.release();
     for (const [i, input] of inputs.entries()) {
@@ -142,16 +152,18 @@ class Pipeline {
       chunks[i].reference = chunks[i].quantized = input;
     }
     if (recipe.folds && rope) await this.#follow(layer, chunks, rope);
-    else await this.#checkFinite(layer, chunks);
   }
 
-  async #checkFinite(layer: number, chunks: readonly Chunk[]): Promise<void> {
-    for (const chunk of chunks) {
-      const value = await this.#run.backend.dot(chunk.quantized, chunk.quantized);
-      if (!Number.isFinite(value)) {
-        throw new GyreError('non-finite', `the output of block ${layer} is NaN or infinite on the calibration data`, {
-          remedy: 'check the model with gyre eval; if it is sound, report this as a bug with the model and command',
-        });
+  async #checkFinite(what: string, chunks: readonly Chunk[]): Promise<void> {
+    const { backend } = this.#run;
+    for (const { quantized, reference } of chunks) {
+      for (const x of new Set([quantized, reference])) {
+        // Negated, so that NaN is caught too.
+        if (!((await backend.dot(x, x)) <= MAX_SQUARES)) {
+          throw new GyreError('non-finite', `${what} is NaN, infinite or overflows on the calibration data`, {
+            remedy: 'check the model with gyre eval; if it is sound, report this as a bug with the model and command',
+          });
+        }
       }
     }
   }
@@ -162,7 +174,9 @@ class Pipeline {
     const prefixes = Array.from({ length: config.layers }, (_, layer) => `${TENSOR_NAMES.block(layer)}.`);
     const inBlocks = new Set(prefixes);
     const blockOf = (name: string) => /^(.*?\.layers\.\d+\.)/.exec(name)?.[1] ?? '';
-    return [...checkpoint.names()].filter((name) => !inBlocks.has(blockOf(name))).map((name) => copyEntry(this.#run.source, name));
+    return [...checkpoint.names()]
+      .filter((name) => !inBlocks.has(blockOf(name)))
+      .map((name) => copyEntry(this.#run.source, name));
   }
 }
 

@@ -7,8 +7,7 @@ import type { QuantizeSettings, Recipe } from './types.js';
 
 /** What happens to a linear group. */
 export type GroupDecision =
-  | { readonly kind: 'quantize'; readonly groupSize: number }
-  | { readonly kind: 'keep'; readonly reason: string };
+  { readonly kind: 'quantize'; readonly groupSize: number } | { readonly kind: 'keep'; readonly reason: string };
 
 /** Storage layout of the quantized linears (docs/formats.md). */
 export type Layout = 'awq' | 'paroquant' | 'gyre';
@@ -42,12 +41,17 @@ export function planQuantization(
 ): QuantizePlan {
   const notes: string[] = [];
   const decisions = {} as Record<GroupName, GroupDecision>;
-  for (const group of GROUP_NAMES) decisions[group] = decide(group, groupShape(config, group).inFeatures, settings.groupSize, notes);
+  for (const group of GROUP_NAMES)
+    decisions[group] = decide(group, groupShape(config, group).inFeatures, settings.groupSize, notes);
   const quantized = GROUP_NAMES.filter((g) => decisions[g].kind === 'quantize');
   if (quantized.length === 0) {
-    throw new GyreError('unsupported', `no linear of this model has an input that groups of ${FALLBACK_GROUPS.join(', ')} channels divide`, {
-      remedy: 'quantize per channel: --group-size -1',
-    });
+    throw new GyreError(
+      'unsupported',
+      `no linear of this model has an input that groups of ${FALLBACK_GROUPS.join(', ')} channels divide`,
+      {
+        remedy: 'quantize per channel: --group-size -1',
+      },
+    );
   }
   const layout = chooseLayout(config, settings, recipe, quantized, notes);
   return {
@@ -72,7 +76,13 @@ function decide(group: GroupName, inFeatures: number, wanted: number, notes: str
   return { kind: 'keep', reason };
 }
 
-function chooseLayout(config: ModelConfig, settings: QuantizeSettings, recipe: Recipe, quantized: readonly GroupName[], notes: string[]): Layout {
+function chooseLayout(
+  config: ModelConfig,
+  settings: QuantizeSettings,
+  recipe: Recipe,
+  quantized: readonly GroupName[],
+  notes: string[],
+): Layout {
   if (settings.bits !== 4) return 'gyre';
   if (recipe.layout === 'paroquant' && settings.krot === 0) {
     notes.push("without rotations the transform is stored in gyre's own layout, which other loaders do not read");
@@ -84,7 +94,9 @@ function chooseLayout(config: ModelConfig, settings: QuantizeSettings, recipe: R
   }
   const odd = quantized.find((g) => groupShape(config, g).outFeatures.some((out) => out % 8 !== 0));
   if (odd) {
-    notes.push(`${odd}: output features are no multiple of 8, so the ${recipe.layout} layout cannot hold it; gyre's own layout is used`);
+    notes.push(
+      `${odd}: output features are no multiple of 8, so the ${recipe.layout} layout cannot hold it; gyre's own layout is used`,
+    );
     return 'gyre';
   }
   return recipe.layout;
@@ -112,7 +124,10 @@ function estimate(
       keptBytes += count * 2;
     } else {
       const perWeight = settings.bits + (16 + settings.bits) / decision.groupSize;
-      const transform = recipe.layout === 'paroquant' ? outFeatures.length * inFeatures * (8 * settings.krot + 16 * settings.krot + 16) : 0;
+      const transform =
+        recipe.layout === 'paroquant'
+          ? outFeatures.length * inFeatures * (8 * settings.krot + 16 * settings.krot + 16)
+          : 0;
       storedBits += count * perWeight + transform;
       quantizedWeights += count;
       const learnedColumns = Math.min(out, 1024);
@@ -126,7 +141,7 @@ function estimate(
   const intermediate = tokens * Math.max(config.intermediateSize, config.heads * config.headDim) * 4;
   return {
     memoryBytes: weights * 8 + largest * 12 + widest ** 2 * 40 + stream + intermediate,
-    outputBytes: Math.ceil(((storedBits / 8) + keptBytes) * config.layers + otherBytes),
+    outputBytes: Math.ceil((storedBits / 8 + keptBytes) * config.layers + otherBytes),
     floatingPointOperations: flops * config.layers,
     bitsPerWeight: quantizedWeights === 0 ? 16 : storedBits / quantizedWeights,
   };

@@ -3,7 +3,7 @@ import type { ProgressListener } from '../core/progress.js';
 import type { QuantizationConfig } from '../formats/quantization-config.js';
 import type { TensorEntry } from '../formats/safetensors-writer.js';
 import type { GroupName } from '../models/block.js';
-import type { ModelSource } from '../models/load.js';
+import { checkFinite, type ModelSource } from '../models/load.js';
 import type { Backend, Tensor } from '../ops/backend.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import type { QuantizePlan } from './plan.js';
@@ -49,8 +49,13 @@ export interface Chunk {
   quantized: Tensor;
 }
 
-/** A tensor of the source as it is. */
+/** A tensor of the source as it is. @throws `non-finite`, when it is read, for NaN and infinity. */
 export function copyEntry(source: ModelSource, name: string): TensorEntry {
   const { dtype, shape } = source.checkpoint.info(name);
-  return { name, dtype, shape, data: async () => (await source.checkpoint.read(name)).data };
+  const data = async () => {
+    const tensor = await source.checkpoint.read(name);
+    checkFinite(name, tensor);
+    return tensor.data;
+  };
+  return { name, dtype, shape, data };
 }

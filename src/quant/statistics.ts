@@ -1,5 +1,6 @@
 // Gram matrices of a linear group's inputs, accumulated chunk by chunk.
 import { GyreError } from '../core/errors.js';
+import { hostTensor } from '../core/tensor.js';
 import type { Backend, Tensor } from '../ops/backend.js';
 
 /** Accumulates H = XᵀX/n and C = X̃ᵀX/n. */
@@ -28,18 +29,27 @@ export class InputStatistics {
     return next;
   }
 
-  /** The matrices [in, in], divided by the number of rows. @throws `non-finite` when the inputs were. */
+  /**
+   * The matrices [in, in], divided by the number of rows. Inputs that are all zero (a block pruned away) say nothing of
+   * what matters: then every channel counts alike. @throws `non-finite` when the inputs were.
+   */
   async finish(what: string): Promise<{ gram: Tensor; cross: Tensor | undefined }> {
     if (!this.#gram) throw new GyreError('calibration', `no calibration inputs for ${what}`);
     const gram = await this.#average(this.#gram);
     const cross = this.#cross && (await this.#average(this.#cross));
     const size = await this.#backend.dot(gram, gram);
-    if (!Number.isFinite(size)) {
-      throw new GyreError('non-finite', `inputs of ${what} are NaN or infinite on the calibration data`, {
+    const crossSize = cross ? await this.#backend.dot(cross, cross) : 0;
+    if (!Number.isFinite(size + crossSize)) {
+      throw new GyreError('non-finite', `inputs of ${what} are NaN, infinite or overflow on the calibration data`, {
         remedy: 'the model itself produces them: check it with gyre eval on the same text',
       });
     }
-    return { gram, cross };
+    if (size > 0) return { gram, cross };
+    this.#backend.free(gram, cross);
+    const [n] = gram.shape;
+    const identity = new Float32Array(n * n);
+    for (let i = 0; i < n; i++) identity[i * n + i] = 1;
+    return { gram: await this.#backend.upload(hostTensor('f32', [n, n], identity)), cross: undefined };
   }
 
   async #average(sum: Tensor): Promise<Tensor> {

@@ -4,7 +4,11 @@ import type { Backend, GridSpec, PairwiseTransform, QuantizedWeight, RoundedWeig
 import type { QuantizedPart } from './types.js';
 
 /** Stacks [out_i, in] weights and transposes them: [in, Σ out_i]. */
-export async function channelMajor(backend: Backend, weights: readonly Float32Array[], inFeatures: number): Promise<Tensor> {
+export async function channelMajor(
+  backend: Backend,
+  weights: readonly Float32Array[],
+  inFeatures: number,
+): Promise<Tensor> {
   const cols = weights.reduce((sum, w) => sum + w.length / inFeatures, 0);
   let stacked = weights[0];
   if (weights.length > 1) {
@@ -48,7 +52,13 @@ export function splitRounded(
 }
 
 /** Columns [begin, begin + out.length / rows) of [rows, cols] as [columns, rows], in tiles that stay in cache. */
-function transposeColumns<T extends Uint8Array | Float32Array>(data: T, rows: number, cols: number, begin: number, out: T): T {
+function transposeColumns<T extends Uint8Array | Float32Array>(
+  data: T,
+  rows: number,
+  cols: number,
+  begin: number,
+  out: T,
+): T {
   const count = out.length / rows;
   const tile = 64;
   for (let r0 = 0; r0 < rows; r0 += tile) {

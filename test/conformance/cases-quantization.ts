@@ -156,6 +156,52 @@ function gptqCases(): ConformanceCase[] {
   );
 }
 
+/**
+ * Every step depends on the ones before it, so near ties may fall differently: the grids must be the oracle's, values must
+ * be codes on them, the error must shrink, and come as low as the oracle's within 0.1%.
+ */
+function descentCases(): ConformanceCase[] {
+  return GRIDS.map(([channels, cols, bits, groupSize]) => ({
+    op: 'descend' as const,
+    name: `${channels} × ${cols}, ${bits} bits in groups of ${groupSize}`,
+    run: async (duo: Duo) => {
+      const grid: GridSpec = { bits, groupSize };
+      const h = await duo.input([channels, channels], gram(duo, channels));
+      const w = await duo.input([channels, cols], weights(duo, channels, cols));
+      const start = await duo.oracle.roundToNearest(w.oracle, grid);
+      const given = {
+        ...start,
+        values: await duo.subject.upload(hostTensor('f32', [channels, cols], Float32Array.from(readF64(start.values)))),
+      };
+      const expected = await duo.oracle.descend(w.oracle, start, h.oracle, grid, 2);
+      const actual = await duo.subject.descend(w.subject, given, h.subject, grid, 2);
+      const values = await duo.subject.download(actual.values);
+      const target = readF64(w.oracle);
+      const hessian = readF64(h.oracle);
+      const error = (estimate: ArrayLike<number>): number => {
+        let sum = 0;
+        for (let c = 0; c < cols; c++) {
+          const d = Float64Array.from({ length: channels }, (_, i) => estimate[i * cols + c] - target[i * cols + c]);
+          for (let i = 0; i < channels; i++)
+            for (let j = 0; j < channels; j++) sum += d[i] * hessian[i * channels + j] * d[j];
+        }
+        return sum;
+      };
+      for (let i = 0; i < values.length; i++) {
+        const slot = Math.floor(i / cols / groupSize) * cols + (i % cols);
+        if (actual.scales[slot] !== start.scales[slot] || actual.zeros[slot] !== start.zeros[slot])
+          throw new Error(`grid ${slot} changed`);
+        const value = Math.fround((actual.codes[i] - actual.zeros[slot]) * actual.scales[slot]);
+        if (values[i] !== value) throw new Error(`value ${i} is ${values[i]}, its code says ${value}`);
+      }
+      const [before, best, found] = [error(readF64(start.values)), error(readF64(expected.values)), error(values)];
+      if (!(found <= best * 1.001) || !(found < before))
+        throw new Error(`error ${found}, oracle ${best}, before ${before}`);
+      duo.subject.free(given.values, actual.values);
+    },
+  }));
+}
+
 /** [channels, cols, transform group, K, bits, grid group]; one of the groups divides the other. */
 const OBJECTIVES = [
   [172, 7, 4, 3, 4, 4],
@@ -422,4 +468,5 @@ export const quantizationCases: readonly ConformanceCase[] = [
   degenerateCase,
   ...linalgCases(),
   ...gptqCases(),
+  ...descentCases(),
 ];

@@ -53,6 +53,7 @@ export const OPS = Object.keys({
   createObjective: true,
   roundToNearest: true,
   gptq: true,
+  descend: true,
   gptqFactor: true,
   solveSymmetric: true,
 } satisfies Record<OpName, true>) as readonly OpName[];

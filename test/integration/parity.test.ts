@@ -46,14 +46,20 @@ describe.each(['reference', 'cpu'] satisfies BackendName[])('parity with Transfo
       const cache = await decoder.createCache(batch, tokens);
       const half = Math.floor(tokens / 2);
       const stepwise = new Float32Array(whole.length);
-      for (const [begin, end] of [[0, half], ...Array.from({ length: tokens - half }, (_, i) => [half + i, half + i + 1])]) {
+      for (const [begin, end] of [
+        [0, half],
+        ...Array.from({ length: tokens - half }, (_, i) => [half + i, half + i + 1]),
+      ]) {
         const chunk = Int32Array.from({ length: batch * (end - begin) }, (_, i) => {
           const n = end - begin;
           return input[Math.floor(i / n) * tokens + begin + (i % n)];
         });
         const out = await backend.download(await decoder.logits(await decoder.hidden(chunk, { cache })));
         for (let b = 0; b < batch; b++) {
-          stepwise.set(out.subarray(b * (end - begin) * vocab, (b + 1) * (end - begin) * vocab), (b * tokens + begin) * vocab);
+          stepwise.set(
+            out.subarray(b * (end - begin) * vocab, (b + 1) * (end - begin) * vocab),
+            (b * tokens + begin) * vocab,
+          );
         }
       }
       expect(worst(stepwise, floats(logits)), 'token by token').toBeLessThan(TOLERANCE);

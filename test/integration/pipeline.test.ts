@@ -5,11 +5,19 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { openBackend, type BackendName } from '../../src/backends/registry.js';
 import type { Backend } from '../../src/ops/backend.js';
 import { RECIPES } from '../../src/quant/recipes/index.js';
-import { FIXTURES, logitsOf, quantizeFixture, randomTokens, relativeError, temporaryFolder } from '../support/pipeline.js';
+import {
+  FIXTURES,
+  logitsOf,
+  quantizeFixture,
+  randomTokens,
+  relativeError,
+  temporaryFolder,
+} from '../support/pipeline.js';
 
 async function folderBytes(folder: string): Promise<Record<string, string>> {
   const files: Record<string, string> = {};
-  for (const name of (await readdir(folder)).sort()) files[name] = (await readFile(path.join(folder, name))).toString('base64');
+  for (const name of (await readdir(folder)).sort())
+    files[name] = (await readFile(path.join(folder, name))).toString('base64');
   return files;
 }
 
@@ -25,7 +33,9 @@ describe.each(['reference', 'cpu'] satisfies BackendName[])('pipeline on %s', (n
     await scratch.remove();
   });
 
-  const cases = RECIPES.flatMap((recipe) => ['qwen3', 'llama', 'qwen2'].map((fixture) => [recipe.name, fixture] as const));
+  const cases = RECIPES.flatMap((recipe) =>
+    ['qwen3', 'llama', 'qwen2'].map((fixture) => [recipe.name, fixture] as const),
+  );
   it.each(cases)('%s on %s: 8 bits keep the logits, 4 bits stay near', async (method, fixture) => {
     for (const [bits, limit] of [
       [8, 0.03],
@@ -34,7 +44,10 @@ describe.each(['reference', 'cpu'] satisfies BackendName[])('pipeline on %s', (n
       const out = path.join(scratch.folder, `${method}-${fixture}-${bits}`);
       const source = await quantizeFixture(backend, fixture, out, { method, bits });
       const ids = randomTokens(source, 2, 24, 7);
-      const error = relativeError(await logitsOf(backend, out, ids, 2), await logitsOf(backend, path.join(FIXTURES, fixture), ids, 2));
+      const error = relativeError(
+        await logitsOf(backend, out, ids, 2),
+        await logitsOf(backend, path.join(FIXTURES, fixture), ids, 2),
+      );
       expect(error, `${bits} bits`).toBeLessThan(limit);
     }
   });
@@ -43,8 +56,12 @@ describe.each(['reference', 'cpu'] satisfies BackendName[])('pipeline on %s', (n
     const whole = path.join(scratch.folder, `${method}-whole`);
     const resumed = path.join(scratch.folder, `${method}-resumed`);
     await quantizeFixture(backend, 'qwen3', whole, { method });
-    await expect(quantizeFixture(backend, 'qwen3', resumed, { method }, { stopAfter: 1 })).rejects.toMatchObject({ code: 'interrupted' });
-    await expect(quantizeFixture(backend, 'qwen3', resumed, { method })).rejects.toMatchObject({ code: 'output-exists' });
+    await expect(quantizeFixture(backend, 'qwen3', resumed, { method }, { stopAfter: 1 })).rejects.toMatchObject({
+      code: 'interrupted',
+    });
+    await expect(quantizeFixture(backend, 'qwen3', resumed, { method })).rejects.toMatchObject({
+      code: 'output-exists',
+    });
     await quantizeFixture(backend, 'qwen3', resumed, { method }, { resume: true });
     expect(await folderBytes(resumed)).toEqual(await folderBytes(whole));
   });

@@ -85,7 +85,12 @@ export async function quantizeFixture(
 }
 
 /** Logits of a model folder on given tokens. */
-export async function logitsOf(backend: Backend, folder: string, ids: Int32Array, batch: number): Promise<Float32Array> {
+export async function logitsOf(
+  backend: Backend,
+  folder: string,
+  ids: Int32Array,
+  batch: number,
+): Promise<Float32Array> {
   const source = await openModel(await folderFiles(folder));
   const decoder = await loadDecoder(backend, source);
   const logits = await backend.download(await decoder.logits(await decoder.hidden(ids, { batch })));

@@ -3,7 +3,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { fileURLToPath } from 'node:url';
 import { openBackend } from '../../src/backends/registry.js';
 import { createRng } from '../../src/core/rng.js';
-import { cutWindows, evaluateText, parseTextFile } from '../../src/evaluation/index.js';
+import { cutWindows, evaluateText, parseTextFile, remembering } from '../../src/evaluation/index.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import type { Decoder } from '../../src/models/decoder.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
@@ -86,6 +86,16 @@ describe('evaluateText', () => {
     expect(same.top1Agreement).toBe(1);
     expect(same.referencePerplexity).toBeCloseTo(same.perplexity, 8);
     expect(same.nll).toBeCloseTo(alone.nll, 10);
+  });
+
+  it('comes out the same against a reference that remembers', async () => {
+    const once = remembering(reference);
+    const plain = await evaluateText(decoder, tokens, { seqLen: 24, reference });
+    for (let i = 0; i < 2; i++) {
+      const found = await evaluateText(decoder, tokens, { seqLen: 24, reference: once });
+      expect(found.kl).toBeCloseTo(plain.kl ?? NaN, 6);
+      expect(found.referencePerplexity).toBeCloseTo(plain.referencePerplexity ?? NaN, 4);
+    }
   });
 
   it('refuses windows beyond the context, texts of one token, and another vocabulary', async () => {

@@ -5,6 +5,7 @@ import { KernelPool } from './kernels.js';
 import { OrtKernels } from './ort.js';
 import { CpuQuantization } from './quantization.js';
 import { loadRuntime } from './runtime.js';
+import { TensorPool } from './tensor.js';
 
 /** Options of {@link openCpuBackend}; see BackendOptions of the registry. */
 export interface CpuOptions {
@@ -25,7 +26,13 @@ export async function openCpuBackend(options: CpuOptions = {}): Promise<Backend>
     await ort.dispose();
     await pool.dispose();
   };
-  return compose(new CpuInference(pool, ort, options.activations ?? 'exact'), new CpuQuantization(pool, ort), info, dispose);
+  const tensors = new TensorPool();
+  return compose(
+    new CpuInference(pool, ort, tensors, options.activations ?? 'exact'),
+    new CpuQuantization(pool, ort, tensors),
+    info,
+    dispose,
+  );
 }
 
 /** One object with the ops of both halves. */

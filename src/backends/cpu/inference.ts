@@ -29,7 +29,7 @@ import {
   type KernelPool,
 } from './kernels.js';
 import type { Int8Linear, OrtKernels } from './ort.js';
-import { CpuTensor, own } from './tensor.js';
+import { CpuTensor, own, type TensorPool } from './tensor.js';
 
 /** Weights decoded at a time for a product of many rows, bytes of f32. */
 const DECODED_BYTES = 64 * 1024 * 1024;
@@ -43,7 +43,12 @@ class CpuLinear implements LinearHandle {
   readonly weight: PackedLinear | Int8Linear;
   readonly bias: Float32Array | undefined;
 
-  constructor(inFeatures: number, outFeatures: number, weight: PackedLinear | Int8Linear, bias: Float32Array | undefined) {
+  constructor(
+    inFeatures: number,
+    outFeatures: number,
+    weight: PackedLinear | Int8Linear,
+    bias: Float32Array | undefined,
+  ) {
     this.inFeatures = inFeatures;
     this.outFeatures = outFeatures;
     this.weight = weight;
@@ -59,27 +64,30 @@ class CpuLinear implements LinearHandle {
 export class CpuInference implements InferenceOps {
   readonly #pool: KernelPool;
   readonly #ort: OrtKernels;
+  readonly #tensors: TensorPool;
   readonly #int8: boolean;
   /** Reused for decoded weights. */
   #decoded = new Float32Array(0);
 
-  constructor(pool: KernelPool, ort: OrtKernels, activations: 'exact' | 'int8') {
+  constructor(pool: KernelPool, ort: OrtKernels, tensors: TensorPool, activations: 'exact' | 'int8') {
     this.#pool = pool;
     this.#ort = ort;
+    this.#tensors = tensors;
     this.#int8 = activations === 'int8';
   }
 
   upload(tensor: HostTensor): Tensor {
-    const values = floats(tensor);
-    return new CpuTensor(tensor.shape, values === tensor.data ? values.slice() : values);
+    const out = this.#tensors.make(tensor.shape);
+    out.data.set(floats(tensor));
+    return out;
   }
 
   download(tensor: Tensor): Promise<Float32Array> {
     return Promise.resolve(own(tensor).data.slice());
   }
 
-  free(): void {
-    // Tensors are ordinary arrays: the garbage collector has them.
+  free(...tensors: readonly (Tensor | undefined)[]): void {
+    for (const tensor of tensors) this.#tensors.free(tensor);
   }
 
   sliceRows(tensor: Tensor, begin: number, end: number): Tensor {
@@ -91,7 +99,7 @@ export class CpuInference implements InferenceOps {
   concatColumns(parts: readonly Tensor[]): Tensor {
     const matrices = parts.map((part) => own(part).matrix);
     const { rows } = matrices[0];
-    const out = new CpuTensor([rows, matrices.reduce((sum, m) => sum + m.cols, 0)]);
+    const out = this.#tensors.make([rows, matrices.reduce((sum, m) => sum + m.cols, 0)]);
     const width = out.shape[1];
     let column = 0;
     for (const { data, cols } of matrices) {
@@ -107,7 +115,9 @@ export class CpuInference implements InferenceOps {
       return new CpuLinear(weight.inFeatures, weight.outFeatures, weight, source.bias);
     }
     const { inFeatures, outFeatures } = source.weight;
-    const weight = this.#int8 ? await this.#ort.int8Linear(source.weight) : PackedLinear.quantized(this.#pool, source.weight);
+    const weight = this.#int8
+      ? await this.#ort.int8Linear(source.weight)
+      : PackedLinear.quantized(this.#pool, source.weight);
     return new CpuLinear(inFeatures, outFeatures, weight, source.bias);
   }
 
@@ -139,14 +149,14 @@ export class CpuInference implements InferenceOps {
   embed(table: LinearHandle, ids: Int32Array): Tensor {
     const { weight, inFeatures } = ownLinear(table);
     ensure(weight instanceof PackedLinear, 'unsupported', 'an embedding table with 8-bit activations');
-    const out = new CpuTensor([ids.length, inFeatures]);
+    const out = this.#tensors.make([ids.length, inFeatures]);
     weight.gatherRows(ids, out.data);
     return out;
   }
 
   rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
     const { shape, data } = own(x);
-    const out = new CpuTensor(shape);
+    const out = this.#tensors.make(shape);
     rmsNorm(this.#pool, data, own(weight).data, eps, out.data);
     return out;
   }
@@ -154,7 +164,7 @@ export class CpuInference implements InferenceOps {
   rotate(x: Tensor, transform: TransformHandle): Tensor {
     if (!(transform instanceof RowTransform)) throw foreign();
     const { data, rows } = own(x).matrix;
-    const out = new CpuTensor(x.shape);
+    const out = this.#tensors.make(x.shape);
     transform.apply(data, rows, out.data);
     return out;
   }
@@ -162,8 +172,12 @@ export class CpuInference implements InferenceOps {
   async linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Promise<Tensor> {
     const handle = ownLinear(weight);
     const { data, rows, cols } = own(x).matrix;
-    ensure(cols === handle.inFeatures, 'tensor-shape', () => `a linear of ${handle.inFeatures} inputs was given ${cols}`);
-    const out = new CpuTensor([rows, handle.outFeatures]);
+    ensure(
+      cols === handle.inFeatures,
+      'tensor-shape',
+      () => `a linear of ${handle.inFeatures} inputs was given ${cols}`,
+    );
+    const out = this.#tensors.make([rows, handle.outFeatures]);
     const add = residual && own(residual).data;
     if (handle.weight instanceof PackedLinear) {
       if (rows <= MAX_GEMV_ROWS) {
@@ -205,9 +219,9 @@ export class CpuInference implements InferenceOps {
     const { heads, kvHeads, headDim, rope } = options;
     if (!(rope instanceof RopeTable)) throw foreign();
     const { data, rows } = own(qkv).matrix;
-    const q = new CpuTensor([rows, heads * headDim]);
-    const k = new CpuTensor([rows, kvHeads * headDim]);
-    const v = new CpuTensor([rows, kvHeads * headDim]);
+    const q = this.#tensors.make([rows, heads * headDim]);
+    const k = this.#tensors.make([rows, kvHeads * headDim]);
+    const v = this.#tensors.make([rows, kvHeads * headDim]);
     splitHeads(this.#pool, {
       ...options,
       rope,
@@ -226,7 +240,7 @@ export class CpuInference implements InferenceOps {
     const { data, rows } = own(q).matrix;
     const tokens = rows / batch;
     const [keys, values] = [own(k).data, own(v).data];
-    const out = new CpuTensor(q.shape);
+    const out = this.#tensors.make(q.shape);
     if (cache && !(cache instanceof KvCache)) throw foreign();
     if (tokens <= FEW_QUERY_ROWS) {
       cache?.append(keys, values, start);
@@ -239,7 +253,8 @@ export class CpuInference implements InferenceOps {
     // ONNX Runtime takes a past for one sequence at a time.
     const together = start > 0 ? 1 : batch;
     for (let first = 0; first < batch; first += together) {
-      const part = (values: Float32Array): Float32Array => values.subarray((first / batch) * values.length, ((first + together) / batch) * values.length);
+      const part = (values: Float32Array): Float32Array =>
+        values.subarray((first / batch) * values.length, ((first + together) / batch) * values.length);
       const before = { tokens: start, k: part(past.k), v: part(past.v) };
       await this.#ort.attention(kernel, together, tokens, part(data), part(keys), part(values), before, part(out.data));
     }
@@ -249,7 +264,7 @@ export class CpuInference implements InferenceOps {
 
   siluMul(gateUp: Tensor): Tensor {
     const { data, rows, cols } = own(gateUp).matrix;
-    const out = new CpuTensor([rows, cols / 2]);
+    const out = this.#tensors.make([rows, cols / 2]);
     siluMul(this.#pool, data, rows, out.data);
     return out;
   }

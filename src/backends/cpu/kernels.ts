@@ -15,6 +15,7 @@ export {
 } from './wasm/transform-kernels.js';
 export { ObjectiveKernel, type ObjectiveSpec } from './wasm/objective-kernel.js';
 export { gptqBlock, gptqBlocks, type GptqBlockArguments } from './wasm/gptq-kernel.js';
+export { descentBlock, type DescentBlockArguments } from './wasm/descent-kernel.js';
 export { cholesky, solveLowerTransposed, invertLower } from './wasm/linalg-kernels.js';
 export {
   attention,

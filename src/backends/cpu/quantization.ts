@@ -11,6 +11,7 @@ import type {
 } from '../../ops/backend.js';
 import {
   addScaled,
+  descentBlock,
   dot,
   fakeQuantize,
   gptqBlock,
@@ -22,36 +23,38 @@ import {
 } from './kernels.js';
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import type { OrtKernels } from './ort.js';
-import { CpuTensor, own } from './tensor.js';
+import { CpuTensor, own, type TensorPool } from './tensor.js';
 
 /** See {@link QuantizationOps}. */
 export class CpuQuantization implements QuantizationOps {
   readonly #pool: KernelPool;
   readonly #ort: OrtKernels;
+  readonly #tensors: TensorPool;
 
-  constructor(pool: KernelPool, ort: OrtKernels) {
+  constructor(pool: KernelPool, ort: OrtKernels, tensors: TensorPool) {
     this.#pool = pool;
     this.#ort = ort;
+    this.#tensors = tensors;
   }
 
   async matmul(a: Tensor, b: Tensor, options: { transposeA?: boolean; transposeB?: boolean } = {}): Promise<Tensor> {
     const { transposeA = false, transposeB = false } = options;
     const [left, right] = [own(a).matrix, own(b).matrix];
-    const out = new CpuTensor([transposeA ? left.cols : left.rows, transposeB ? right.rows : right.cols]);
+    const out = this.#tensors.make([transposeA ? left.cols : left.rows, transposeB ? right.rows : right.cols]);
     await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
     return out;
   }
 
   addScaled(acc: Tensor, x: Tensor, scale: number, inPlace = false): Tensor {
     const a = own(acc);
-    const out = inPlace ? a : new CpuTensor(a.shape);
+    const out = inPlace ? a : this.#tensors.make(a.shape);
     addScaled(a.data, own(x).data, scale, out.data);
     return out;
   }
 
   transpose(x: Tensor): Tensor {
     const { data, rows, cols } = own(x).matrix;
-    const out = new CpuTensor([cols, rows]);
+    const out = this.#tensors.make([cols, rows]);
     transpose(this.#pool, data, out.data, rows, cols);
     return out;
   }
@@ -74,7 +77,7 @@ export class CpuQuantization implements QuantizationOps {
     );
     ensure(side === 'weight' || direction === 'forward', 'usage', 'the activation side has no inverse here');
     const a = transform.channelScales;
-    const out = new CpuTensor([rows, cols]);
+    const out = this.#tensors.make([rows, cols]);
     // The weight side multiplies by s = 1/a; both directions of the kernel take s.
     transformChannels(
       this.#pool,
@@ -102,14 +105,17 @@ export class CpuQuantization implements QuantizationOps {
       bits: grid.bits,
       gridGroupSize: grid.groupSize,
     });
-    const out = new CpuTensor([rows, cols]);
+    const out = this.#tensors.make([rows, cols]);
     return {
       forward(theta, scales) {
         kernel.forward(theta, scales, out.data);
         return out;
       },
       backward: (gradient) => kernel.backward(own(gradient).data),
-      dispose: () => kernel.dispose(),
+      dispose: () => {
+        kernel.dispose();
+        this.#tensors.free(out);
+      },
     };
   }
 
@@ -177,6 +183,61 @@ export class CpuQuantization implements QuantizationOps {
     return { codes, zeros, scales, values: new CpuTensor([channels, columns], work) };
   }
 
+  async descend(
+    w: Tensor,
+    rounded: RoundedWeight,
+    gram: Tensor,
+    grid: GridSpec,
+    sweeps: number,
+  ): Promise<RoundedWeight> {
+    const { data: target, rows: channels, cols: columns } = own(w).matrix;
+    const h = own(gram).matrix;
+    ensure(
+      h.rows === channels && h.cols === channels,
+      'tensor-shape',
+      () => `Gram matrix [${h.rows}, ${h.cols}] for ${channels} channels`,
+    );
+    const values = own(rounded.values).data.slice();
+    const codes = rounded.codes.slice();
+    const residual = new Float32Array(channels * columns);
+    const difference = new Float32Array(channels * columns);
+    let update = new Float32Array(0);
+    for (let sweep = 0; sweep < sweeps; sweep++) {
+      addScaled(target, values, -1, difference);
+      await this.#ort.gemm(h, false, { data: difference, rows: channels, cols: columns }, false, residual);
+      for (const [begin, end] of gptqBlocks(channels, grid.groupSize)) {
+        const size = end - begin;
+        const changes = new Float32Array(size * columns);
+        descentBlock(this.#pool, {
+          columns,
+          begin,
+          end,
+          groupSize: grid.groupSize,
+          bits: grid.bits,
+          residual: residual.subarray(begin * columns, end * columns),
+          values,
+          codes,
+          gram: diagonalBlock(h.data, channels, begin, end),
+          scales: rounded.scales,
+          zeros: rounded.zeros,
+          changes,
+        });
+        const after = channels - end;
+        if (after === 0) break;
+        if (update.length < after * columns) update = new Float32Array(after * columns);
+        const spread = rightOfBlock(h.data, channels, begin, end);
+        await this.#ort.gemm(spread, true, { data: changes, rows: size, cols: columns }, false, update);
+        addScaled(
+          residual.subarray(end * columns),
+          update.subarray(0, after * columns),
+          -1,
+          residual.subarray(end * columns),
+        );
+      }
+    }
+    return { codes, zeros: rounded.zeros, scales: rounded.scales, values: new CpuTensor([channels, columns], values) };
+  }
+
   async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {
     const { data, rows } = own(h).matrix;
     return new CpuTensor([rows, rows], await gptqFactor({ pool: this.#pool, ort: this.#ort }, data, rows, damp));
@@ -194,4 +255,25 @@ export class CpuQuantization implements QuantizationOps {
     );
     return new CpuTensor([right.rows, right.cols], out);
   }
+}
+
+/** [begin:end, begin:end] of a square matrix. */
+function diagonalBlock(matrix: Float32Array, n: number, begin: number, end: number): Float32Array {
+  const size = end - begin;
+  const block = new Float32Array(size * size);
+  for (let r = 0; r < size; r++) block.set(matrix.subarray((begin + r) * n + begin, (begin + r) * n + end), r * size);
+  return block;
+}
+
+/** [begin:end, end:] of a square matrix. */
+function rightOfBlock(
+  matrix: Float32Array,
+  n: number,
+  begin: number,
+  end: number,
+): { data: Float32Array; rows: number; cols: number } {
+  const [rows, cols] = [end - begin, n - end];
+  const data = new Float32Array(rows * cols);
+  for (let r = 0; r < rows; r++) data.set(matrix.subarray((begin + r) * n + end, (begin + r + 1) * n), r * cols);
+  return { data, rows, cols };
 }

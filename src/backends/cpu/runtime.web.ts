@@ -9,10 +9,7 @@ export function openRuntime(threads: number): Runtime {
 }
 
 /** A session that fills the outputs it is given: ONNX Runtime's own copies them into its memory and never back. */
-async function createSession(
-  model: Uint8Array,
-  options: ort.InferenceSession.SessionOptions,
-): Promise<RuntimeSession> {
+async function createSession(model: Uint8Array, options: ort.InferenceSession.SessionOptions): Promise<RuntimeSession> {
   const session = await ort.InferenceSession.create(model, options);
   return {
     async run(feeds, fetches: Fetches) {

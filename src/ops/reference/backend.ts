@@ -32,7 +32,7 @@ import {
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import { embed, linear, matmul, ownLinear, ReferenceLinear, transpose } from './linear.js';
 import { rmsNorm, score, siluMul } from './norms.js';
-import { gptq, ReferenceObjective, roundToNearest, transformChannels, type Rounding } from './quantize.js';
+import { descend, gptq, ReferenceObjective, roundToNearest, transformChannels, type Rounding } from './quantize.js';
 import { checkRotations, ownTransform, ReferenceTransform, transformVector, weightScales } from './rotation.js';
 import { expectSize, hostValues, matrixShape, own, ReferenceTensor } from './tensor.js';
 
@@ -263,6 +263,12 @@ class ReferenceBackend implements Backend {
     const [channels, cols] = matrixShape(w, 'gptq');
     expectSize(own(factor).values.length, channels * channels, 'elements of the GPTQ factor');
     return rounded(w.shape, gptq(own(w).values, own(factor).values, channels, cols, grid, clip));
+  }
+
+  descend(w: Tensor, start: RoundedWeight, gram: Tensor, grid: GridSpec, sweeps: number): RoundedWeight {
+    const [channels, cols] = matrixShape(w, 'descend');
+    expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
+    return rounded(w.shape, descend(own(w).values, start, own(gram).values, channels, cols, grid, sweeps));
   }
 
   async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {

@@ -160,6 +160,47 @@ export function gptq(
   return out;
 }
 
+/**
+ * Coordinate descent on the layer error, one channel after the other: with R = H·(W − Ŵ), channel i's optimum given the
+ * others is ŵ_i + R_i / H_ii; it moves to the grid value nearest to that. w [in, cols], h [in, in].
+ */
+export function descend(
+  w: Float64Array,
+  start: { codes: Uint8Array; zeros: Uint8Array; scales: Float32Array },
+  h: Float64Array,
+  channels: number,
+  cols: number,
+  grid: GridSpec,
+  sweeps: number,
+): Rounding {
+  const { zeros, scales } = start;
+  const out: Rounding = { codes: start.codes.slice(), zeros, scales, values: new Float64Array(channels * cols) };
+  for (let c = 0; c < cols; c++) {
+    const gridOfChannel = (i: number): Grid => {
+      const slot = Math.floor(i / grid.groupSize) * cols + c;
+      return { scale: scales[slot], zero: zeros[slot] };
+    };
+    for (let i = 0; i < channels; i++) {
+      const { scale, zero } = gridOfChannel(i);
+      out.values[i * cols + c] = (out.codes[i * cols + c] - zero) * scale;
+    }
+    for (let sweep = 0; sweep < sweeps; sweep++) {
+      for (let i = 0; i < channels; i++) {
+        if (!(h[i * channels + i] > 0)) continue;
+        let residual = 0;
+        for (let j = 0; j < channels; j++)
+          residual += h[i * channels + j] * (w[j * cols + c] - out.values[j * cols + c]);
+        const { scale, zero } = gridOfChannel(i);
+        const optimum = out.values[i * cols + c] + residual / h[i * channels + i];
+        const code = encode(optimum, { scale, zero }, grid.bits);
+        out.codes[i * cols + c] = code;
+        out.values[i * cols + c] = (code - zero) * scale;
+      }
+    }
+  }
+  return out;
+}
+
 /** What forward keeps for backward, one matrix [in, cols] per stage. */
 interface ForwardState {
   readonly t: Rotations;

@@ -19,7 +19,13 @@ export interface ClipSearchOptions {
  * @param gram [in, in].
  * @returns [in / groupSize, cols].
  */
-export async function searchClip(backend: Backend, w: Tensor, gram: Tensor, grid: GridSpec, options: ClipSearchOptions = {}): Promise<Float32Array> {
+export async function searchClip(
+  backend: Backend,
+  w: Tensor,
+  gram: Tensor,
+  grid: GridSpec,
+  options: ClipSearchOptions = {},
+): Promise<Float32Array> {
   const { minimum = 0.5, steps = 20 } = options;
   const [channels, cols] = w.shape;
   const size = grid.groupSize;
@@ -37,7 +43,7 @@ export async function searchClip(backend: Backend, w: Tensor, gram: Tensor, grid
       const [dh, ph] = [await backend.download(d), await backend.download(product)];
       backend.free(product);
       const error = new Float64Array(cols);
-      for (let i = 0; i < dh.length; ) for (let c = 0; c < cols; c++, i++) error[c] += dh[i] * ph[i];
+      for (let i = 0; i < dh.length;) for (let c = 0; c < cols; c++, i++) error[c] += dh[i] * ph[i];
       for (let c = 0; c < cols; c++) {
         if (error[c] < bestError[g * cols + c]) {
           bestError[g * cols + c] = error[c];
@@ -58,7 +64,8 @@ async function diagonalBlocks(backend: Backend, matrix: Tensor, size: number): P
   const blocks: Tensor[] = [];
   for (let begin = 0; begin < n; begin += size) {
     const block = new Float32Array(size * size);
-    for (let r = 0; r < size; r++) block.set(data.subarray((begin + r) * n + begin, (begin + r) * n + begin + size), r * size);
+    for (let r = 0; r < size; r++)
+      block.set(data.subarray((begin + r) * n + begin, (begin + r) * n + begin + size), r * size);
     blocks.push(await backend.upload(hostTensor('f32', [size, size], block)));
   }
   return blocks;

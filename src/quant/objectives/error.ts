@@ -5,7 +5,10 @@ import type { GroupTask } from '../types.js';
 
 /** tr((Ŵ−W)·H·(Ŵ−W)ᵀ) / tr(W·H·Wᵀ) for channel-major weights [in, cols]. */
 export async function quadraticError(backend: Backend, gram: Tensor, estimate: Tensor, w: Tensor): Promise<number> {
-  return (await quadraticForm(backend, gram, await backend.addScaled(estimate, w, -1), true)) / (await quadraticForm(backend, gram, w));
+  return (
+    (await quadraticForm(backend, gram, await backend.addScaled(estimate, w, -1), true)) /
+    (await quadraticForm(backend, gram, w))
+  );
 }
 
 /** tr(DᵀHD). Frees `d` when asked to. */

@@ -16,7 +16,11 @@ export interface LayerObjective {
 }
 
 /** Loss of Ŵt (up to the constant ‖WX̃ᵀ‖²/n), and H·Ŵt − Pt, half its gradient (the caller frees it). */
-export async function evaluateObjective(backend: Backend, objective: LayerObjective, w: Tensor): Promise<{ loss: number; halfGradient: Tensor }> {
+export async function evaluateObjective(
+  backend: Backend,
+  objective: LayerObjective,
+  w: Tensor,
+): Promise<{ loss: number; halfGradient: Tensor }> {
   const product = await backend.matmul(objective.gram, w);
   const halfGradient = await backend.addScaled(product, objective.target, -1, true);
   const loss = (await backend.dot(w, halfGradient)) - (await backend.dot(w, objective.target));

@@ -26,13 +26,21 @@ export const awq: Recipe = {
     for (const candidate of await candidateScales(backend, task, gram, w)) {
       const scaled = await scaleRows(backend, w, candidate.scales);
       const rounded = await backend.roundToNearest(scaled, grid);
-      const estimate = await scaleRows(backend, rounded.values, candidate.scales.map((s) => 1 / s));
+      const estimate = await scaleRows(
+        backend,
+        rounded.values,
+        candidate.scales.map((s) => 1 / s),
+      );
       const error = await quadraticError(backend, gram, estimate, w);
       backend.free(scaled, rounded.values, estimate);
       if (error < best.error) best = { error, ...candidate };
     }
     const scaled = await scaleRows(backend, w, best.scales);
-    const scaledGram = await scaleBoth(backend, gram, best.scales.map((s) => 1 / s));
+    const scaledGram = await scaleBoth(
+      backend,
+      gram,
+      best.scales.map((s) => 1 / s),
+    );
     const clip = await searchClip(backend, scaled, scaledGram, grid);
     let rounded = await backend.roundToNearest(scaled, grid, clip);
     let error = await quadraticError(backend, scaledGram, rounded.values, scaled);
@@ -71,8 +79,20 @@ async function candidateScales(
   const candidates: { exponent: number; scales: Float32Array<ArrayBuffer> }[] = [];
   for (let i = 0; i < EXPONENTS; i++) {
     const exponent = i / EXPONENTS;
-    candidates.push({ exponent, scales: foldable(task, x.map((v) => Math.max(v, 1e-6) ** exponent)) });
-    candidates.push({ exponent, scales: foldable(task, x.map((v, c) => Math.max(v, 1e-6) ** exponent / Math.max(weight[c], 1e-6) ** (1 - exponent))) });
+    candidates.push({
+      exponent,
+      scales: foldable(
+        task,
+        x.map((v) => Math.max(v, 1e-6) ** exponent),
+      ),
+    });
+    candidates.push({
+      exponent,
+      scales: foldable(
+        task,
+        x.map((v, c) => Math.max(v, 1e-6) ** exponent / Math.max(weight[c], 1e-6) ** (1 - exponent)),
+      ),
+    });
   }
   return candidates;
 }
@@ -95,7 +115,14 @@ function foldable(task: GroupTask, raw: Float64Array): Float32Array<ArrayBuffer>
 async function scaleRows(backend: Backend, w: Tensor, s: Float32Array): Promise<Tensor> {
   return backend.transformChannels(
     w,
-    { channels: s.length, groupSize: s.length, krot: 0, pairs: new Int16Array(0), theta: new Float32Array(0), channelScales: s },
+    {
+      channels: s.length,
+      groupSize: s.length,
+      krot: 0,
+      pairs: new Int16Array(0),
+      theta: new Float32Array(0),
+      channelScales: s,
+    },
     'forward',
     'activation',
   );

@@ -12,6 +12,9 @@ export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant];
 /** @throws GyreError `usage` naming the recipes there are. */
 export function findRecipe(name: string): Recipe {
   const recipe = RECIPES.find((r) => r.name === name);
-  if (!recipe) throw new GyreError('usage', `unknown method '${name}'`, { remedy: `choose one of: ${RECIPES.map((r) => r.name).join(', ')}` });
+  if (!recipe)
+    throw new GyreError('usage', `unknown method '${name}'`, {
+      remedy: `choose one of: ${RECIPES.map((r) => r.name).join(', ')}`,
+    });
   return recipe;
 }

@@ -1,7 +1,7 @@
 // ParoQuant with the full-batch layer objective (design §4.3): learned pairwise rotations and channel scales, one
 // transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
 import { createRng } from '../../core/rng.js';
-import type { Backend, PairwiseTransform, Tensor } from '../../ops/backend.js';
+import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
 import { randomPairs } from '../../transforms/index.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
@@ -13,6 +13,8 @@ import { GPTQ_DAMP } from './gptq.js';
 const LEARNING_COLUMNS = 1024;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
+/** Sweeps of coordinate descent after GPTQ. */
+const DESCENT_SWEEPS = 3;
 
 export const paroquant: Recipe = {
   name: 'paroquant',
@@ -56,10 +58,12 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
   return { parts, curve, stats: { error, ...curveStats(curve) } };
 }
 
-async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask) {
+/** GPTQ, then coordinate descent: GPTQ cannot take back what it decided before it knew the later channels. */
+async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask): Promise<RoundedWeight> {
   const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
-  const rounded = await backend.gptq(w, factor, task.grid);
-  backend.free(factor);
+  const first = await backend.gptq(w, factor, task.grid);
+  const rounded = await backend.descend(w, first, gram, task.grid, DESCENT_SWEEPS);
+  backend.free(factor, first.values);
   return rounded;
 }
 
@@ -81,7 +85,10 @@ async function learn(
   const groupSize = rotationGroup(inFeatures, grid.groupSize);
   const pairs = randomPairs(inFeatures, groupSize, settings.krot, rng);
   const cols = w.shape[1];
-  const sampled = cols > LEARNING_COLUMNS ? [...rng.permutation(cols).subarray(0, LEARNING_COLUMNS)].sort((a, b) => a - b) : undefined;
+  const sampled =
+    cols > LEARNING_COLUMNS
+      ? [...rng.permutation(cols).subarray(0, LEARNING_COLUMNS)].sort((a, b) => a - b)
+      : undefined;
   const ws = sampled ? await gatherColumns(backend, w, sampled) : w;
   const ts = sampled ? await gatherColumns(backend, target, sampled) : target;
   const norm = await quadraticForm(backend, gram, ws);
@@ -89,7 +96,15 @@ async function learn(
     backend,
     ws,
     { gram, target: ts },
-    { channels: inFeatures, groupSize, krot: settings.krot, pairs, grid, steps: settings.steps, learnScales: settings.scales },
+    {
+      channels: inFeatures,
+      groupSize,
+      krot: settings.krot,
+      pairs,
+      grid,
+      steps: settings.steps,
+      learnScales: settings.scales,
+    },
   );
   if (sampled) backend.free(ws, ts);
   return { transform, curve: curve.map((loss) => loss / norm + 1) };

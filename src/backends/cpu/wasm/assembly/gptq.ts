@@ -6,7 +6,7 @@ import { WIDE, WIDE_SHIFT, loadWide, storeWide, move16 } from './tile';
 import { GRID_BYTES, startRange, widenRange, finishGrid, roundStrip, rowCodes, storeCodes, storeGrid, loadGrid } from './grid';
 
 /** rows [first, last) −= Σ_{k in [from, to)} factor[k][row] · errors[k], on wide tiles. */
-function applyErrors(tile: usize, errors: usize, factor: usize, block: u32, first: u32, last: u32, from: u32, to: u32): void {
+export function applyErrors(tile: usize, errors: usize, factor: usize, block: u32, first: u32, last: u32, from: u32, to: u32): void {
   const step = <usize>block << 2;
   for (let r = first; r < last; r++) {
     for (let half: usize = 0; half < 128; half += 64) {
