@@ -84,8 +84,12 @@ export async function withDecoder<T>(
   backend: Backend,
   source: ModelSource,
   use: (decoder: Decoder) => Promise<T>,
+  options: { readonly headBits?: 8 | 16 } = {},
 ): Promise<T> {
-  const decoder = await loadDecoder(backend, source, { onProgress: context.progress.listener });
+  const decoder = await loadDecoder(backend, source, {
+    onProgress: context.progress.listener,
+    headBits: options.headBits,
+  });
   try {
     return await use(decoder);
   } finally {

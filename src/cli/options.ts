@@ -74,6 +74,10 @@ export const runtimeOptions = (): Option[] => [
     '--activations <how>',
     'inputs of products with quantized weights: exact, or int8 (faster, some quality lost)',
   ).default('exact'),
+  new Option(
+    '--head-bits <n>',
+    'width of the output head: 16 as stored, or 8 (half the bytes per token, some quality lost)',
+  ).default('16'),
 ];
 
 /** The schema of {@link modelOptions}. */
@@ -83,4 +87,5 @@ export const modelSchema = { revision: z.string().optional(), token: z.string().
 export const runtimeSchema = {
   threads: wholeNumber(1, 1024).optional(),
   activations: oneOf(['exact', 'int8']),
+  headBits: oneOf([8, 16]),
 };

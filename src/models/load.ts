@@ -207,8 +207,10 @@ export async function loadBlock(
   return new DecoderBlock(frame, groups as Record<GroupName, LinearGroup>);
 }
 
-/** Grid of a head rounded to 8 bits. */
-const HEAD_GRID: RoundAtLoad = { bits: 8, groupSize: 32 };
+/** Grid of a head rounded to 8 bits: the longest of these groups that tiles its input. */
+function headGrid(hiddenSize: number): RoundAtLoad {
+  return { bits: 8, groupSize: [128, 64, 32].find((size) => hiddenSize % size === 0) ?? hiddenSize };
+}
 
 /** Loads a whole model. Progress in blocks. */
 export async function loadDecoder(backend: Backend, source: ModelSource, options: LoadOptions = {}): Promise<Decoder> {
@@ -230,7 +232,7 @@ export async function loadDecoder(backend: Backend, source: ModelSource, options
   let head = embedding;
   if (narrowHead || !config.tiedEmbeddings) {
     const headSource = config.tiedEmbeddings ? table : await readTable(TENSOR_NAMES.head);
-    head = await backend.loadLinear(narrowHead ? rounded(headSource, HEAD_GRID) : headSource);
+    head = await backend.loadLinear(narrowHead ? rounded(headSource, headGrid(config.hiddenSize)) : headSource);
   }
   return new Decoder(backend, config, { embedding, head, finalNorm, blocks });
 }

@@ -393,7 +393,7 @@ describe('activations that overflow', () => {
     [
       'at the end of a block',
       [
-        [/post_attention_layernorm/, 1e9],
+        [/post_attention_layernorm/, 1e8],
         [/down_proj/, 1e5],
       ],
       /output of block 0/,
@@ -496,8 +496,7 @@ describe('calibration', () => {
   it('written by a broken model itself', async () => {
     await magnify(/up_proj|gate_proj/, 1e30);
     const run = () => quantize({ method: 'gptq', calibrationTokens: undefined, calibSamples: 2, seqLen: 16 });
-    const e = await expectRefused(run, 'non-finite', /./);
-    console.log(e.message, '|', e.remedy);
+    await expectRefused(run, 'non-finite', /logits .* not finite/, { remedy: /gyre inspect/ });
   });
 
   it('of non-ASCII text works', async () => {

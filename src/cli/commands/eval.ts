@@ -86,17 +86,23 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
       await withModel(context, model, options, (source) =>
         withBackend(options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
-          const found = await withDecoder(context, backend, source, async (decoder) => ({
-            text: options.text && (await onText(context, decoder, tokenizer, texts, options)),
-            tasks:
-              tasks.length > 0
-                ? await evaluateTasks(decoder, tokenizer, tasks.slice(0, options.limit), {
-                    maxTokens: options.maxTokens,
-                    onProgress: context.progress.listener,
-                    signal: context.signal,
-                  })
-                : undefined,
-          }));
+          const found = await withDecoder(
+            context,
+            backend,
+            source,
+            async (decoder) => ({
+              text: options.text && (await onText(context, decoder, tokenizer, texts, options)),
+              tasks:
+                tasks.length > 0
+                  ? await evaluateTasks(decoder, tokenizer, tasks.slice(0, options.limit), {
+                      maxTokens: options.maxTokens,
+                      onProgress: context.progress.listener,
+                      signal: context.signal,
+                    })
+                  : undefined,
+            }),
+            options,
+          );
           context.progress.clear();
           context.result({
             ...found.text,
@@ -106,6 +112,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
             text: options.text ?? null,
             backend: backend.info,
             activations: options.activations,
+            headBits: options.headBits,
             version: VERSION,
             machine: machineInfo(),
           });

@@ -67,32 +67,38 @@ Examples:
         withBackend(options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
           const prompt = encodePrompt(tokenizer, options);
-          await withDecoder(context, backend, source, async (decoder) => {
-            context.progress.clear();
-            const decoding = tokenizer.createStreamDecoder({ skipSpecialTokens: !options.chat });
-            const pieces: string[] = [];
-            const put = (piece: string): void => {
-              pieces.push(piece);
-              if (!context.json) context.write(piece);
-            };
-            const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
-            const generation = generate(decoder, prompt, { ...options, stopIds, signal: context.signal });
-            let next = await generation.next();
-            for (; !next.done; next = await generation.next()) put(decoding.push(next.value.id));
-            put(decoding.flush());
-            const summary = next.value;
-            if (!pieces.join('').endsWith('\n')) context.print();
-            context.result({ text: pieces.join(''), ...summary, model, backend: backend.info, version: VERSION });
-            context.progress.note(statistics(summary));
-            if (summary.reason !== 'interrupted') return;
-            if (context.json) {
-              process.exitCode = EXIT.interrupted; // the result says so: one object, not two
-            } else {
-              throw new GyreError('interrupted', `generation was stopped after ${summary.tokens} tokens`, {
-                remedy: 'the text so far is above',
-              });
-            }
-          });
+          await withDecoder(
+            context,
+            backend,
+            source,
+            async (decoder) => {
+              context.progress.clear();
+              const decoding = tokenizer.createStreamDecoder({ skipSpecialTokens: !options.chat });
+              const pieces: string[] = [];
+              const put = (piece: string): void => {
+                pieces.push(piece);
+                if (!context.json) context.write(piece);
+              };
+              const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
+              const generation = generate(decoder, prompt, { ...options, stopIds, signal: context.signal });
+              let next = await generation.next();
+              for (; !next.done; next = await generation.next()) put(decoding.push(next.value.id));
+              put(decoding.flush());
+              const summary = next.value;
+              if (!pieces.join('').endsWith('\n')) context.print();
+              context.result({ text: pieces.join(''), ...summary, model, backend: backend.info, version: VERSION });
+              context.progress.note(statistics(summary));
+              if (summary.reason !== 'interrupted') return;
+              if (context.json) {
+                process.exitCode = EXIT.interrupted; // the result says so: one object, not two
+              } else {
+                throw new GyreError('interrupted', `generation was stopped after ${summary.tokens} tokens`, {
+                  remedy: 'the text so far is above',
+                });
+              }
+            },
+            options,
+          );
         }),
       );
     });
