@@ -18,12 +18,14 @@ import type {
 import {
   attention,
   KvCache,
+  LONG_SPIN,
   MAX_GEMV_ROWS,
   PackedLinear,
   rmsNorm,
   RopeTable,
   RowTransform,
   score,
+  SHORT_SPIN,
   siluMul,
   splitHeads,
   type KernelPool,
@@ -181,6 +183,7 @@ export class CpuInference implements InferenceOps {
     const add = residual && own(residual).data;
     if (handle.weight instanceof PackedLinear) {
       if (rows <= MAX_GEMV_ROWS) {
+        this.#pool.spinMicroseconds = LONG_SPIN;
         handle.weight.gemv(data, rows, out.data, add);
         if (handle.bias) addBias(out.data, handle.bias);
         return out;
@@ -200,6 +203,7 @@ export class CpuInference implements InferenceOps {
     const slice = Math.min(outFeatures, Math.max(64, Math.floor(DECODED_BYTES / 4 / inFeatures)));
     if (this.#decoded.length < slice * inFeatures) this.#decoded = new Float32Array(slice * inFeatures);
     const left = { data: x, rows, cols: inFeatures };
+    this.#pool.spinMicroseconds = SHORT_SPIN;
     for (let begin = 0; begin < outFeatures; begin += slice) {
       const count = Math.min(slice, outFeatures - begin);
       const decoded = this.#decoded.subarray(0, count * inFeatures);

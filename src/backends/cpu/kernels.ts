@@ -1,6 +1,6 @@
 // The CPU kernels as TypeScript functions over plain arrays: each stages its operands in the arena, runs the WebAssembly
 // kernel over the pool's threads and copies results out. What is used again (weights, objectives) stays in the arena.
-export { KernelPool, type PoolOptions } from './pool.js';
+export { KernelPool, LONG_SPIN, SHORT_SPIN, type PoolOptions } from './pool.js';
 export { Arena, type Pointer } from './wasm/arena.js';
 export {
   transformChannels,

@@ -18,6 +18,8 @@ export const CONTROL = {
   scratch: 100,
   scratchBytes: 101,
   stop: 102,
+  /** How long workers spin for the next job before they sleep, microseconds. */
+  spin: 103,
 } as const;
 /** Offset of the arguments (f64) in the control block, and its size. */
 export const ARGUMENTS_AT = 512;
@@ -38,8 +40,8 @@ export interface Workers {
 }
 
 /**
- * Defines `serve(start)`: instantiates the kernels over the shared memory and runs its part of each job. Spins for a few
- * tens of microseconds between jobs (a wake-up from sleep costs more than most decode kernels), then sleeps.
+ * Defines `serve(start)`: instantiates the kernels over the shared memory and runs its part of each job. Spins for a
+ * while between jobs (a wake-up from sleep costs more than most decode kernels), then sleeps.
  */
 export const WORKER_SOURCE = `
 function serve({ module, memory, control, index }, ready) {
@@ -52,7 +54,7 @@ function serve({ module, memory, control, index }, ready) {
   for (;;) {
     let now = Atomics.load(words, ${CONTROL.sequence});
     if (now === seen) {
-      const until = performance.now() + 0.04;
+      const until = performance.now() + words[${CONTROL.spin}] / 1000;
       do {
         for (let i = 0; i < 100 && now === seen; i++) now = Atomics.load(words, ${CONTROL.sequence});
       } while (now === seen && performance.now() < until);

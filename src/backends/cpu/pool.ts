@@ -21,6 +21,9 @@ type Kernel = (...args: number[]) => number;
 const MAX_ARGUMENTS = (CONTROL_BYTES - ARGUMENTS_AT) / 8;
 /** Scratch each thread has from the start; {@link KernelPool.ensureScratch} enlarges it. */
 const SCRATCH_BYTES = 1 << 20;
+/** Spin of workers when long products by others follow, and while decoding, microseconds. */
+export const SHORT_SPIN = 40;
+export const LONG_SPIN = 2000;
 /** Polls before the main thread starts yielding its core to the workers (they may not all be running). */
 const SPINS = 50_000;
 
@@ -57,6 +60,7 @@ export class KernelPool {
     this.#workers = workers;
     this.#mayWait = inNode();
     this.#scratch = arena.alloc(SCRATCH_BYTES * threads);
+    this.spinMicroseconds = SHORT_SPIN;
   }
 
   /** Compiles the kernels and starts the workers. */
@@ -80,6 +84,14 @@ export class KernelPool {
     }));
     const workers = await platform.startWorkers(starts);
     return new KernelPool(arena, module, instance, new Int32Array(control), threads, workers);
+  }
+
+  /**
+   * How long idle workers keep a core busy waiting for the next job. Decoding calls hundreds of short kernels per token
+   * and wants them awake; before a long product by ONNX Runtime they should sleep.
+   */
+  set spinMicroseconds(value: number) {
+    this.#control[CONTROL.spin] = value;
   }
 
   /** Threads used by the next jobs, at most {@link threads} (for measurements and tests). */

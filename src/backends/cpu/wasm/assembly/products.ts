@@ -72,6 +72,25 @@ function dotPadded(a: usize, b: usize, stride: u32): f32 {
   return sumLanes(s);
 }
 
+/** Bytes of weights asked for at a time. */
+const BURST: usize = 2048;
+
+/** Pairs of rows that make a burst. */
+// @ts-ignore: decorator
+@inline
+function pairsAhead(rowBytes: usize): u32 {
+  return max<u32>(1, <u32>(BURST / (2 * rowBytes)));
+}
+
+/** Loads one word of every line of [from, from + bytes) below `last`: spread over the arithmetic, too few misses would be in flight at once. */
+// @ts-ignore: decorator
+@inline
+function touch(from: usize, bytes: usize, last: usize): u32 {
+  let sum: u32 = 0;
+  for (let p = from, stop = min(from + bytes, last); p < stop; p += 64) sum += load<u32>(p);
+  return sum;
+}
+
 /**
  * y [rows, out] = x · Wᵀ (+ residual, may be null) for 4-bit codes; units are pairs of outputs. scales and offsets
  * (scale · zero) are [out, stride] f32. `vectors` are 16-byte vectors per segment.
@@ -85,12 +104,11 @@ export function gemvNibbles(
   const low = i16x8.splat(0x000f);
   const high = i16x8.splat(0x00f0);
   const last = codes + out * rowBytes;
+  const burst = pairsAhead(rowBytes);
   let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const o0 = unit << 1;
-    // Asks for the next pair's lines in one burst: spread over the arithmetic, too few misses would be in flight at once.
-    const ahead = codes + (o0 + 2) * rowBytes;
-    for (let p = ahead, stop = min(ahead + 2 * rowBytes, last); p < stop; p += 64) touched += load<u32>(p);
+    if ((unit - begin) % burst == 0) touched += touch(codes + (o0 + 2 * burst) * rowBytes, 2 * burst * rowBytes, last);
     // An odd last row runs twice; the second result is dropped.
     const o1 = min(o0 + 1, out - 1);
     const w0 = codes + o0 * rowBytes;
@@ -140,8 +158,12 @@ export function gemvBytes(
   rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
 ): void {
   const rowBytes = <usize>(segments * vectors) << 4;
+  const last = codes + out * rowBytes;
+  const burst = pairsAhead(rowBytes);
+  let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const o0 = unit << 1;
+    if ((unit - begin) % burst == 0) touched += touch(codes + (o0 + 2 * burst) * rowBytes, 2 * burst * rowBytes, last);
     const o1 = min(o0 + 1, out - 1);
     const w0 = codes + o0 * rowBytes;
     const w1 = codes + o1 * rowBytes;
@@ -171,6 +193,7 @@ export function gemvBytes(
       finishPair(f0, f1, offsets, xsum + ((<usize>r * stride) << 2), stride, o0, o1, y, residual, <usize>r * out);
     }
   }
+  store<u32>(scratch, touched);
 }
 
 // @ts-ignore: decorator
