@@ -10,7 +10,7 @@ import type { Tokenizer } from './tokenizer/index.js';
 /** Openings after the start token; the empty one twice as often. Neutral on purpose: the model chooses what to write. */
 const OPENINGS = ['', '', 'The', 'It was', 'Question:', 'In the beginning', '1.', 'def '] as const;
 /** Memory for keys and values of the sequences written together, bytes. */
-const CACHE_BYTES = 1e9;
+const CACHE_BYTES = 1.5e9;
 
 /** Settings of {@link writeCalibrationText}. */
 export interface SelfWrittenOptions {

@@ -130,7 +130,7 @@ function estimate(
           : 0;
       storedBits += count * perWeight + transform;
       quantizedWeights += count;
-      const learnedColumns = Math.min(out, 1024);
+      const learnedColumns = Math.min(out, 512);
       if (recipe.needs !== 'nothing') flops += 2 * inFeatures ** 2 * (tokens * paths + 3 * out + 3 * inFeatures);
       if (recipe.layout === 'paroquant') flops += settings.steps * 2 * inFeatures ** 2 * learnedColumns;
     }

@@ -10,7 +10,7 @@ import { channelMajor, splitRounded } from '../weights.js';
 import { GPTQ_DAMP } from './gptq.js';
 
 /** Columns of W that learning looks at: a transform has few parameters, so a sample of the outputs determines it. */
-const LEARNING_COLUMNS = 1024;
+const LEARNING_COLUMNS = 512;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
 /** Sweeps of coordinate descent after GPTQ. */
