@@ -3,6 +3,7 @@
 import { createRng } from '../../core/rng.js';
 import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
 import { randomPairs } from '../../transforms/index.js';
+import { searchClip } from '../grids/clip.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
 import type { GroupResult, GroupTask, QuantizedPart, Recipe } from '../types.js';
@@ -13,6 +14,8 @@ import { GPTQ_DAMP } from './gptq.js';
 const LEARNING_COLUMNS = 512;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
+/** Ranges tried for each group's grid, in the transformed space: what rotations leave of the extremes is worth little. */
+const CLIP_SEARCH = { minimum: 0.6, steps: 10 } as const;
 /** Sweeps of coordinate descent after GPTQ. */
 const DESCENT_SWEEPS = 3;
 
@@ -60,8 +63,9 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
 
 /** GPTQ, then coordinate descent: GPTQ cannot take back what it decided before it knew the later channels. */
 async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask): Promise<RoundedWeight> {
+  const clip = await searchClip(backend, w, gram, task.grid, CLIP_SEARCH);
   const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
-  const first = await backend.gptq(w, factor, task.grid);
+  const first = await backend.gptq(w, factor, task.grid, clip);
   const rounded = await backend.descend(w, first, gram, task.grid, DESCENT_SWEEPS);
   backend.free(factor, first.values);
   return rounded;
