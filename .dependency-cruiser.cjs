@@ -1,5 +1,19 @@
 // Who may import whom (docs/architecture.md): arrows point down only, never in a circle, and node: stays where a browser never looks.
-const rooms = ['core', 'formats', 'tokenizer', 'ops', 'backends', 'models', 'transforms', 'quant', 'generate', 'evaluation', 'report', 'serve', 'cli'];
+const rooms = [
+  'core',
+  'formats',
+  'tokenizer',
+  'ops',
+  'backends',
+  'models',
+  'transforms',
+  'quant',
+  'generate',
+  'evaluation',
+  'report',
+  'serve',
+  'cli',
+];
 /** For each room, the rooms it may import (itself always). */
 const allowed = {
   core: [],
@@ -17,13 +31,38 @@ const allowed = {
 module.exports = {
   forbidden: [
     { name: 'no-circular', severity: 'error', from: {}, to: { circular: true, dependencyTypesNot: ['type-only'] } },
-    { name: 'no-orphan-arrows', severity: 'error', comment: 'inference never imports quant or autograd', from: { path: '^src/(generate|evaluation|models|backends)/' }, to: { path: '^src/(quant|autograd)/' } },
-    { name: 'only-registry-knows-backends', severity: 'error', from: { path: '^src/', pathNot: '^src/(backends/|node\\.ts|index\\.ts)' }, to: { path: '^src/backends/(?!registry)[^/]+/' } },
-    { name: 'node-builtins', severity: 'error', comment: 'node: only in cli, serve and *.node.ts', from: { path: '^src/', pathNot: '^src/(cli|serve)/|\\.node\\.ts$' }, to: { dependencyTypes: ['core'] } },
+    {
+      name: 'no-orphan-arrows',
+      severity: 'error',
+      comment: 'inference never imports quant or autograd',
+      from: { path: '^src/(generate|evaluation|models|backends)/' },
+      to: { path: '^src/(quant|autograd)/' },
+    },
+    {
+      name: 'only-registry-knows-backends',
+      severity: 'error',
+      from: { path: '^src/', pathNot: '^src/(backends/|node\\.ts|index\\.ts)' },
+      to: { path: '^src/backends/(?!registry)[^/]+/' },
+    },
+    {
+      name: 'node-builtins',
+      severity: 'error',
+      comment: 'node: only in cli, serve and *.node.ts',
+      from: { path: '^src/', pathNot: '^src/(cli|serve)/|\\.node\\.ts$' },
+      to: { dependencyTypes: ['core'] },
+    },
     ...Object.entries(allowed).map(([room, targets]) => ({
-      name: `arrows-${room}`, severity: 'error', from: { path: `^src/${room}/` },
+      name: `arrows-${room}`,
+      severity: 'error',
+      from: { path: `^src/${room}/` },
       to: { path: `^src/(${rooms.filter((r) => r !== room && !targets.includes(r)).join('|')})/` },
     })),
   ],
-  options: { doNotFollow: { path: 'node_modules' }, exclude: { path: 'assembly/|generated' }, tsConfig: { fileName: 'tsconfig.json' }, tsPreCompilationDeps: true, enhancedResolveOptions: { extensions: ['.ts', '.js'] } },
+  options: {
+    doNotFollow: { path: 'node_modules' },
+    exclude: { path: 'assembly/|generated' },
+    tsConfig: { fileName: 'tsconfig.json' },
+    tsPreCompilationDeps: true,
+    enhancedResolveOptions: { extensions: ['.ts', '.js'] },
+  },
 };

@@ -2,7 +2,21 @@
 import tseslint from 'typescript-eslint';
 
 export default tseslint.config(
-  { ignores: ['dist/', 'node_modules/', 'coverage/', 'src/backends/cpu/wasm/assembly/', '**/*.generated.ts', '**/*.cjs', '**/*.mjs', 'bin/', 'eslint.config.js', '.carry/', 'web/'] },
+  {
+    ignores: [
+      'dist/',
+      'node_modules/',
+      'coverage/',
+      'src/backends/cpu/wasm/assembly/',
+      '**/*.generated.ts',
+      '**/*.cjs',
+      '**/*.mjs',
+      'bin/',
+      'eslint.config.js',
+      '.carry/',
+      'web/',
+    ],
+  },
   ...tseslint.configs.recommendedTypeChecked,
   {
     languageOptions: { parserOptions: { projectService: true, tsconfigRootDir: import.meta.dirname } },
