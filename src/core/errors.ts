@@ -16,6 +16,7 @@ export type ErrorCode =
   | 'output-busy'
   | 'disk-full'
   | 'out-of-memory'
+  | 'device-lost'
   | 'context-length'
   | 'not-found'
   | 'network'

@@ -1,8 +1,6 @@
 // Picks ONNX Runtime's build for where we run: onnxruntime-node in Node.js, onnxruntime-web (WebAssembly) in a browser.
+import { inNode } from '../../core/environment.js';
 import type { Runtime } from './runtime-types.js';
-
-/** True in Node.js (and Bun and Deno's compatibility layer), false in a browser. */
-export const inNode = typeof process !== 'undefined' && typeof process.versions?.node === 'string';
 
 let runtime: Promise<Runtime> | undefined;
 

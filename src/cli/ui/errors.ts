@@ -21,6 +21,7 @@ const TITLES: Readonly<Record<ErrorCode, string>> = {
   'output-busy': 'The output is being written by another run',
   'disk-full': 'The disk is full',
   'out-of-memory': 'The memory is not enough',
+  'device-lost': 'The GPU was lost',
   'context-length': 'The text is too long for the model',
   'not-found': 'Not found',
   network: 'The network failed',

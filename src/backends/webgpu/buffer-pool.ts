@@ -1,0 +1,89 @@
+// GPU buffers used again by size: allocating is slow, and a decoder asks for the same few sizes for ever.
+import { GyreError } from '../../core/errors.js';
+
+/** Most bytes of idle buffers kept. */
+const IDLE_BYTES = 4 * 2 ** 30;
+
+/** See {@link BufferPool.take}. */
+export class BufferPool {
+  readonly #make: (bytes: number) => GPUBuffer;
+  readonly #budget: number;
+  readonly #idle = new Map<number, GPUBuffer[]>();
+  readonly #live = new Set<GPUBuffer>();
+  /** Buffers to destroy once the commands that use them are submitted. */
+  #doomed: GPUBuffer[] = [];
+  #idleBytes = 0;
+  allocatedBytes = 0;
+
+  constructor(make: (bytes: number) => GPUBuffer, budget: number) {
+    this.#make = make;
+    this.#budget = budget;
+  }
+
+  /** A buffer of at least `bytes`, contents undefined. @throws GyreError `out-of-memory` beyond the budget. */
+  take(bytes: number): GPUBuffer {
+    const size = sizeClass(bytes);
+    let buffer = this.#idle.get(size)?.pop();
+    if (buffer) {
+      this.#idleBytes -= size;
+    } else {
+      if (this.allocatedBytes + size > this.#budget) this.#drop();
+      if (this.allocatedBytes + size > this.#budget)
+        throw new GyreError(
+          'out-of-memory',
+          `${size} more bytes of GPU memory would exceed the budget of ${this.#budget} (${this.allocatedBytes} in use)`,
+          { remedy: 'raise the memory budget, or use a smaller batch or context' },
+        );
+      buffer = this.#make(size);
+      this.allocatedBytes += size;
+    }
+    this.#live.add(buffer);
+    return buffer;
+  }
+
+  /** Takes a buffer back. Giving one back twice does nothing. */
+  give(buffer: GPUBuffer): void {
+    if (!this.#live.delete(buffer)) return;
+    if (this.#idleBytes + buffer.size > IDLE_BYTES) {
+      this.#doom(buffer);
+      return;
+    }
+    const list = this.#idle.get(buffer.size);
+    if (list) list.push(buffer);
+    else this.#idle.set(buffer.size, [buffer]);
+    this.#idleBytes += buffer.size;
+  }
+
+  /** Called after each submission. */
+  submitted(): void {
+    for (const buffer of this.#doomed) buffer.destroy();
+    this.#doomed = [];
+  }
+
+  /** Destroys every buffer, those in use too. */
+  dispose(): void {
+    this.#drop();
+    this.submitted();
+    for (const buffer of this.#live) buffer.destroy();
+    this.#live.clear();
+    this.allocatedBytes = 0;
+  }
+
+  #drop(): void {
+    for (const list of this.#idle.values()) for (const buffer of list) this.#doom(buffer);
+    this.#idle.clear();
+    this.#idleBytes = 0;
+  }
+
+  #doom(buffer: GPUBuffer): void {
+    this.allocatedBytes -= buffer.size;
+    this.#doomed.push(buffer);
+  }
+}
+
+/** Sizes are rounded up to an eighth of their power of two, so that similar ones share buffers and little is wasted. */
+function sizeClass(bytes: number): number {
+  const size = Math.max(256, bytes);
+  const step = Math.max(256, 2 ** (Math.ceil(Math.log2(size)) - 4));
+  return Math.ceil(size / step) * step;
+}

@@ -1,0 +1,60 @@
+// The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
+import type { Backend, BackendInfo } from '../../ops/backend.js';
+import { GpuDevice, type GpuDeviceOptions } from './device.js';
+import { WebGpuInference } from './inference.js';
+import { WebGpuQuantization } from './quantization.js';
+
+export { GpuDevice, type GpuDeviceOptions } from './device.js';
+
+/** Options of {@link openWebGpuBackend}. */
+export type WebGpuOptions = GpuDeviceOptions;
+
+/** The WebGPU backend, with its device for code that knows it runs on one. */
+export interface WebGpuBackend extends Backend {
+  readonly gpu: GpuDevice;
+}
+
+/** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
+export async function openWebGpuBackend(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
+  const gpu = await GpuDevice.open(options);
+  return compose(gpu, new WebGpuInference(gpu), new WebGpuQuantization(gpu), describe(gpu));
+}
+
+function describe(gpu: GpuDevice): BackendInfo {
+  const { capabilities } = gpu;
+  const features = [
+    capabilities.f16 ? 'f16' : 'no f16',
+    capabilities.subgroups
+      ? `subgroups of ${[...new Set([capabilities.subgroups.min, capabilities.subgroups.max])].join('–')}`
+      : 'no subgroups',
+    capabilities.subgroupMatrices.length > 0 ? 'subgroup matrices' : 'no subgroup matrices',
+  ];
+  return { name: 'webgpu', description: `${capabilities.description} (${features.join(', ')})`, threads: 1 };
+}
+
+/** One object with the ops of both halves. */
+function compose(
+  gpu: GpuDevice,
+  inference: WebGpuInference,
+  quantization: WebGpuQuantization,
+  info: BackendInfo,
+): WebGpuBackend {
+  return Object.assign(Object.create(null), {
+    gpu,
+    info,
+    dispose: () => gpu.dispose(),
+    ...methods(inference),
+    ...methods(quantization),
+  }) as WebGpuBackend;
+}
+
+/** An object's methods, bound. */
+function methods(target: object): Record<string, unknown> {
+  const bound: Record<string, unknown> = {};
+  for (const name of Object.getOwnPropertyNames(Object.getPrototypeOf(target))) {
+    const value = (target as Record<string, unknown>)[name];
+    if (name !== 'constructor' && typeof value === 'function')
+      bound[name] = (value as (...args: unknown[]) => unknown).bind(target);
+  }
+  return bound;
+}

@@ -1,0 +1,87 @@
+// What a kernel is: its buffers, parameters and WGSL. Declarations are generated, so that names are written once and
+// the compiler checks every dispatch against them.
+
+/** WGSL scalar types of parameters. */
+export type ParamType = 'u32' | 'i32' | 'f32';
+
+/** A storage buffer of a kernel: how it is used, and its WGSL type. */
+export interface BufferSpec {
+  readonly access: 'read' | 'read_write';
+  readonly type: string;
+}
+
+/** Optional WebGPU features a kernel's code uses. */
+export type KernelFeature = 'f16' | 'subgroups' | 'subgroup-matrix';
+
+/** See {@link defineKernel}. */
+export interface Kernel<B extends string = string, P extends string = string> {
+  /** For errors, profiles and labels, e.g. `rmsNorm`. Variants add theirs: `gemv.f16.g128`. */
+  readonly name: string;
+  readonly buffers: Readonly<Record<B, BufferSpec>>;
+  readonly params: Readonly<Record<P, ParamType>>;
+  /** Whole WGSL module; the entry point is `main`. */
+  readonly code: string;
+}
+
+/** What {@link defineKernel} takes. */
+export interface KernelDefinition<B extends string, P extends string> {
+  readonly name: string;
+  readonly features?: readonly KernelFeature[];
+  /** In binding order. `x: read('f32')` becomes `var<storage, read> x: array<f32>`. */
+  readonly buffers: Readonly<Record<B, BufferSpec>>;
+  /** Uniforms, read in WGSL as `params.name`. */
+  readonly params?: Readonly<Record<P, ParamType>>;
+  /** Module-scope WGSL: constants, functions and the entry point `main` with its attributes. */
+  readonly body: string;
+}
+
+/** A buffer the kernel only reads: array<type>. */
+export const read = (type: string): BufferSpec => ({ access: 'read', type: `array<${type}>` });
+/** A buffer the kernel writes (and may read): array<type>. */
+export const write = (type: string): BufferSpec => ({ access: 'read_write', type: `array<${type}>` });
+
+const ENABLE: Readonly<Record<KernelFeature, string>> = {
+  f16: 'enable f16;',
+  subgroups: 'enable subgroups;',
+  'subgroup-matrix':
+    'enable chromium_experimental_subgroup_matrix;\ndiagnostic(off, chromium.subgroup_matrix_uniformity);',
+};
+
+/** Makes a kernel: params are binding 0 (when there are any), then the buffers in order. */
+export function defineKernel<const B extends string, const P extends string = never>(
+  definition: KernelDefinition<B, P>,
+): Kernel<B, P> {
+  const params = definition.params ?? ({} as Record<P, ParamType>);
+  const fields = Object.entries<ParamType>(params).map(([name, type]) => `  ${name}: ${type},`);
+  const lines = (definition.features ?? []).map((f) => ENABLE[f]);
+  let binding = 0;
+  if (fields.length > 0) {
+    lines.push(`struct Params {\n${fields.join('\n')}\n}`, `@group(0) @binding(0) var<uniform> params: Params;`);
+    binding = 1;
+  }
+  for (const [name, spec] of Object.entries<BufferSpec>(definition.buffers))
+    lines.push(`@group(0) @binding(${binding++}) var<storage, ${spec.access}> ${name}: ${spec.type};`);
+  return {
+    name: definition.name,
+    buffers: definition.buffers,
+    params,
+    code: `${lines.join('\n')}\n${definition.body}`,
+  };
+}
+
+/** Bytes of a kernel's uniform block (a multiple of 16), 0 without parameters. */
+export function paramBytes(kernel: Kernel): number {
+  const count = Object.keys(kernel.params).length;
+  return Math.ceil((count * 4) / 16) * 16;
+}
+
+/** Writes parameters in declaration order at `offset` of `view`. */
+export function packParams(kernel: Kernel, values: Readonly<Record<string, number>>, view: DataView, offset = 0): void {
+  for (const [name, type] of Object.entries(kernel.params)) {
+    const value = values[name];
+    if (type === 'f32') view.setFloat32(offset, value, true);
+    else if (type === 'i32') view.setInt32(offset, value, true);
+    else view.setUint32(offset, value, true);
+    offset += 4;
+  }
+}
