@@ -1,0 +1,160 @@
+// int4 matrix–vector products: y[b] = W·x[b] (+ residual), W quantized to 4 bits in groups of 32, 64 or 128.
+//
+// Bytes: in/2 + 4·in/group per row of W, once; x and y are small. A team of 32 lanes takes `rows` rows of W at a time: each lane
+// loads 16 bytes (a chunk of 32 channels) of every row before it computes, so that `rows`·512 bytes are in flight per team,
+// and the activations of its chunk, unpacked once, serve all rows. Where W has few rows, `split` teams share each row's
+// channels, or the GPU would starve. Activations come normalised per chunk (|x| ≤ 1, see activations.ts) with their factor
+// and sum: sums of code·x then fit f16 whatever the model's outliers, and zero points cost one multiplication per chunk.
+import { defineKernel, read, write, type Kernel } from '../kernel.js';
+import { halfFeatures, halfWgsl, type Arithmetic } from './half.js';
+
+/** Channels a lane takes at a time: 16 bytes of codes. */
+export const CHUNK = 32;
+const TEAM = 32;
+
+/** A variant of {@link gemvKernel}. */
+export interface GemvVariant extends Arithmetic {
+  /** Reduce by subgroup shuffles (subgroups of at least 32 lanes), else through workgroup memory. */
+  readonly shuffle: boolean;
+  /** Rows of W per team. */
+  readonly rows: number;
+  /** Teams per workgroup. */
+  readonly teams: number;
+  /** Teams that share a row's channels; divides `teams`. */
+  readonly split: number;
+  /** Rows of x. */
+  readonly batch: number;
+  /** Channels per grid group: a multiple of 32. */
+  readonly groupSize: number;
+  /** Adds `residual` into the result. */
+  readonly residual: boolean;
+  /** Adds a bias per row of W. */
+  readonly bias: boolean;
+}
+
+type GemvBuffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
+
+/** Rows of W that one workgroup finishes. */
+export const gemvRowsPerGroup = (v: GemvVariant): number => (v.teams / v.split) * v.rows;
+
+/**
+ * Buffers: w [out, in/32] of 16 bytes; grid [out, in/group] (scale, zero − 8 as f16); x [batch, in/32] of 64 bytes; factors
+ * [batch, in/32] (factor, sum of normalised x); y [batch, out] f32; residual [batch, out] f32; bias [out] f32.
+ */
+export function gemvKernel(v: GemvVariant): Kernel<GemvBuffers, 'chunks' | 'outFeatures'> {
+  const { rows, teams, split, batch } = v;
+  const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
+  const cells = rows * batch;
+  const optional: Partial<Record<GemvBuffers, ReturnType<typeof read>>> = {
+    ...(v.residual ? { residual: read('f32') } : {}),
+    ...(v.bias ? { bias: read('f32') } : {}),
+  };
+  return defineKernel({
+    name: `gemv.${v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${v.residual ? '.res' : ''}`,
+    features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
+    buffers: {
+      w: read('vec4<u32>'),
+      grid: read('u32'),
+      x: read('vec4<u32>'),
+      factors: read('vec2<f32>'),
+      y: write('f32'),
+      ...optional,
+    } as Record<GemvBuffers, ReturnType<typeof read>>,
+    params: { chunks: 'u32', outFeatures: 'u32' },
+    body: /* wgsl */ `
+${halfWgsl(v)}
+const GROUP_CHUNKS = ${v.groupSize / CHUNK}u;
+${split > 1 || !v.shuffle ? `var<workgroup> partial: array<f32, ${teams * cells * (v.shuffle ? 1 : TEAM)}>;` : ''}
+
+fn chunkDot(c: vec4<u32>, x0: vec4<u32>, x1: vec4<u32>, x2: vec4<u32>, x3: vec4<u32>) -> f32 {
+  let a = codes8(c.x); let b = codes8(c.y); let d = codes8(c.z); let e = codes8(c.w);
+  var s = a[0] * unpackH(x0.x); var t = b[0] * unpackH(x1.x);
+  s = fma(a[1], unpackH(x0.y), s); t = fma(b[1], unpackH(x1.y), t);
+  s = fma(a[2], unpackH(x0.z), s); t = fma(b[2], unpackH(x1.z), t);
+  s = fma(a[3], unpackH(x0.w), s); t = fma(b[3], unpackH(x1.w), t);
+  s = fma(d[0], unpackH(x2.x), s); t = fma(e[0], unpackH(x3.x), t);
+  s = fma(d[1], unpackH(x2.y), s); t = fma(e[1], unpackH(x3.y), t);
+  s = fma(d[2], unpackH(x2.z), s); t = fma(e[2], unpackH(x3.z), t);
+  s = fma(d[3], unpackH(x2.w), s); t = fma(e[3], unpackH(x3.w), t);
+  let r = s + t;
+  return f32(r.x) + f32(r.y);
+}
+
+@compute @workgroup_size(${TEAM * teams})
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) local: u32) {
+  let lane = local & 31u;
+  let team = local >> 5u;
+  let row = ((wg.y * groups.x + wg.x) * ${teams / split}u + team / ${split}u) * ${rows}u;
+  let gridStride = params.chunks / GROUP_CHUNKS;
+${each(rows, (r) => `  let row${r} = min(row + ${r}u, params.outFeatures - 1u);`)}
+${each(cells, (i) => `  var acc${i} = 0.0;`)}
+  for (var c = (team % ${split}u) * ${TEAM}u + lane; c < params.chunks; c += ${TEAM * split}u) {
+${each(rows, (r) => `    let w${r} = w[row${r} * params.chunks + c];`)}
+${each(rows, (r) => `    let g${r} = unpack2x16float(grid[row${r} * gridStride + c / GROUP_CHUNKS]);`)}
+${each(
+  batch,
+  (b) => `    {
+      let at = ${b}u * params.chunks + c;
+      let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];
+      let f = factors[at];
+${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}, x0, x1, x2, x3) - g${r}.y * f.y, acc${b * rows + r});`)}
+    }`,
+)}
+  }
+${reduction(v)}
+}`,
+  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures'>;
+}
+
+/** Sums acc over lanes and splits and writes the results. */
+function reduction(v: GemvVariant): string {
+  const { rows, teams, split, batch } = v;
+  const cells = rows * batch;
+  const lines: string[] = [];
+  const store = (value: string): string => /* wgsl */ `
+      let out = row + cell % ${rows}u;
+      if (out < params.outFeatures) {
+        let at = (cell / ${rows}u) * params.outFeatures + out;
+        y[at] = ${value}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + bias[out]' : ''};
+      }`;
+  if (v.shuffle) {
+    for (let i = 0; i < cells; i++)
+      for (const mask of [16, 8, 4, 2, 1]) lines.push(`  acc${i} += subgroupShuffleXor(acc${i}, ${mask}u);`);
+    if (split === 1) {
+      // Each lane writes one cell, so that stores go out together.
+      for (let first = 0; first < cells; first += TEAM) {
+        const count = Math.min(TEAM, cells - first);
+        lines.push(`  { var mine = acc${first};`);
+        for (let i = 1; i < count; i++) lines.push(`    if (lane == ${i}u) { mine = acc${first + i}; }`);
+        lines.push(`    if (lane < ${count}u) { let cell = ${first}u + lane; ${store('mine')} } }`);
+      }
+      return lines.join('\n');
+    }
+    lines.push(`  if (lane == 0u) {`);
+    for (let i = 0; i < cells; i++) lines.push(`    partial[team * ${cells}u + ${i}u] = acc${i};`);
+    lines.push(`  }
+  workgroupBarrier();
+  if (team % ${split}u == 0u) {
+    for (var cell = lane; cell < ${cells}u; cell += ${TEAM}u) {
+      var sum = 0.0;
+      for (var s = 0u; s < ${split}u; s++) { sum += partial[(team + s) * ${cells}u + cell]; }
+      ${store('sum')}
+    }
+  }`);
+    return lines.join('\n');
+  }
+  for (let i = 0; i < cells; i++) lines.push(`  partial[(team * ${cells}u + ${i}u) * ${TEAM}u + lane] = acc${i};`);
+  lines.push(`  workgroupBarrier();
+  if (team % ${split}u == 0u) {
+    for (var cell = lane; cell < ${cells}u; cell += ${TEAM}u) {
+      var sum = 0.0;
+      for (var s = 0u; s < ${split}u; s++) {
+        for (var l = 0u; l < ${TEAM}u; l++) { sum += partial[((team + s) * ${cells}u + cell) * ${TEAM}u + l]; }
+      }
+      ${store('sum')}
+    }
+  }`);
+  void teams;
+  return lines.join('\n');
+}
