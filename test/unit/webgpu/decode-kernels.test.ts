@@ -8,11 +8,11 @@ import {
   activationKernel,
   rotationTable,
   type ActivationSource,
-} from '../../../src/backends/webgpu/decode/activations.js';
-import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/decode/attention.js';
-import { gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/decode/gemv.js';
-import { denseGemvKernel, denseRowsPerGroup } from '../../../src/backends/webgpu/decode/gemv-dense.js';
-import { packCodes, packGrid } from '../../../src/backends/webgpu/decode/repack.js';
+} from '../../../src/backends/webgpu/fast/activations.js';
+import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
+import { gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv.js';
+import { denseGemvKernel, denseRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv-dense.js';
+import { packCodes, packGrid } from '../../../src/backends/webgpu/fast/repack.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
 import { randomPairs } from '../../../src/transforms/index.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';

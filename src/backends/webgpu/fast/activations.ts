@@ -156,7 +156,7 @@ function shuffled(v: ActivationVariant, slots: number): string {
     const fetch = list(
       slots,
       (s) => {
-        const source = `(base | ((${at(s)} >> 16u) & 127u) / SLOTS)`;
+        const source = `(base | (((${at(s)} >> 16u) & 127u) / SLOTS))`;
         const shuffles = list(slots, (i) => `let f${i} = subgroupShuffle(v${i}, lane${s});`, ' ');
         const pick =
           slots === 1

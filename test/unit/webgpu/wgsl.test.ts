@@ -1,0 +1,70 @@
+// Every variant of the fast kernels, the ones for GPUs that tests don't have too, is valid WGSL: Dawn's null backend has all features.
+import { beforeAll, describe, expect, it } from 'vitest';
+import { activationKernel } from '../../../src/backends/webgpu/fast/activations.js';
+import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
+import { gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
+import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
+import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
+import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
+import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
+
+const bools = [false, true];
+const kernels: Kernel[] = [
+  ...bools.flatMap((f16) =>
+    bools.flatMap((shuffle) => [
+      ...[1, 2, 4].map((split) =>
+        gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true }),
+      ),
+      denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2 }),
+      ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
+        [32, 64, 128].flatMap((groupSize) =>
+          [0, 8].map((krot) => activationKernel({ f16, shuffle, source, krot, groupSize, splits: 4, headDim: 128 })),
+        ),
+      ),
+      ...[16, 64, 128, 256].map((headDim) =>
+        decodeAttentionKernel({
+          shuffle,
+          heads: 8,
+          kvHeads: 2,
+          headDim,
+          rotaryDim: headDim,
+          qkNorm: true,
+          splits: 4,
+          window: 0,
+        }),
+      ),
+      rotateRowsKernel({ f16, krot: 8, groupSize: 128, unroll: 8 }),
+    ]),
+  ),
+  ...(['f16', 'int4'] as const).flatMap((b) =>
+    bools.map((double) =>
+      gemmKernel({ tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, b, groupSize: 128, double }),
+    ),
+  ),
+];
+
+describe('WGSL', () => {
+  let device: GPUDevice | undefined;
+  beforeAll(async () => {
+    let dawn: { create(options: string[]): GPU; globals: object };
+    try {
+      dawn = await import('webgpu');
+    } catch {
+      return;
+    }
+    Object.assign(globalThis, dawn.globals);
+    const gpu = dawn.create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
+    const adapter = await gpu.requestAdapter();
+    device = await adapter?.requestDevice({
+      requiredFeatures: ['shader-f16', 'subgroups', 'chromium-experimental-subgroup-matrix' as GPUFeatureName],
+    });
+  });
+
+  it.each(kernels.map((kernel) => [kernel.name, kernel] as const))('%s', async (_, kernel) => {
+    if (!device) return;
+    device.pushErrorScope('validation');
+    device.createShaderModule({ code: kernel.code });
+    const error = await device.popErrorScope();
+    expect(error?.message).toBeUndefined();
+  });
+});
