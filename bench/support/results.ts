@@ -1,5 +1,5 @@
 // What every benchmark shares: medians, and a JSON record that names the machine and the versions.
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { cpus, loadavg, totalmem } from 'node:os';
 import path from 'node:path';
 import { VERSION } from '../../src/version.js';
@@ -19,14 +19,13 @@ export function round(x: number): number {
 
 /** Machine, versions, load. */
 export function machine(): Record<string, unknown> {
-  const ort = JSON.parse(readFileSync(path.join(ROOT, 'node_modules/onnxruntime-node/package.json'), 'utf8')) as {
-    version: string;
-  };
+  const manifest = path.join(ROOT, 'node_modules/onnxruntime-node/package.json');
+  const ort = existsSync(manifest) ? (JSON.parse(readFileSync(manifest, 'utf8')) as { version: string }) : undefined;
   return {
     date: new Date().toISOString(),
     gyre: VERSION,
     node: process.version,
-    onnxruntime: ort.version,
+    ...(ort && { onnxruntime: ort.version }),
     cpu: cpus()[0].model,
     cores: cpus().length,
     memoryGB: round(totalmem() / 1e9),
@@ -34,9 +33,9 @@ export function machine(): Record<string, unknown> {
   };
 }
 
-/** Writes bench/results/<name>.json. */
+/** Writes bench/results/<name>.json, or into the folder GYRE_BENCH_OUT (where the checkout is not the place for it). */
 export function writeResult(name: string, result: object): void {
-  const folder = path.join(ROOT, 'bench/results');
+  const folder = process.env.GYRE_BENCH_OUT ?? path.join(ROOT, 'bench/results');
   mkdirSync(folder, { recursive: true });
   writeFileSync(path.join(folder, `${name}.json`), `${JSON.stringify({ machine: machine(), ...result }, null, 2)}\n`);
 }

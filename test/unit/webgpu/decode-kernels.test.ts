@@ -111,7 +111,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           y,
           ...optional,
         } as Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer>,
-        { chunks: v.inFeatures / 32, outFeatures: v.out },
+        { chunks: v.inFeatures / 32, outFeatures: v.out, stride: v.out, column: 0, first: 0 },
         [Math.ceil(v.out / gemvRowsPerGroup(variant))],
       );
       const got = await floats(y, v.batch * v.out);

@@ -6,10 +6,15 @@ import { gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
 import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
+import { rotateDenseKernel } from '../../../src/backends/webgpu/fast/rotate-dense.js';
+import { embedTokensKernel, samplePickKernel, sampleSpansKernel } from '../../../src/backends/webgpu/fast/sample.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
 
 const bools = [false, true];
 const kernels: Kernel[] = [
+  ...(['f16', 'bf16', 'f32'] as const).map(embedTokensKernel),
+  sampleSpansKernel,
+  samplePickKernel,
   ...bools.flatMap((f16) =>
     bools.flatMap((shuffle) => [
       ...[1, 2, 4].map((split) =>
@@ -36,6 +41,7 @@ const kernels: Kernel[] = [
       rotateRowsKernel({ f16, krot: 8, groupSize: 128, unroll: 8 }),
     ]),
   ),
+  ...bools.flatMap((stageIn) => bools.map((stageOut) => rotateDenseKernel({ rows: 256, tile: 32, stageIn, stageOut }))),
   ...(['f16', 'int4'] as const).flatMap((b) =>
     bools.map((double) =>
       gemmKernel({ tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, b, groupSize: 128, double }),

@@ -113,7 +113,14 @@ ${
   v.source === 'norm'
     ? /* wgsl */ `
   var squares = 0.0;
-  for (var c = local; c < params.channels; c += ${TEAM * TEAMS}u) {
+  // Four loads in flight: the sum waits for memory, not for its own additions.
+  var c = local;
+  for (; c + ${3 * TEAM * TEAMS}u < params.channels; c += ${4 * TEAM * TEAMS}u) {
+    let at = b * params.channels + c;
+    let e = vec4(source[at], source[at + ${TEAM * TEAMS}u], source[at + ${2 * TEAM * TEAMS}u], source[at + ${3 * TEAM * TEAMS}u]);
+    squares += dot(e, e);
+  }
+  for (; c < params.channels; c += ${TEAM * TEAMS}u) {
     let e = source[b * params.channels + c];
     squares = fma(e, e, squares);
   }

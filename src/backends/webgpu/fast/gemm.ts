@@ -36,7 +36,8 @@ export const gemmMemory = (v: GemmVariant): number => (v.tileM + v.tileN) * (v.t
 export function gemmKernel(v: GemmVariant): Kernel<Buffers, 'm' | 'n' | 'k'> {
   const { tileM, tileN, tileK, warpsM, warpsN } = v;
   const threads = warpsM * warpsN * 32;
-  const stride = tileK + 8;
+  // Tiles are arrays of 16 bytes (8 channels): one store for what one load brought. Rows are padded by one.
+  const stride = tileK / 8 + 1;
   const [subM, subN] = [tileM / warpsM / 16, tileN / warpsN / 16];
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const perRow = tileK / 8;
@@ -45,9 +46,7 @@ export function gemmKernel(v: GemmVariant): Kernel<Buffers, 'm' | 'n' | 'k'> {
   // One int4 load is 8 channels wide (a word), so that loads spread evenly whatever the tile.
   const bLoads = (tileN * perRow) / threads;
   const buffer = (name: string, tile: number): string =>
-    `var<workgroup> ${name}: array<f16, ${tile * stride * (v.double ? 2 : 1)}>;`;
-  const store = (name: string, at: string, value: string): string =>
-    each(4, (i) => `    ${name}[${at} + ${2 * i}u] = ${value}${i}.x; ${name}[${at} + ${2 * i + 1}u] = ${value}${i}.y;`);
+    `var<workgroup> ${name}: array<vec4<u32>, ${tile * stride * (v.double ? 2 : 1)}>;`;
   const load =
     each(aLoads, (i) => `    ra${i} = a[(rowA + ${i}u * ${threads / perRow}u) * words + k / 8u + colA];`) +
     '\n' +
@@ -62,30 +61,24 @@ export function gemmKernel(v: GemmVariant): Kernel<Buffers, 'm' | 'n' | 'k'> {
   const put = (offset: (tile: number) => string): string =>
     each(
       aLoads,
-      (
-        i,
-      ) => `    { let at = ${offset(tileM)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA * 8u;
-    let v0 = unpackH(ra${i}.x); let v1 = unpackH(ra${i}.y); let v2 = unpackH(ra${i}.z); let v3 = unpackH(ra${i}.w);
-${store('tileA', 'at', 'v')} }`,
+      (i) =>
+        `    tileA[${offset(tileM)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA] = ra${i};`,
     ) +
     '\n' +
-    each(bLoads, (i) =>
-      int4
-        ? `    { let at = ${offset(tileN)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA * 8u;
-    let g = bitcast<vec2<f16>>(rg${i}); let q = codes8(rb${i});
-    let s = vec2(g.x); let z = vec2(g.y);
-    let v0 = (q[0] - z) * s; let v1 = (q[1] - z) * s; let v2 = (q[2] - z) * s; let v3 = (q[3] - z) * s;
-${store('tileB', 'at', 'v')} }`
-        : `    { let at = ${offset(tileN)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA * 8u;
-    let v0 = unpackH(rb${i}.x); let v1 = unpackH(rb${i}.y); let v2 = unpackH(rb${i}.z); let v3 = unpackH(rb${i}.w);
-${store('tileB', 'at', 'v')} }`,
-    );
+    each(bLoads, (i) => {
+      const at = `tileB[${offset(tileN)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA]`;
+      return int4
+        ? `    { let q = codes8(rb${i});
+    let s = vec2(bitcast<vec2<f16>>(rg${i}).x); let z = vec2(f16(rg${i} >> 16u) - 8h);
+    ${at} = vec4(packH((q[0] - z) * s), packH((q[1] - z) * s), packH((q[2] - z) * s), packH((q[3] - z) * s)); }`
+        : `    ${at} = rb${i};`;
+    });
   const multiply = (offset: (tile: number) => string): string =>
     each(
       tileK / 16,
       (kk) => `    {
-${each(subM, (i) => `      let fa${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>>(&tileA, ${offset(tileM)} + (warpM * ${tileM / warpsM}u + ${i * 16}u) * ${stride}u + ${kk * 16}u, false, ${stride}u);`)}
-${each(subN, (j) => `      let fb${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>>(&tileB, ${offset(tileN)} + (warpN * ${tileN / warpsN}u + ${j * 16}u) * ${stride}u + ${kk * 16}u, true, ${stride}u);`)}
+${each(subM, (i) => `      let fa${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&tileA, ${offset(tileM)} + (warpM * ${tileM / warpsM}u + ${i * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
+${each(subN, (j) => `      let fb${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&tileB, ${offset(tileN)} + (warpN * ${tileN / warpsN}u + ${j * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
 ${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiplyAccumulate(fa${i}, fb${j}, c${i}_${j});`))}
     }`,
     );
@@ -143,7 +136,7 @@ ${multiply(zero)}
     workgroupBarrier();
   }`
 }
-${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore(&c, (wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u) * params.n + wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 16}u, c${i}_${j}, false, params.n);`))}
+${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<row_major>(&c, (wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u) * params.n + wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 16}u, c${i}_${j}, params.n);`))}
 }`,
   }) as Kernel<Buffers, 'm' | 'n' | 'k'>;
 }

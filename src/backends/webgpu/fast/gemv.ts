@@ -38,10 +38,13 @@ type GemvBuffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
 export const gemvRowsPerGroup = (v: GemvVariant): number => (v.teams / v.split) * v.rows;
 
 /**
- * Buffers: w [out, in/32] of 16 bytes; grid [out, in/group] (scale, zero − 8 as f16); x [batch, in/32] of 64 bytes; factors
- * [batch, in/32] (factor, sum of normalised x); y [batch, out] f32; residual [batch, out] f32; bias [out] f32.
+ * Buffers: w [out, in/32] of 16 bytes; grid [out, in/group] words (scale as f16, zero point above); x [batch, in/32] of 64 bytes; factors
+ * [batch, in/32] (factor, sum of normalised x); y, residual [batch, stride] f32, the product's
+ * columns from `column`; x and factors are read from chunk `first`; bias [out] f32.
  */
-export function gemvKernel(v: GemvVariant): Kernel<GemvBuffers, 'chunks' | 'outFeatures'> {
+export function gemvKernel(
+  v: GemvVariant,
+): Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'> {
   const { rows, teams, split, batch } = v;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const cells = rows * batch;
@@ -60,11 +63,14 @@ export function gemvKernel(v: GemvVariant): Kernel<GemvBuffers, 'chunks' | 'outF
       y: write('f32'),
       ...optional,
     } as Record<GemvBuffers, ReturnType<typeof read>>,
-    params: { chunks: 'u32', outFeatures: 'u32' },
+    params: { chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl(v)}
 const GROUP_CHUNKS = ${v.groupSize / CHUNK}u;
 ${split > 1 || !v.shuffle ? `var<workgroup> partial: array<f32, ${teams * cells * (v.shuffle ? 1 : TEAM)}>;` : ''}
+
+// Scale, and zero point less 8.
+fn gridOf(word: u32) -> vec2<f32> { return vec2(unpack2x16float(word).x, f32(word >> 16u) - 8.0); }
 
 fn chunkDot(c: vec4<u32>, x0: vec4<u32>, x1: vec4<u32>, x2: vec4<u32>, x3: vec4<u32>) -> f32 {
   let a = codes8(c.x); let b = codes8(c.y); let d = codes8(c.z); let e = codes8(c.w);
@@ -91,11 +97,11 @@ ${each(rows, (r) => `  let row${r} = min(row + ${r}u, params.outFeatures - 1u);`
 ${each(cells, (i) => `  var acc${i} = 0.0;`)}
   for (var c = (team % ${split}u) * ${TEAM}u + lane; c < params.chunks; c += ${TEAM * split}u) {
 ${each(rows, (r) => `    let w${r} = w[row${r} * params.chunks + c];`)}
-${each(rows, (r) => `    let g${r} = unpack2x16float(grid[row${r} * gridStride + c / GROUP_CHUNKS]);`)}
+${each(rows, (r) => `    let g${r} = gridOf(grid[row${r} * gridStride + c / GROUP_CHUNKS]);`)}
 ${each(
   batch,
   (b) => `    {
-      let at = ${b}u * params.chunks + c;
+      let at = params.first + ${b}u * params.chunks + c;
       let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];
       let f = factors[at];
 ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}, x0, x1, x2, x3) - g${r}.y * f.y, acc${b * rows + r});`)}
@@ -104,7 +110,7 @@ ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r
   }
 ${reduction(v)}
 }`,
-  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures'>;
+  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'>;
 }
 
 /** Sums acc over lanes and splits and writes the results. */
@@ -115,7 +121,7 @@ function reduction(v: GemvVariant): string {
   const store = (value: string): string => /* wgsl */ `
       let out = row + cell % ${rows}u;
       if (out < params.outFeatures) {
-        let at = (cell / ${rows}u) * params.outFeatures + out;
+        let at = (cell / ${rows}u) * params.stride + params.column + out;
         y[at] = ${value}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + bias[out]' : ''};
       }`;
   if (v.shuffle) {

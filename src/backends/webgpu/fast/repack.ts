@@ -18,13 +18,13 @@ export function packCodes(weight: QuantizedWeight, begin = 0, end = weight.outFe
   return words;
 }
 
-/** Grids of rows [begin, end): [rows, in/group] words of (scale, zero − 8) as f16. */
+/** Grids of rows [begin, end): [rows, in/group] words: the scale as f16 below, the zero point above. */
 export function packGrid(weight: QuantizedWeight, begin = 0, end = weight.outFeatures): Uint32Array<ArrayBuffer> {
   const groups = weight.inFeatures / weight.groupSize;
   const words = new Uint32Array((end - begin) * groups);
   for (let i = 0; i < words.length; i++) {
     const at = begin * groups + i;
-    words[i] = (f32ToF16Bits(weight.scales[at]) | (f32ToF16Bits(weight.zeros[at] - 8) << 16)) >>> 0;
+    words[i] = (f32ToF16Bits(weight.scales[at]) | (weight.zeros[at] << 16)) >>> 0;
   }
   return words;
 }

@@ -26,7 +26,7 @@ type Buffers = 'x' | 'scale' | 'table' | 'y';
 
 /**
  * Workgroups: groups of channels, blocks of 64 rows. Buffers: x, y [rows, channels/8] of 8 f16; scale [channels/2] pairs of
- * f16; table [groups, krot, group/2] of (i | j << 16, (cos, sin) as f16), see {@link pairTable}.
+ * f16; table [groups, krot, group/2] of the words of i and j and (cos, sin) as f16, see {@link pairTable}.
  */
 export function rotateRowsKernel(v: RotateRowsVariant): Kernel<Buffers, 'rows' | 'channels'> {
   const { groupSize, krot, unroll } = v;
@@ -43,7 +43,8 @@ export function rotateRowsKernel(v: RotateRowsVariant): Kernel<Buffers, 'rows' |
     body: /* wgsl */ `
 alias h2 = ${h2};
 var<workgroup> tile: array<u32, ${groupSize * LANES}>;
-fn at(channel: u32, lane: u32) -> u32 { return channel * ${LANES}u + (lane ^ (((channel >> 3u) * 2u) & 31u)); }
+// Where a channel's column begins, with its swizzle: the word of a lane is this xor the lane.
+fn home(channel: u32) -> u32 { return (channel * ${LANES}u) | (((channel >> 3u) * 2u) & 31u); }
 
 @compute @workgroup_size(${LANES})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -60,14 +61,14 @@ ${each(4, (i) => `  let s${i} = ${un(`scale[wg.x * ${groupSize / 2}u + channel /
 ${each(
   4,
   (i) => `    { let p = ${un(`a[${i}]`)} * s${i}; let q = ${un(`b[${i}]`)} * s${i};
-      tile[at(channel + ${2 * i}u, pair)] = ${pack('h2(p.x, q.x)')};
-      tile[at(channel + ${2 * i + 1}u, pair)] = ${pack('h2(p.y, q.y)')}; }`,
+      tile[home(channel + ${2 * i}u) ^ pair] = ${pack('h2(p.x, q.x)')};
+      tile[home(channel + ${2 * i + 1}u) ^ pair] = ${pack('h2(p.y, q.y)')}; }`,
 )}
   }
   workgroupBarrier();
   let base = wg.x * ${(krot * groupSize) / 2}u;
   for (var p = 0u; p < ${(krot * groupSize) / 2}u; p += ${unroll}u) {
-${each(unroll, (u) => `    let e${u} = table[base + p + ${u}u]; let i${u} = at(e${u}.x & 0xffffu, lane); let j${u} = at(e${u}.x >> 16u, lane);`)}
+${each(unroll, (u) => `    let e${u} = table[base + p + ${u}u]; let i${u} = (e${u}.x & 0xffffu) ^ lane; let j${u} = (e${u}.x >> 16u) ^ lane;`)}
 ${each(unroll, (u) => `    let a${u} = ${un(`tile[i${u}]`)}; let b${u} = ${un(`tile[j${u}]`)};`)}
 ${each(unroll, (u) => `    { let cs = ${un(`e${u}.y`)}; tile[i${u}] = ${pack(`fma(a${u}, h2(cs.x), b${u} * h2(cs.y))`)}; tile[j${u}] = ${pack(`fma(b${u}, h2(cs.x), -(a${u} * h2(cs.y)))`)}; }`)}
   }
@@ -77,7 +78,7 @@ ${each(unroll, (u) => `    { let cs = ${un(`e${u}.y`)}; tile[i${u}] = ${pack(`fm
     var a: vec4<u32>; var b: vec4<u32>;
 ${each(
   4,
-  (i) => `    { let p = tile[at(channel + ${2 * i}u, pair)]; let q = tile[at(channel + ${2 * i + 1}u, pair)];
+  (i) => `    { let p = tile[home(channel + ${2 * i}u) ^ pair]; let q = tile[home(channel + ${2 * i + 1}u) ^ pair];
       a[${i}] = (p & 0xffffu) | (q << 16u); b[${i}] = (p >> 16u) | (q & 0xffff0000u); }`,
 )}
     if (row < params.rows) { y[row * words + column] = a; }
@@ -87,7 +88,10 @@ ${each(
   });
 }
 
-/** [groups, krot, group/2] entries of (i | j << 16, cos and sin as f16). */
+/** Where a channel's column begins in workgroup memory; see the kernel. */
+const home = (channel: number): number => (channel * LANES) | (((channel >> 3) * 2) & 31);
+
+/** [groups, krot, group/2] entries of (home of i | home of j << 16, cos and sin as f16). */
 export function pairTable(transform: PairwiseTransform): Uint32Array<ArrayBuffer> {
   const { channels, groupSize, krot, pairs, theta } = transform;
   const half = groupSize / 2;
@@ -98,7 +102,7 @@ export function pairTable(transform: PairwiseTransform): Uint32Array<ArrayBuffer
         const at = 2 * ((g * krot + k) * half + p);
         const source = k * channels + g * groupSize + 2 * p;
         const angle = theta[source / 2];
-        table[at] = pairs[source] | (pairs[source + 1] << 16);
+        table[at] = (home(pairs[source]) | (home(pairs[source + 1]) << 16)) >>> 0;
         table[at + 1] = (f32ToF16Bits(Math.cos(angle)) | (f32ToF16Bits(Math.sin(angle)) << 16)) >>> 0;
       }
   return table;

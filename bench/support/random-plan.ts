@@ -1,0 +1,230 @@
+// A decoder with random weights in the real layout, made in GPU memory: for timing, not for talking.
+import type { GpuDevice } from '../../src/backends/webgpu/device.js';
+import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
+import { plainGroup, type PlanGroup, type PlanModel, type PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
+import { f32ToF16Bits } from '../../src/core/dtype.js';
+import { createRng } from '../../src/core/rng.js';
+import { randomPairs } from '../../src/transforms/index.js';
+import { randomBuffer } from './gpu.js';
+
+/** Shapes of a decoder. */
+export interface DecoderShape {
+  readonly name: string;
+  readonly layers: number;
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly vocab: number;
+  readonly qkNorm: boolean;
+}
+
+/** True shapes of the models the field measures. */
+export const SHAPES: readonly DecoderShape[] = [
+  {
+    name: 'Llama-3.1-8B',
+    layers: 32,
+    hidden: 4096,
+    intermediate: 14336,
+    heads: 32,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 128256,
+    qkNorm: false,
+  },
+  {
+    name: 'Qwen3-8B',
+    layers: 36,
+    hidden: 4096,
+    intermediate: 12288,
+    heads: 32,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    qkNorm: true,
+  },
+  {
+    name: 'Qwen3-4B',
+    layers: 36,
+    hidden: 2560,
+    intermediate: 9728,
+    heads: 32,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    qkNorm: true,
+  },
+  {
+    name: 'Qwen3-1.7B',
+    layers: 28,
+    hidden: 2048,
+    intermediate: 6144,
+    heads: 16,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    qkNorm: true,
+  },
+  {
+    name: 'Qwen3-0.6B',
+    layers: 28,
+    hidden: 1024,
+    intermediate: 3072,
+    heads: 16,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 151936,
+    qkNorm: true,
+  },
+];
+
+/** AWQ has no transform; ParoQuant one per linear group, or one per projection as in published checkpoints. */
+export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection';
+
+/** A decoder's weights without its caches: made once, planned with several kinds of transforms. */
+export class RandomDecoder {
+  readonly #gpu: GpuDevice;
+  readonly shape: DecoderShape;
+  readonly #rng = createRng(3);
+  readonly #weights: Readonly<Record<'q' | 'k' | 'v' | 'qkv' | 'o' | 'gate' | 'up' | 'gateUp' | 'down', PlanWeight>>[] =
+    [];
+  readonly #common: Pick<PlanModel, 'rope' | 'embedding' | 'head' | 'finalNorm'>;
+  readonly #norm: GPUBuffer;
+  readonly #ones = new Map<number, GPUBuffer>();
+  readonly #tables = new Map<string, GPUBuffer>();
+
+  constructor(gpu: GpuDevice, shape: DecoderShape, positions: number) {
+    this.#gpu = gpu;
+    this.shape = shape;
+    const { hidden, heads, kvHeads, headDim, intermediate, vocab, layers } = shape;
+    const half = (): number =>
+      f32ToF16Bits(this.#rng.normal() * 0.02) | (f32ToF16Bits(this.#rng.normal() * 0.02) << 16);
+    const table = randomBuffer(gpu, vocab * hidden * 2, half);
+    const rope = new Float32Array(positions * headDim).map((_, i) => (i % 2 === 0 ? Math.cos(i) : Math.sin(i - 1)));
+    const ropeBuffer = gpu.buffer(rope.byteLength);
+    gpu.upload(ropeBuffer, rope);
+    this.#norm = this.#full(headDim, 1);
+    this.#common = {
+      rope: ropeBuffer,
+      embedding: { table, type: 'f16' },
+      head: { kind: 'f16', weight: table },
+      finalNorm: this.#full(hidden, 1),
+    };
+    for (let i = 0; i < layers; i++) {
+      const qkv = this.#weight((heads + 2 * kvHeads) * headDim, hidden);
+      const gateUp = this.#weight(2 * intermediate, hidden);
+      this.#weights.push({
+        qkv,
+        // Projections apart read the same random words: only their count and shapes matter for time.
+        q: { ...qkv, outFeatures: heads * headDim },
+        k: { ...qkv, outFeatures: kvHeads * headDim },
+        v: { ...qkv, outFeatures: kvHeads * headDim },
+        o: this.#weight(hidden, heads * headDim),
+        gateUp,
+        gate: { ...gateUp, outFeatures: intermediate },
+        up: { ...gateUp, outFeatures: intermediate },
+        down: this.#weight(hidden, intermediate),
+      });
+    }
+  }
+
+  /** Bytes of weights one token reads, without rotation tables. */
+  get bytesPerToken(): number {
+    const { hidden, vocab } = this.shape;
+    const bytes = (w: PlanWeight): number => w.outFeatures * (w.inFeatures / 2 + (4 * w.inFeatures) / w.groupSize);
+    return this.#weights.reduce(
+      (sum, b) => sum + bytes(b.qkv) + bytes(b.o) + bytes(b.gateUp) + bytes(b.down),
+      vocab * hidden * 2,
+    );
+  }
+
+  /** A plan's model; caches are shared by all blocks of all kinds when `sharedCache`, which changes nothing but memory. */
+  model(kind: PlanKind, batch: number, capacity: number): PlanModel {
+    const { hidden, heads, kvHeads, headDim, intermediate, vocab, qkNorm } = this.shape;
+    const bytes = batch * kvHeads * capacity * headDim * 2;
+    const apart = kind === 'paroquant-per-projection';
+    return {
+      hidden,
+      intermediate,
+      heads,
+      kvHeads,
+      headDim,
+      rotaryDim: headDim,
+      vocab,
+      eps: 1e-6,
+      ...this.#common,
+      blocks: this.#weights.map((w) => ({
+        qkv: this.#group(kind, apart ? [w.q, w.k, w.v] : [w.qkv]),
+        o: this.#group(kind, [w.o]),
+        gateUp: this.#group(kind, apart ? [w.gate, w.up] : [w.gateUp]),
+        down: this.#group(kind, [w.down]),
+        ...(qkNorm && { qNorm: this.#norm, kNorm: this.#norm }),
+        keys: this.#gpu.buffer(bytes),
+        values: this.#gpu.buffer(bytes),
+        window: 0,
+      })),
+    };
+  }
+
+  /** Frees a model's caches. */
+  releaseCaches(model: PlanModel): void {
+    for (const block of model.blocks) {
+      this.#gpu.release(block.keys);
+      this.#gpu.release(block.values);
+    }
+  }
+
+  #full(count: number, value: number): GPUBuffer {
+    const buffer = this.#gpu.buffer(count * 4);
+    this.#gpu.upload(buffer, new Float32Array(count).fill(value));
+    return buffer;
+  }
+
+  #weight(outFeatures: number, inFeatures: number): PlanWeight {
+    const groupSize = 128;
+    const rng = this.#rng;
+    return {
+      outFeatures,
+      inFeatures,
+      groupSize,
+      codes: randomBuffer(this.#gpu, (outFeatures * inFeatures) / 2, () => (rng.uniform() * 2 ** 32) >>> 0),
+      grid: randomBuffer(
+        this.#gpu,
+        (outFeatures * inFeatures * 4) / groupSize,
+        () => f32ToF16Bits(0.004 + 0.004 * rng.uniform()) | (rng.int(5, 11) << 16),
+      ),
+    };
+  }
+
+  #group(kind: PlanKind, weights: readonly PlanWeight[]): PlanGroup {
+    const channels = weights[0].inFeatures;
+    const count = channels * weights.length;
+    let gain = this.#ones.get(count);
+    if (!gain) this.#ones.set(count, (gain = this.#full(count, 1)));
+    if (kind === 'awq') return { weights, krot: 0, rotationGroup: plainGroup(channels), gain };
+    // Every group has a table of its own, as in a checkpoint, or the cache would serve them all.
+    const krot = 8;
+    const words = krot * count;
+    let source = this.#tables.get(String(words));
+    if (!source) {
+      const transform = {
+        channels,
+        groupSize: 128,
+        krot,
+        pairs: randomPairs(channels, 128, krot, this.#rng),
+        theta: new Float32Array((krot * channels) / 2).map(() => this.#rng.normal()),
+        channelScales: new Float32Array(channels).fill(1),
+      };
+      const one = rotationTable(transform);
+      const all = new Uint32Array(words);
+      for (let i = 0; i < weights.length; i++) all.set(one, i * one.length);
+      source = this.#gpu.buffer(words * 4);
+      this.#gpu.upload(source, all);
+      this.#tables.set(String(words), source);
+    }
+    const table = this.#gpu.buffer(words * 4);
+    this.#gpu.copy(source, 0, table, 0, words * 4);
+    return { weights, krot, rotationGroup: 128, gain, table };
+  }
+}

@@ -1,0 +1,105 @@
+// Decoding on the GPU: tokens per second of whole decoders at true shapes with random weights, AWQ against ParoQuant in one engine,
+// interleaved; contexts, batches, and the time split by kernel. Usage: tsx bench/webgpu-decode.ts [--quick]
+import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
+import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
+import { copyBandwidth } from './support/gpu.js';
+import { RandomDecoder, SHAPES, type DecoderShape, type PlanKind } from './support/random-plan.js';
+import { median, round, writeResult } from './support/results.js';
+
+const quick = process.argv.includes('--quick');
+const only = process.argv.includes('--shape') ? process.argv[process.argv.indexOf('--shape') + 1] : undefined;
+const backend = await openWebGpuBackend();
+const { gpu } = backend;
+for (const end = performance.now() + 1000; performance.now() < end;) await copyBandwidth(gpu, 1 << 28);
+const bandwidth = await copyBandwidth(gpu);
+console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
+const results: Record<string, unknown>[] = [];
+
+/** Tokens per second of several plans, steps interleaved in blocks. */
+async function compare(
+  shape: DecoderShape,
+  decoder: RandomDecoder,
+  kinds: readonly PlanKind[],
+  batch: number,
+  context: number,
+): Promise<void> {
+  const capacity = Math.ceil((context + 512) / 256) * 256;
+  const plans = kinds.map((kind) => {
+    const model = decoder.model(kind, batch, capacity);
+    return { kind, model, plan: new DecodePlan(gpu, model, { batch, capacity }), times: [] as number[] };
+  });
+  const tokens = new Uint32Array(batch).fill(11);
+  const positions = new Uint32Array(batch).fill(context);
+  const greedy = Array.from({ length: batch }, () => ({ temperature: 0 }));
+  const steps = quick ? 24 : 48;
+  for (let roundIndex = -1; roundIndex < (quick ? 3 : 5); roundIndex++)
+    for (const { plan, times } of plans) {
+      plan.begin(tokens, positions, greedy);
+      await plan.step();
+      const start = performance.now();
+      // One step ahead: submitted before the last token is read.
+      let pending = plan.step();
+      for (let i = 1; i < steps; i++) {
+        const next = plan.step();
+        await pending;
+        pending = next;
+      }
+      await pending;
+      if (roundIndex >= 0) times.push((performance.now() - start) / 1000 / steps);
+    }
+  const logits = await plans[0].plan.logits();
+  if (!logits.every(Number.isFinite)) throw new Error('logits are not finite');
+  const base = median(plans[0].times);
+  for (const { kind, plan, times } of plans) {
+    const seconds = median(times);
+    const line = {
+      model: shape.name,
+      kind,
+      batch,
+      context,
+      tokensPerSecond: round(batch / seconds),
+      millisecondsPerStep: round(seconds * 1e3),
+      dispatches: plan.dispatches,
+      ofBandwidth: round(decoder.bytesPerToken / seconds / bandwidth),
+      againstFirst: round(seconds / base),
+    };
+    results.push(line);
+    console.log(
+      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches} dispatches)`,
+    );
+  }
+  if (batch === 1 && context === 512) {
+    const { plan, kind } = plans[1] ?? plans[0];
+    plan.begin(tokens, positions, greedy);
+    gpu.startProfile();
+    for (let i = 0; i < 4; i++) plan.run();
+    const times = await gpu.stopProfile();
+    const total = times.reduce((sum, t) => sum + t.seconds, 0);
+    for (const t of times)
+      console.log(
+        `    ${t.name.padEnd(48)} ${((t.seconds / t.calls) * 1e6).toFixed(2).padStart(8)} us x ${t.calls / 4} = ${((t.seconds / 4) * 1e3).toFixed(3)} ms (${((100 * t.seconds) / total).toFixed(1)}%)`,
+      );
+    results.push({
+      model: shape.name,
+      kind,
+      kernels: times.map((t) => ({ ...t, calls: t.calls / 4, seconds: t.seconds / 4 })),
+    });
+  }
+  for (const { plan, model } of plans) {
+    plan.release();
+    decoder.releaseCaches(model);
+  }
+}
+
+for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
+  const decoder = new RandomDecoder(gpu, shape, 33_000);
+  const main = shape.name.endsWith('8B');
+  await compare(shape, decoder, ['awq', 'paroquant', ...(main ? (['paroquant-per-projection'] as const) : [])], 1, 512);
+  if (!quick) {
+    await compare(shape, decoder, ['awq', 'paroquant'], 1, 4096);
+    await compare(shape, decoder, ['awq', 'paroquant'], 1, 32256);
+    for (const batch of [2, 4, 8]) await compare(shape, decoder, ['awq', 'paroquant'], batch, 512);
+  }
+}
+writeResult('webgpu-decode', { gpu: backend.info.description, copyBytesPerSecond: bandwidth, results });
+await backend.dispose();

@@ -1,0 +1,397 @@
+// The decode plan: every dispatch of one token's step, prepared once over statically planned buffers and run again for each
+// token. About nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate |
+// o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
+import { GyreError, ensure } from '../../../core/errors.js';
+import type { GpuDevice, PreparedDispatch } from '../device.js';
+import { activationGroups, activationKernel, type ActivationSource } from './activations.js';
+import { attentionGroups, decodeAttentionKernel } from './attention.js';
+import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
+import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
+import { SAMPLE_SPAN, embedTokensKernel, samplePickKernel, sampleSpansKernel, type EmbeddingType } from './sample.js';
+
+/** An int4 weight in GPU memory; see gemv.ts for the layout. */
+export interface PlanWeight {
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+  readonly groupSize: number;
+  readonly codes: GPUBuffer;
+  readonly grid: GPUBuffer;
+  readonly bias?: GPUBuffer;
+}
+
+/** The products of one linear group and the transforms of their input. */
+export interface PlanGroup {
+  /** One per distinct transform, in the order of their output columns. */
+  readonly weights: readonly PlanWeight[];
+  /** Rotations; 0 for none. */
+  readonly krot: number;
+  /** Channels per rotation group; without rotations any of 32, 64, 128 that divides the input. */
+  readonly rotationGroup: number;
+  /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
+  readonly gain: GPUBuffer;
+  /** [weights, krot, channels], see rotationTable. Undefined without rotations. */
+  readonly table?: GPUBuffer;
+}
+
+/** One block's weights and cache. */
+export interface PlanBlock {
+  readonly qkv: PlanGroup;
+  readonly o: PlanGroup;
+  readonly gateUp: PlanGroup;
+  readonly down: PlanGroup;
+  /** [headDim] f32. */
+  readonly qNorm?: GPUBuffer;
+  readonly kNorm?: GPUBuffer;
+  /** [batch, kvHeads, capacity, headDim] f16. */
+  readonly keys: GPUBuffer;
+  readonly values: GPUBuffer;
+  /** Keys seen, 0 for all. */
+  readonly window: number;
+}
+
+/** A whole decoder in GPU memory. */
+export interface PlanModel {
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly rotaryDim: number;
+  readonly vocab: number;
+  readonly eps: number;
+  /** [positions, rotaryDim/2] (cos, sin) f32. */
+  readonly rope: GPUBuffer;
+  readonly embedding: { readonly table: GPUBuffer; readonly type: EmbeddingType };
+  /** [vocab, hidden] f16, or int4. */
+  readonly head:
+    { readonly kind: 'f16'; readonly weight: GPUBuffer } | { readonly kind: 'int4'; readonly weight: PlanWeight };
+  /** [hidden] f32. */
+  readonly finalNorm: GPUBuffer;
+  readonly blocks: readonly PlanBlock[];
+}
+
+/** Options of {@link DecodePlan}. */
+export interface PlanOptions {
+  readonly batch: number;
+  /** Tokens per sequence that the caches hold. */
+  readonly capacity: number;
+}
+
+/** How to choose tokens; see samplePickKernel. */
+export interface PlanSampling {
+  /** 0: the most likely token. */
+  readonly temperature: number;
+  readonly topP?: number;
+  readonly topK?: number;
+  readonly seed?: number;
+}
+
+/** Most rows one int4 product takes: beyond it the accumulators spill. */
+export const MAX_PLAN_BATCH = 8;
+
+/** What the fast path can't do with this model and GPU, or undefined when it can do it all. */
+export function planRefusal(
+  gpu: GpuDevice,
+  model: Omit<PlanModel, 'rope' | 'finalNorm'>,
+  batch: number,
+): string | undefined {
+  if (batch > MAX_PLAN_BATCH) return `${batch} sequences at once (at most ${MAX_PLAN_BATCH})`;
+  if (![16, 32, 64, 128, 256].includes(model.headDim)) return `heads of ${model.headDim} channels`;
+  for (const block of model.blocks)
+    for (const group of [block.qkv, block.o, block.gateUp, block.down])
+      for (const weight of group.weights) {
+        if (![32, 64, 128].includes(weight.groupSize)) return `grid groups of ${weight.groupSize} channels`;
+        if (![32, 64, 128].includes(group.rotationGroup)) return `rotation groups of ${group.rotationGroup} channels`;
+      }
+  void gpu;
+  return undefined;
+}
+
+/** A decoder's step, ready to run. */
+export class DecodePlan {
+  readonly batch: number;
+  readonly capacity: number;
+  readonly #gpu: GpuDevice;
+  readonly #step: PreparedDispatch[] = [];
+  readonly #buffers: GPUBuffer[] = [];
+  readonly #tokens: GPUBuffer;
+  readonly #positions: GPUBuffer;
+  readonly #settings: GPUBuffer;
+  readonly #seeds: GPUBuffer;
+  readonly #logits: GPUBuffer;
+  readonly #vocab: number;
+
+  constructor(gpu: GpuDevice, model: PlanModel, { batch, capacity }: PlanOptions) {
+    const refusal = planRefusal(gpu, model, batch);
+    if (refusal) throw new GyreError('unsupported', `the fused decode path does not take ${refusal}`);
+    this.#gpu = gpu;
+    this.batch = batch;
+    this.capacity = capacity;
+    this.#vocab = model.vocab;
+    const { hidden, intermediate, heads, kvHeads, headDim, vocab } = model;
+    const { capabilities } = gpu;
+    const f16 = capabilities.f16;
+    const shuffle = (capabilities.subgroups?.min ?? 0) >= 32;
+    const make = (bytes: number): GPUBuffer => {
+      const buffer = gpu.buffer(bytes, 'the decode plan');
+      this.#buffers.push(buffer);
+      return buffer;
+    };
+    const width = (heads + 2 * kvHeads) * headDim;
+    const attended = heads * headDim;
+    // Widest input, times the transforms of its group.
+    const widest = Math.max(
+      ...model.blocks.flatMap((b) =>
+        [b.qkv, b.o, b.gateUp, b.down].map((g) => g.weights.length * g.weights[0].inFeatures),
+      ),
+      hidden,
+    );
+    const splits = splitsFor(capacity, kvHeads * batch);
+    this.#tokens = make(batch * 4);
+    this.#positions = make(batch * 4);
+    this.#settings = make(batch * 16);
+    this.#seeds = make(batch * 4);
+    const [x, middle] = [make(batch * hidden * 4), make(batch * hidden * 4)];
+    const halves = make(batch * widest * 2);
+    const factors = make((batch * widest) / 4);
+    const qkv = make(batch * width * 4);
+    const parts = make(batch * attended * splits * 4);
+    const stats = make(batch * heads * splits * 8);
+    const gateUp = make(batch * 2 * intermediate * 4);
+    this.#logits = make(batch * vocab * 4);
+    const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
+    const spans = make(batch * spanCount * 16);
+
+    const push = (dispatch: PreparedDispatch): void => void this.#step.push(dispatch);
+    const activate = (
+      source: ActivationSource,
+      input: GPUBuffer,
+      group: Omit<PlanGroup, 'weights'>,
+      channels: number,
+      count: number,
+    ): void => {
+      const kernel = activationKernel({
+        f16,
+        shuffle,
+        source,
+        krot: group.krot,
+        groupSize: group.rotationGroup,
+        splits,
+        headDim,
+      });
+      const buffers = { source: input, stats, gain: group.gain, table: group.table ?? group.gain, x: halves, factors };
+      push(
+        gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [
+          activationGroups(channels, group.rotationGroup),
+          batch,
+          count,
+        ]),
+      );
+    };
+    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, residual?: GPUBuffer): void => {
+      const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
+      let column = 0;
+      for (const [i, weight] of weights.entries()) {
+        const { inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
+        const shape = gemvShape(outFeatures, inFeatures, batch);
+        const variant = {
+          f16,
+          shuffle,
+          batch,
+          groupSize,
+          residual: residual !== undefined,
+          bias: bias !== undefined,
+          ...shape,
+        };
+        const buffers = {
+          w: codes,
+          grid,
+          x: halves,
+          factors,
+          y,
+          residual: residual ?? grid,
+          bias: bias ?? grid,
+        };
+        const chunks = inFeatures / CHUNK;
+        const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
+        push(
+          gpu.prepare(
+            gemvKernel(variant),
+            buffers,
+            params,
+            groupsOf(Math.ceil(outFeatures / gemvRowsPerGroup(variant))),
+          ),
+        );
+        column += outFeatures;
+      }
+    };
+
+    push(
+      gpu.prepare(
+        embedTokensKernel(model.embedding.type),
+        { tokens: this.#tokens, table: model.embedding.table, x },
+        { hidden },
+        [Math.ceil(hidden / 256), batch],
+      ),
+    );
+    for (const block of model.blocks) {
+      activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
+      multiply(block.qkv.weights, qkv);
+      const attention = {
+        shuffle,
+        heads,
+        kvHeads,
+        headDim,
+        rotaryDim: model.rotaryDim,
+        qkNorm: block.qNorm !== undefined,
+        splits,
+        window: block.window,
+      };
+      push(
+        gpu.prepare(
+          decodeAttentionKernel(attention),
+          {
+            qkv,
+            qNorm: block.qNorm ?? x,
+            kNorm: block.kNorm ?? x,
+            rope: model.rope,
+            positions: this.#positions,
+            keys: block.keys,
+            values: block.values,
+            out: parts,
+            stats,
+          },
+          { capacity, scale: headDim ** -0.5, eps: model.eps },
+          attentionGroups(attention, batch),
+        ),
+      );
+      activate('attention', parts, block.o, attended, block.o.weights.length);
+      multiply(block.o.weights, middle, x);
+      activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
+      multiply(block.gateUp.weights, gateUp);
+      activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
+      multiply(block.down.weights, x, middle);
+    }
+    activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
+    if (model.head.kind === 'int4') {
+      multiply([model.head.weight], this.#logits);
+    } else {
+      const variant = { f16, shuffle, rows: 4, teams: 4, batch };
+      push(
+        gpu.prepare(
+          denseGemvKernel(variant),
+          { w: model.head.weight, x: halves, factors, y: this.#logits },
+          { words: hidden / 8, outFeatures: vocab },
+          groupsOf(Math.ceil(vocab / denseRowsPerGroup(variant))),
+        ),
+      );
+    }
+    push(
+      gpu.prepare(sampleSpansKernel, { logits: this.#logits, settings: this.#settings, spans }, { vocab }, [
+        spanCount,
+        batch,
+      ]),
+    );
+    push(
+      gpu.prepare(
+        samplePickKernel,
+        {
+          logits: this.#logits,
+          settings: this.#settings,
+          seeds: this.#seeds,
+          spans,
+          tokens: this.#tokens,
+          positions: this.#positions,
+        },
+        { vocab, spanCount },
+        [batch],
+      ),
+    );
+  }
+
+  /** Dispatches per token. */
+  get dispatches(): number {
+    return this.#step.length;
+  }
+
+  /** Sets each sequence's next input token, the tokens its cache holds, and how to choose what follows. */
+  begin(tokens: Uint32Array, positions: Uint32Array, sampling: readonly PlanSampling[]): void {
+    const { batch } = this;
+    ensure(
+      tokens.length === batch && positions.length === batch && sampling.length === batch,
+      'usage',
+      () => `a plan for ${batch} sequences was begun with ${tokens.length}`,
+    );
+    this.#gpu.upload(this.#tokens, tokens);
+    this.#gpu.upload(this.#positions, positions);
+    this.#gpu.upload(
+      this.#settings,
+      Float32Array.from(sampling.flatMap((s) => [s.temperature, s.topP ?? 1, s.topK ?? 0, 0])),
+    );
+    this.#gpu.upload(
+      this.#seeds,
+      Uint32Array.from(sampling, (s) => s.seed ?? 0),
+    );
+  }
+
+  /**
+   * Submits one step: reads the input tokens, appends to the caches, chooses the next tokens, which become the next input. The
+   * promise gives them; the next step may be submitted before it settles.
+   */
+  step(): Promise<Uint32Array> {
+    this.#gpu.run(this.#step);
+    return this.#gpu.read(this.#tokens, 0, this.batch * 4).then((bytes) => new Uint32Array(bytes));
+  }
+
+  /** Submits one step without reading its tokens back. */
+  run(): void {
+    this.#gpu.run(this.#step);
+    this.#gpu.flush();
+  }
+
+  /** The logits of the last step [batch, vocab]. */
+  async logits(): Promise<Float32Array> {
+    return new Float32Array(await this.#gpu.read(this.#logits, 0, this.batch * this.#vocab * 4));
+  }
+
+  /** Frees the plan's own buffers; weights and caches are the model's. */
+  release(): void {
+    for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
+  }
+}
+
+/** Workgroups over x and y. */
+function groupsOf(count: number): [number, number] {
+  const y = Math.ceil(count / 65535);
+  return [Math.ceil(count / y), y];
+}
+
+/** The largest of 128, 64, 32 that divides the channels. */
+export function plainGroup(channels: number): number {
+  for (const size of [128, 64, 32]) if (channels % size === 0) return size;
+  throw new GyreError('unsupported', `the fused decode path needs a multiple of 32 channels, found ${channels}`);
+}
+
+/** Ranges of keys: enough workgroups for short contexts to be quick, ranges of at least 64 keys. */
+export function splitsFor(capacity: number, workgroups: number): number {
+  const wanted = Math.ceil(256 / workgroups);
+  return Math.max(1, Math.min(wanted, Math.ceil(capacity / 64), 48));
+}
+
+/** Rows per team and teams per row, from timing (bench/webgpu-kernels.ts): enough teams to fill the GPU, then fewer, busier ones. */
+export function gemvShape(
+  outFeatures: number,
+  inFeatures: number,
+  batch: number,
+): { rows: number; teams: number; split: number } {
+  if (batch > 1) {
+    const rows = batch <= 2 ? 4 : 2;
+    return { rows, teams: 4, split: outFeatures / rows >= 3000 ? 1 : 2 };
+  }
+  if (outFeatures >= 16384) return { rows: 8, teams: 4, split: 1 };
+  const rows = 4;
+  const most = Math.max(1, inFeatures / CHUNK / 32);
+  let split = 1;
+  while (split < 4 && split * 2 <= most && (outFeatures / rows) * split < 3000) split *= 2;
+  return { rows, teams: 4, split };
+}
