@@ -2,7 +2,7 @@
 // interleaved; contexts, batches, and the time split by kernel. Usage: tsx bench/webgpu-decode.ts [--quick]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
-import { copyBandwidth } from './support/gpu.js';
+import { copyBandwidth, timeDispatches } from './support/gpu.js';
 import { RandomDecoder, SHAPES, type DecoderShape, type PlanKind } from './support/random-plan.js';
 import { median, round, writeResult } from './support/results.js';
 
@@ -49,8 +49,20 @@ async function compare(
     }
   const logits = await plans[0].plan.logits();
   if (!logits.every(Number.isFinite)) throw new Error('logits are not finite');
+  // What the GPU alone needs, and what the host needs to submit a step.
+  const gpuTimes = await timeDispatches(
+    gpu,
+    plans.map(({ kind, plan }) => ({ name: kind, dispatches: plan.dispatches })),
+    { milliseconds: 20, rounds: 3 },
+  );
+  const encode = plans.map(({ plan }) => {
+    const start = performance.now();
+    plan.run();
+    return performance.now() - start;
+  });
+  await gpu.sync();
   const base = median(plans[0].times);
-  for (const { kind, plan, times } of plans) {
+  for (const [i, { kind, plan, times }] of plans.entries()) {
     const seconds = median(times);
     const line = {
       model: shape.name,
@@ -59,13 +71,15 @@ async function compare(
       context,
       tokensPerSecond: round(batch / seconds),
       millisecondsPerStep: round(seconds * 1e3),
-      dispatches: plan.dispatches,
+      dispatches: plan.dispatches.length,
+      gpuMilliseconds: round((gpuTimes.get(kind) ?? NaN) * plan.dispatches.length * 1e3),
+      encodeMilliseconds: round(encode[i]),
       ofBandwidth: round(decoder.bytesPerToken / seconds / bandwidth),
       againstFirst: round(seconds / base),
     };
     results.push(line);
     console.log(
-      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches} dispatches)`,
+      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches.length} dispatches), GPU ${line.gpuMilliseconds} ms, encoding ${line.encodeMilliseconds} ms`,
     );
   }
   if (batch === 1 && context === 512) {
@@ -73,7 +87,7 @@ async function compare(
     plan.begin(tokens, positions, greedy);
     gpu.startProfile();
     for (let i = 0; i < 4; i++) plan.run();
-    const times = await gpu.stopProfile();
+    const times = (await gpu.stopProfile()).slice(0, 12);
     const total = times.reduce((sum, t) => sum + t.seconds, 0);
     for (const t of times)
       console.log(

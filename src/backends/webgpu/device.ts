@@ -65,6 +65,8 @@ export class GpuDevice {
   #dispatches = 0;
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
+  /** The pipeline the pass has set: every call into Dawn costs about as much as a small kernel. */
+  #bound: GPUComputePipeline | undefined;
   #profile: Profile | undefined;
   /** The first error whose cause is known by name; it outranks what follows from it without a name. */
   #failure: GyreError | undefined;
@@ -302,8 +304,12 @@ export class GpuDevice {
       }
     }
     const profiled = this.#profile?.next(name);
-    this.#pass ??= encoder.beginComputePass(profiled && { timestampWrites: profiled });
-    this.#pass.setPipeline(pipeline);
+    if (!this.#pass) {
+      this.#pass = encoder.beginComputePass(profiled && { timestampWrites: profiled });
+      this.#bound = undefined;
+    }
+    if (this.#bound !== pipeline) this.#pass.setPipeline(pipeline);
+    this.#bound = pipeline;
     this.#pass.setBindGroup(0, bindGroup);
     this.#pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
     this.#dispatches++;

@@ -56,7 +56,7 @@ export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channel
   const value: Record<ActivationSource, string> = {
     norm: 'source[b * params.channels + c] * scale',
     silu: 'silu(source[b * 2u * params.channels + c]) * source[(b * 2u + 1u) * params.channels + c]',
-    attention: 'combined(b, c)',
+    attention: 'combined(b, c, shares)',
     plain: 'source[b * params.channels + c]',
   };
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
@@ -82,20 +82,27 @@ fn silu(g: f32) -> f32 { return g / (1.0 + exp(-g)); }
 ${
   v.source === 'attention'
     ? /* wgsl */ `
-fn combined(b: u32, c: u32) -> f32 {
-  const SPLITS = ${v.splits ?? 1}u; const HEAD = ${v.headDim ?? 1}u;
-  let head = b * (params.channels / HEAD) + c / HEAD;
-  var top = -1e30;
-  for (var s = 0u; s < SPLITS; s++) { top = max(top, stats[head * SPLITS + s].x); }
-  var sum = 0.0; var out = 0.0;
-  for (var s = 0u; s < SPLITS; s++) {
-    let part = stats[head * SPLITS + s];
-    let weight = exp(part.x - top);
-    sum += weight * part.y;
-    // Parts without keys have no sum, and their values are undefined.
-    if (part.y > 0.0) { out += weight * source[(head * SPLITS + s) * HEAD + c % HEAD]; }
-  }
-  return out / sum;
+const SPLITS = ${v.splits ?? 1}u;
+const HEAD = ${v.headDim ?? 1}u;
+// The parts' weights of the head that channel c belongs to: exp(max − top) / Σ, 0 for a part without keys.
+fn weights(b: u32, c: u32) -> array<f32, ${v.splits ?? 1}> {
+  let head = (b * (params.channels / HEAD) + c / HEAD) * SPLITS;
+${eachSplit(v, (s) => `  let p${s} = stats[head + ${s}u];`)}
+  var top = p0.x;
+${eachSplit(v, (s) => `  top = max(top, p${s}.x);`)}
+${eachSplit(v, (s) => `  let w${s} = select(0.0, exp(p${s}.x - top), p${s}.y > 0.0);`)}
+  var sum = 0.0;
+${eachSplit(v, (s) => `  sum = fma(w${s}, p${s}.y, sum);`)}
+  let inverse = 1.0 / sum;
+  return array<f32, ${v.splits ?? 1}>(${list(v.splits ?? 1, (s) => `w${s} * inverse`)});
+}
+fn combined(b: u32, c: u32, w: array<f32, ${v.splits ?? 1}>) -> f32 {
+  let at = (b * (params.channels / HEAD) + c / HEAD) * SPLITS * HEAD + c % HEAD;
+${eachSplit(v, (s) => `  let e${s} = source[at + ${s}u * HEAD];`)}
+  var out = 0.0;
+  // Parts without keys were not written: their values may be anything, infinities too.
+${eachSplit(v, (s) => `  out += select(0.0, w[${s}] * e${s}, w[${s}] > 0.0);`)}
+  return out;
 }`
     : ''
 }
@@ -138,6 +145,7 @@ ${
   let scale = inverseSqrt(squares / f32(params.channels) + params.eps);`
     : ''
 }
+${v.source === 'attention' ? "  // A lane's channels are of one head.\n  let shares = weights(b, first);" : ''}
   let gainAt = wg.z * params.channels + first;
 ${each((s) => `  var v${s}: f32; { let c = first + ${s}u; v${s} = gain[gainAt + ${s}u] * (${value[v.source]}); }`)}
 ${v.krot > 0 ? (v.shuffle ? shuffled(v, slots) : shared(v, slots)) : ''}
@@ -148,6 +156,8 @@ ${pack(v, slots)}
 
 const list = (n: number, f: (s: number) => string, separator = ', '): string =>
   Array.from({ length: n }, (_, s) => f(s)).join(separator);
+
+const eachSplit = (v: ActivationVariant, f: (s: number) => string): string => list(v.splits ?? 1, f, '\n');
 
 /** WGSL: a table word's rotation of (own, partner) values. */
 const ROTATED = (own: string, other: string, e: string): string => /* wgsl */ `{

@@ -82,7 +82,7 @@ const WIDTH = ${(v.heads + 2 * v.kvHeads) * headDim}u;
 // The new q heads, then the new k, then v; then, after the walk over the keys, each lane group's results.
 var<workgroup> head: array<f32, ${(q + 2) * headDim}>;
 var<workgroup> squares: array<f32, ${q + 1}>;
-var<workgroup> parts: array<f32, ${TEAMS * perTeam * headDim}>;
+var<workgroup> parts: array<f32, ${TEAMS * perTeam * headDim * q}>;
 var<workgroup> tops: array<f32, ${TEAMS * perTeam * q}>;
 var<workgroup> totals: array<f32, ${TEAMS * perTeam * q}>;
 ${v.shuffle ? '' : `var<workgroup> dots: array<f32, ${TEAM * TEAMS}>;`}
@@ -108,6 +108,15 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let low = begin + wg.y * span;
   let high = min(low + span, position + 1u);
   let owner = low <= position && position < low + span;
+
+  let cache = (b * KV + kv) * params.capacity;
+  // The first keys and values are on their way while the new heads are prepared.
+  let slot = local / LANES;
+  let part = local % LANES;
+${each(UNROLL, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;`)}
+  if (low < high) {
+${each(UNROLL, (u) => `    { let at = (cache + min(low + slot + ${u * TEAMS * perTeam}u, position)) * LANES + part; kw${u} = keys[at]; vw${u} = values[at]; }`)}
+  }
 
   // New heads, normalised and rotated.
   for (var i = local; i < ${(q + 2) * headDim}u; i += ${TEAM * TEAMS}u) {
@@ -140,7 +149,6 @@ ${
     head[h * D + d + ${rotaryDim / 2}u] = y * r.x + x * r.y;
   }
   workgroupBarrier();
-  let cache = (b * KV + kv) * params.capacity;
   if (owner && local < 2u * LANES) {
     // Every workgroup of this key/value head that owns the new key writes the same bytes.
     let at = (cache + position) * LANES + local % LANES;
@@ -148,8 +156,6 @@ ${
     else { values[at] = packed(${q + 1}u * D + (local - LANES) * 8u); }
   }
 
-  let slot = local / LANES;
-  let part = local % LANES;
 ${each(
   q,
   (
@@ -166,10 +172,7 @@ ${each(
     let key = base + slot;
 ${each(
   UNROLL,
-  (
-    u,
-  ) => `    let k${u} = key + ${u * TEAMS * perTeam}u; let in${u} = k${u} < high; let at${u} = (cache + min(k${u}, position)) * LANES + part;
-    var kw${u} = keys[at${u}]; var vw${u} = values[at${u}];
+  (u) => `    let k${u} = key + ${u * TEAMS * perTeam}u; let in${u} = k${u} < high;
     if (k${u} == position) { kw${u} = newKey; vw${u} = newValue; }`,
 )}
 ${each(UNROLL, (u) => `    let kf${u} = half8(kw${u});`)}
@@ -182,6 +185,9 @@ ${sumLanes(v, `s${h}_${u}`, lanes, masks)}
   ),
 )}
 ${each(UNROLL, (u) => `    let vf${u} = half8(vw${u});`)}
+    if (base + ${group}u < high) {
+${each(UNROLL, (u) => `      { let at = (cache + min(k${u} + ${group}u, position)) * LANES + part; kw${u} = keys[at]; vw${u} = values[at]; }`)}
+    }
 ${each(
   q,
   (h) => `    { let top = max(max(max(s${h}_0, s${h}_1), max(s${h}_2, s${h}_3)), m${h});
@@ -203,23 +209,22 @@ ${each(
     var top = -1e30;
     for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { top = max(top, tops[i * ${q}u + ${h}u]); }
     let weight = exp(m${h} - top);
-    let at = slot * D + part * 8u;
+    let at = (${h * TEAMS * perTeam}u + slot) * D + part * 8u;
 ${each(4, (i) => `    parts[at + ${i}u] = oa${h}[${i}] * weight; parts[at + ${i + 4}u] = ob${h}[${i}] * weight;`)}
-    workgroupBarrier();
-    let row = (b * HEADS + firstHead + ${h}u) * ${splits}u + wg.y;
-    for (var d = local; d < D; d += ${TEAM * TEAMS}u) {
-      var sum = 0.0;
-      for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { sum += parts[i * D + d]; }
-      out[row * D + d] = sum;
-    }
-    if (local == 0u) {
+    if (local == ${h}u) {
       var sum = 0.0;
       for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { sum += totals[i * ${q}u + ${h}u] * exp(tops[i * ${q}u + ${h}u] - top); }
-      stats[row] = vec2(top, sum);
+      stats[(b * HEADS + firstHead + ${h}u) * ${splits}u + wg.y] = vec2(top, sum);
     }
-    workgroupBarrier();
   }`,
 )}
+  workgroupBarrier();
+  for (var i = local; i < ${q * headDim}u; i += ${TEAM * TEAMS}u) {
+    let h = i / D; let d = i % D;
+    var sum = 0.0;
+    for (var s = 0u; s < ${TEAMS * perTeam}u; s++) { sum += parts[(h * ${TEAMS * perTeam}u + s) * D + d]; }
+    out[((b * HEADS + firstHead + h) * ${splits}u + wg.y) * D + d] = sum;
+  }
 }`,
   }) as Kernel<Buffers, 'capacity' | 'scale' | 'eps'>;
 }

@@ -309,9 +309,9 @@ export class DecodePlan {
     );
   }
 
-  /** Dispatches per token. */
-  get dispatches(): number {
-    return this.#step.length;
+  /** The dispatches of one token's step, in order. */
+  get dispatches(): readonly PreparedDispatch[] {
+    return this.#step;
   }
 
   /** Sets each sequence's next input token, the tokens its cache holds, and how to choose what follows. */
