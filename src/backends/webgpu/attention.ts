@@ -210,8 +210,9 @@ function chooseTile(
   rowCount: number,
 ): Pick<AttentionVariant, 'rows' | 'keys' | 'lanes'> {
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
-  const wanted = Math.min(16, 2 ** Math.ceil(Math.log2(rowCount)));
-  for (let rows = wanted; rows >= 1; rows /= 2) {
+  for (const rows of [16, 4, 1]) {
+    // A tile of 16 for 5 rows is faster than two of 4.
+    if (rows > 1 && rowCount <= rows / 4) continue;
     for (const keys of [32, 16, 8, 4]) {
       if (attentionMemory({ headDim, rows, keys }) <= memory) return { rows, keys, lanes: rows === 16 ? 16 : 32 };
     }

@@ -20,22 +20,25 @@ export class GpuLinear implements LinearHandle {
   /** A word per row and group; undefined for floats. */
   readonly grids: GPUBuffer | undefined;
   readonly bias: GPUBuffer | undefined;
+  /** Channels that share a word of `grids`; all of them for floats. */
+  readonly groupSize: number;
   /** Words in a row of `weights`. */
   readonly wordsPerRow: number;
   /** Words in a row of `grids`. */
   readonly groupsPerRow: number;
 
   constructor(
-    shape: { readonly inFeatures: number; readonly outFeatures: number },
-    format: WeightFormat,
     gpu: GpuDevice,
+    shape: { readonly inFeatures: number; readonly outFeatures: number; readonly groupSize?: number },
+    format: WeightFormat,
     bias: Float32Array | undefined,
   ) {
     this.inFeatures = shape.inFeatures;
     this.outFeatures = shape.outFeatures;
     this.format = format;
     this.wordsPerRow = Math.ceil(shape.inFeatures / perWord(format));
-    this.groupsPerRow = format.kind === 'int' ? shape.inFeatures / format.groupSize : 0;
+    this.groupSize = shape.groupSize ?? shape.inFeatures;
+    this.groupsPerRow = format.kind === 'int' ? shape.inFeatures / this.groupSize : 0;
     const what = `a weight of ${shape.outFeatures} × ${shape.inFeatures}`;
     this.weights = gpu.buffer(4 * this.outFeatures * this.wordsPerRow, what);
     this.grids =
@@ -78,7 +81,7 @@ async function loadDense(gpu: GpuDevice, weight: HostTensor, bias: Float32Array 
   ensure(weight.shape.length === 2, 'tensor-shape', () => `a linear weight has shape [${weight.shape.join(', ')}]`);
   const [outFeatures, inFeatures] = weight.shape;
   const kind = weight.dtype === 'f16' || weight.dtype === 'bf16' ? weight.dtype : 'f32';
-  const linear = new GpuLinear({ inFeatures, outFeatures }, { kind }, gpu, bias);
+  const linear = new GpuLinear(gpu, { inFeatures, outFeatures }, { kind }, bias);
   if (kind === 'f32') {
     const values = floats(weight);
     await inSlices(gpu, outFeatures, inFeatures * 4, (begin, end) =>
@@ -109,7 +112,7 @@ async function loadQuantized(
     'tensor-shape',
     () => `codes, scales or zero points do not fit a weight of ${outFeatures} × ${inFeatures}`,
   );
-  const linear = new GpuLinear({ inFeatures, outFeatures }, { kind: 'int', bits, groupSize }, gpu, bias);
+  const linear = new GpuLinear(gpu, { inFeatures, outFeatures, groupSize }, { kind: 'int', bits }, bias);
   await packRows(gpu, linear, codes, bits);
   const { grids } = linear;
   if (!grids) return linear;
@@ -178,7 +181,7 @@ async function inSlices(
 /** x [rows, in] · Wᵀ + bias + residual. */
 export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual?: Tensor): GpuTensor {
   const { rows, cols } = x.matrix;
-  const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, format, weights } = linear;
+  const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, format, weights } = linear;
   ensure(cols === inFeatures, 'tensor-shape', () => `a linear of ${inFeatures} inputs was given ${cols}`);
   const add = residual && own(residual);
   ensure(
@@ -187,7 +190,6 @@ export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, res
     () => `a residual of shape [${add?.shape.join(', ')}] for ${rows} × ${outFeatures} outputs`,
   );
   const out = makeTensor(gpu, [rows, outFeatures]);
-  const epilogue = { bias: linear.bias !== undefined, residual: add !== undefined };
   const buffers = {
     x,
     weights,
@@ -197,26 +199,27 @@ export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, res
     residual: add ?? weights,
     out,
   };
-  const params = { rows, inFeatures, outFeatures, wordsPerRow, groupsPerRow };
+  const [hasBias, hasResidual] = [Number(linear.bias !== undefined), Number(add !== undefined)];
+  const params = { rows, inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, hasBias, hasResidual };
   if (rows <= MAX_GEMV_ROWS) {
     const kernel = gemvKernel({
       format,
       rows: 2 ** Math.ceil(Math.log2(rows)),
       aligned: isGemvAligned(format, inFeatures),
+      oneGroup: groupSize % perWord(format) === 0,
       subgroups: gpu.capabilities.subgroups !== undefined,
-      ...epilogue,
     });
     gpu.dispatch(kernel, buffers, params, spread(Math.ceil(outFeatures / GEMV_OUTPUTS)));
   } else {
     const groups = [Math.ceil(outFeatures / GEMM_TILE), Math.ceil(rows / GEMM_TILE)] as const;
-    gpu.dispatch(gemmKernel({ format, ...epilogue }), buffers, params, groups);
+    gpu.dispatch(gemmKernel(format), buffers, params, groups);
   }
   return out;
 }
 
 /** Rows of a weight: ids → [ids.length, in]. */
 export function embedRows(gpu: GpuDevice, table: GpuLinear, ids: Int32Array): GpuTensor {
-  const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, format, weights, grids } = table;
+  const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, format, weights, grids } = table;
   for (const id of ids)
     ensure(id >= 0 && id < outFeatures, 'usage', () => `token id ${id} is outside the vocabulary of ${outFeatures}`);
   const out = makeTensor(gpu, [ids.length, inFeatures]);
@@ -226,7 +229,7 @@ export function embedRows(gpu: GpuDevice, table: GpuLinear, ids: Int32Array): Gp
   gpu.dispatch(
     embedKernel(format),
     { weights, grids: grids ?? weights, ids: index, out },
-    { count, cols: inFeatures, wordsPerRow, groupsPerRow },
+    { count, cols: inFeatures, wordsPerRow, groupsPerRow, groupSize },
     elementGroups(count),
   );
   gpu.release(index);

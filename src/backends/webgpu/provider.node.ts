@@ -4,9 +4,11 @@ import { GyreError } from '../../core/errors.js';
 /**
  * What we ask of Dawn beyond the standard: `allow_unsafe_apis` shows experimental features (subgroup matrices), and
  * `vulkan_enable_f16_on_nvidia` shader-f16 on NVIDIA under Vulkan, hidden there for failures of its conformance suite
- * in corners (f16 inputs of fragment shaders) that compute kernels never touch. GYRE_DAWN_TOGGLES replaces the list.
+ * in corners (f16 inputs of fragment shaders) that compute kernels never touch. `disable_workgroup_init` saves the zeros
+ * that a workgroup's memory starts with, since our kernels write it before they read it: SwiftShader compiles those zeros
+ * into one store per element, which takes it seconds per kernel. GYRE_DAWN_TOGGLES replaces the list.
  */
-export const DAWN_TOGGLES = ['allow_unsafe_apis', 'vulkan_enable_f16_on_nvidia'] as const;
+export const DAWN_TOGGLES = ['allow_unsafe_apis', 'vulkan_enable_f16_on_nvidia', 'disable_workgroup_init'] as const;
 
 let instance: Promise<GPU> | undefined;
 

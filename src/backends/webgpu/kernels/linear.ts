@@ -18,12 +18,6 @@ export const GEMV_OUTPUTS = 4;
 /** Rows and outputs of a gemm tile. */
 export const GEMM_TILE = 64;
 
-/** What a product adds to its sums. */
-export interface Epilogue {
-  readonly bias: boolean;
-  readonly residual: boolean;
-}
-
 const buffers = {
   x: read('f32'),
   weights: read('u32'),
@@ -38,23 +32,32 @@ const params = {
   outFeatures: 'u32',
   wordsPerRow: 'u32',
   groupsPerRow: 'u32',
+  groupSize: 'u32',
+  hasBias: 'u32',
+  hasResidual: 'u32',
 } as const;
 
 /** Kernels of products share bindings and parameters; absent bias, residual or grids are bound to anything. */
 export type ProductKernel = Kernel<keyof typeof buffers, keyof typeof params>;
 
-/** WGSL: the value to add at `at` = row · outFeatures + output. */
-function epilogue({ bias, residual }: Epilogue, output: string, at: string): string {
-  return `${bias ? ` + bias[${output}]` : ''}${residual ? ` + residual[${at}]` : ''}`;
-}
+/** WGSL: `finish(sum, output, at)` adds bias and residual and stores. */
+const FINISH = /* wgsl */ `
+fn finish(sum: f32, output: u32, at: u32) {
+  var y = sum;
+  if (params.hasBias != 0u) { y += bias[output]; }
+  if (params.hasResidual != 0u) { y += residual[at]; }
+  out[at] = y;
+}`;
 
 /** Options of {@link gemvKernel}. */
-export interface GemvVariant extends Epilogue {
+export interface GemvVariant {
   readonly format: WeightFormat;
   /** Rows of x, at most; fewer are padded by repeating the last. */
   readonly rows: number;
   /** Rows are whole chunks of {@link gemvChunk} channels, so that x is read four at a time. */
   readonly aligned: boolean;
+  /** The elements of a word are all of one group. */
+  readonly oneGroup: boolean;
   readonly subgroups: boolean;
 }
 
@@ -72,7 +75,7 @@ export function isGemvAligned(format: WeightFormat, inFeatures: number): boolean
 
 /** See the head of this file. */
 export const gemvKernel = variants((variant: GemvVariant): ProductKernel => {
-  const { format, rows, aligned, subgroups } = variant;
+  const { format, rows, aligned, oneGroup, subgroups } = variant;
   const per = perWord(format);
   const elements = aligned ? gemvChunk(format) : per;
   const words = elements / per;
@@ -80,20 +83,19 @@ export const gemvKernel = variants((variant: GemvVariant): ProductKernel => {
   const sums = range(GEMV_OUTPUTS).flatMap((o) => range(rows).map((r) => `acc${o}_${r}`));
   const sum = sumOverWorkgroup(sums, 64, subgroups);
   const grouped = format.kind === 'int';
-  /** One group for all elements of a word. */
-  const oneGroup = grouped && format.groupSize % per === 0;
   const lines: string[] = [];
+  if (grouped && oneGroup) lines.push('let g = k / params.groupSize;');
   for (const o of range(GEMV_OUTPUTS)) {
     for (const w of range(words))
       lines.push(`let w${o}_${w} = weights[row${o} * params.wordsPerRow + c * ${words}u + ${w}u];`);
-    if (oneGroup) lines.push(`let g${o} = grids[row${o} * params.groupsPerRow + k / ${format.groupSize}u];`);
+    if (grouped && oneGroup) lines.push(`let g${o} = grids[row${o} * params.groupsPerRow + g];`);
   }
   for (const e of range(elements)) {
     if (aligned && e % 4 === 0)
       for (const r of range(rows)) lines.push(`let x${r}_${e / 4} = x[(at${r} + k) / 4u + ${e / 4}u];`);
     const body: string[] = [];
     if (!aligned) for (const r of range(rows)) body.push(`let v${r} = x[at${r} + k + ${e}u];`);
-    if (grouped && !oneGroup) body.push(`let g = (k + ${e}u) / ${format.groupSize}u;`);
+    if (grouped && !oneGroup) body.push(`let g = (k + ${e}u) / params.groupSize;`);
     for (const o of range(GEMV_OUTPUTS)) {
       if (grouped && !oneGroup) body.push(`let g${o} = grids[row${o} * params.groupsPerRow + g];`);
       body.push(`let d${o} = ${decodeElement(format, `w${o}_${Math.floor(e / per)}`, e % per, `g${o}`)};`);
@@ -106,13 +108,14 @@ export const gemvKernel = variants((variant: GemvVariant): ProductKernel => {
     lines.push(aligned ? `{ ${body.join(' ')} }` : `if (k + ${e}u < params.inFeatures) { ${body.join(' ')} }`);
   }
   return defineKernel({
-    name: `gemv.${formatName(format)}.${rows}rows${aligned ? '' : '.unaligned'}${subgroups ? '.subgroups' : ''}`,
+    name: `gemv.${formatName(format)}.${rows}rows${aligned ? '' : '.unaligned'}${oneGroup ? '' : '.mixed'}${subgroups ? '.subgroups' : ''}`,
     features: subgroups ? ['subgroups'] : [],
     buffers: { ...buffers, x: read(aligned ? 'vec4<f32>' : 'f32') },
     params,
     body: /* wgsl */ `
 ${LINEAR_GROUP}
 ${sum.declarations}
+${FINISH}
 @compute @workgroup_size(64)
 fn main(
   @builtin(local_invocation_index) lid: u32,
@@ -138,22 +141,15 @@ ${sum.statements}
     let output = first + lid / ${rows}u;
     let row = lid % ${rows}u;
     if (output < params.outFeatures && row < params.rows) {
-      let at = row * params.outFeatures + output;
-      out[at] = total(lid)${epilogue(variant, 'output', 'at')};
+      finish(total(lid), output, row * params.outFeatures + output);
     }
   }
 }`,
   });
 });
 
-/** Options of {@link gemmKernel}. */
-export interface GemmVariant extends Epilogue {
-  readonly format: WeightFormat;
-}
-
 /** See the head of this file. Workgroups: outputs / 64 in x, rows / 64 in y. */
-export const gemmKernel = variants((variant: GemmVariant): ProductKernel => {
-  const { format } = variant;
+export const gemmKernel = variants((format: WeightFormat): ProductKernel => {
   return defineKernel({
     name: `gemm.${formatName(format)}`,
     buffers,
@@ -164,13 +160,14 @@ const STRIDE = 17u;
 var<workgroup> left: array<vec4<f32>, 16 * 17>;
 var<workgroup> right: array<vec4<f32>, 16 * 17>;
 ${weightAt(format)}
+${FINISH}
 fn xAt(row: u32, k: u32) -> f32 {
   if (row >= params.rows || k >= params.inFeatures) { return 0.0; }
   return x[row * params.inFeatures + k];
 }
-fn wAt(row: u32, k: u32) -> f32 {
+fn wAt(row: u32, k: u32, group: u32) -> f32 {
   if (row >= params.outFeatures || k >= params.inFeatures) { return 0.0; }
-  return weightAt(row, k);
+  return weightAt(row, k, group);
 }
 @compute @workgroup_size(256)
 fn main(@builtin(local_invocation_index) lid: u32, @builtin(workgroup_id) group: vec3<u32>) {
@@ -181,10 +178,11 @@ fn main(@builtin(local_invocation_index) lid: u32, @builtin(workgroup_id) group:
   var acc: array<vec4<f32>, 4>;
   for (var k0 = 0u; k0 < params.inFeatures; k0 += 16u) {
     let k = k0 + channel;
+    let g = k / params.groupSize;
     let r = row + quad * 4u;
     let o = output + quad * 4u;
     left[channel * STRIDE + quad] = vec4(xAt(r, k), xAt(r + 1u, k), xAt(r + 2u, k), xAt(r + 3u, k));
-    right[channel * STRIDE + quad] = vec4(wAt(o, k), wAt(o + 1u, k), wAt(o + 2u, k), wAt(o + 3u, k));
+    right[channel * STRIDE + quad] = vec4(wAt(o, k, g), wAt(o + 1u, k, g), wAt(o + 2u, k, g), wAt(o + 3u, k, g));
     workgroupBarrier();
     for (var c = 0u; c < 16u; c++) {
       let a = left[c * STRIDE + quad];
@@ -201,8 +199,7 @@ fn main(@builtin(local_invocation_index) lid: u32, @builtin(workgroup_id) group:
     for (var j = 0u; j < 4u; j++) {
       let o = output + channel * 4u + j;
       if (r < params.rows && o < params.outFeatures) {
-        let at = r * params.outFeatures + o;
-        out[at] = acc[i][j]${epilogue(variant, 'o', 'at')};
+        finish(acc[i][j], o, r * params.outFeatures + o);
       }
     }
   }

@@ -49,7 +49,9 @@ ${values.map((v, i) => `  partials[${i * threads}u + lid] = ${v};`).join('\n')}
   workgroupBarrier();
   for (var reach = ${threads / 2}u; reach > 0u; reach >>= 1u) {
     if (lid < reach) {
-${values.map((_, i) => `      partials[${i * threads}u + lid] += partials[${i * threads}u + lid + reach];`).join('\n')}
+      for (var i = 0u; i < ${values.length}u; i++) {
+        partials[i * ${threads}u + lid] += partials[i * ${threads}u + lid + reach];
+      }
     }
     workgroupBarrier();
   }`,

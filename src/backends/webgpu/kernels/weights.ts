@@ -10,8 +10,7 @@ import { HALF_BITS } from './half.js';
 
 /** Element type of a weight on the GPU; kernels are specialised by it. */
 export type WeightFormat =
-  | { readonly kind: 'f32' | 'f16' | 'bf16' }
-  | { readonly kind: 'int'; readonly bits: WeightBits; readonly groupSize: number };
+  { readonly kind: 'f32' | 'f16' | 'bf16' } | { readonly kind: 'int'; readonly bits: WeightBits };
 
 /** Elements in one word. */
 export function perWord(format: WeightFormat): number {
@@ -28,9 +27,9 @@ export function perWord(format: WeightFormat): number {
   }
 }
 
-/** `gemv.int4.g128` and the like. */
+/** `int4` and the like, for names of kernels. */
 export function formatName(format: WeightFormat): string {
-  return format.kind === 'int' ? `int${format.bits}.g${format.groupSize}` : format.kind;
+  return format.kind === 'int' ? `int${format.bits}` : format.kind;
 }
 
 /**
@@ -99,8 +98,8 @@ export function decodeElement(format: WeightFormat, word: string, e: number, gri
 }
 
 /**
- * WGSL: `weightAt(row, column)`, one element at a time, from bindings `weights` and `grids` (words) and parameters
- * `wordsPerRow` and `groupsPerRow`.
+ * WGSL: `weightAt(row, column, group)`, one element at a time, from bindings `weights` and `grids` (words) and parameters
+ * `wordsPerRow` and `groupsPerRow`; `group` is the column's, column / group size.
  */
 export function weightAt(format: WeightFormat): string {
   const element = (): string => {
@@ -113,14 +112,14 @@ export function weightAt(format: WeightFormat): string {
         return 'return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (column & 1u) == 1u));';
       case 'int':
         return `let code = extractBits(word, (column % ${perWord(format)}u) * ${format.bits}u, ${format.bits}u);
-  let grid = grids[row * params.groupsPerRow + column / ${format.groupSize}u];
+  let grid = grids[row * params.groupsPerRow + group];
   return f32(i32(code) - i32(grid >> 16u)) * unpack2x16float(grid).x;`;
       default:
         return unreachable(format);
     }
   };
   return /* wgsl */ `
-fn weightAt(row: u32, column: u32) -> f32 {
+fn weightAt(row: u32, column: u32, group: u32) -> f32 {
   let word = weights[row * params.wordsPerRow + column / ${perWord(format)}u];
   ${element()}
 }`;
