@@ -338,13 +338,24 @@ function splitHeadsCases(): ConformanceCase[] {
 /**
  * A logit is off by δ = λ·u·√d·‖q‖‖k‖·scale at most, a softmax weight by 2δ and λ·u·(√n + 8) relative (exponential,
  * sum of n, division), and the output is an average of values. Tolerance: (2δ + λ·u·(√n + 8))·max|v|, for the largest
- * ‖q‖‖k‖.
+ * ‖q‖‖k‖. A cache that rounds by c moves a logit by c·‖q‖‖k‖·scale and a value by c·max|v| besides: (2c·‖q‖‖k‖·scale +
+ * c)·max|v| more.
  */
-function attentionTolerance(duo: Duo, q: Twin, k: Twin, v: Twin, shape: AttentionShape, scale: number): number {
+function attentionTolerance(
+  duo: Duo,
+  [q, k, v]: readonly Twin[],
+  shape: AttentionShape,
+  scale: number,
+  cacheRoundoff = 0,
+): number {
   const { headDim } = shape;
   const tokens = k.shape[0];
-  const delta = Math.sqrt(headDim) * largestRow(q.host, headDim) * largestRow(k.host, headDim) * scale;
-  return LAMBDA * duo.allowance.roundoff * (2 * delta + Math.sqrt(tokens) + 8) * maxAbs(v.host);
+  const logit = largestRow(q.host, headDim) * largestRow(k.host, headDim) * scale;
+  const delta = Math.sqrt(headDim) * logit;
+  return (
+    (LAMBDA * duo.allowance.roundoff * (2 * delta + Math.sqrt(tokens) + 8) + cacheRoundoff * (2 * logit + 1)) *
+    maxAbs(v.host)
+  );
 }
 
 /** Rows of sequence-major host data [batch, tokens, width] for tokens [begin, end) of every sequence. */
@@ -379,7 +390,8 @@ function attentionCases(): ConformanceCase[] {
           const v = await duo.input([batch * tokens, kvHeads * headDim]);
           const scale = headDim ** -0.5;
           const options = { ...shape, batch, scale, window, start: 0 };
-          const tolerance = attentionTolerance(duo, q, k, v, shape, scale);
+          const tolerance = attentionTolerance(duo, [q, k, v], shape, scale);
+          const cached = attentionTolerance(duo, [q, k, v], shape, scale, duo.allowance.cacheRoundoff);
           const expected = await duo.oracle.attention(q.oracle, k.oracle, v.oracle, options);
           const whole = await duo.subject.attention(q.subject, k.subject, v.subject, options);
           await duo.close(whole, expected, tolerance, 'whole');
@@ -405,7 +417,7 @@ function attentionCases(): ConformanceCase[] {
                 await duo.subject.download(actual),
                 part,
                 // `part` went through f32.
-                tolerance + 2 ** -24 * maxAbs(part),
+                cached + 2 ** -24 * maxAbs(part),
                 `tokens ${begin} … ${end} through the cache`,
               );
               duo.subject.free(cq, ck, cv, actual);

@@ -19,6 +19,8 @@ export interface Allowance {
   readonly roundoff: number;
   /** Products of at most this many rows with integer weights may round activations to int16 per weight group. */
   readonly int16Rows: number;
+  /** Unit roundoff of keys and values in a cache: 2^-11 for f16, 0 where they are kept as they come. */
+  readonly cacheRoundoff: number;
 }
 
 /** One input that lives on both backends. */

@@ -69,6 +69,20 @@ export function defineKernel<const B extends string, const P extends string = ne
   };
 }
 
+/** Remembers the kernels that `make` returns, by the JSON of its arguments. */
+export function variants<A extends readonly unknown[], K extends Kernel>(make: (...args: A) => K): (...args: A) => K {
+  const made = new Map<string, K>();
+  return (...args) => {
+    const key = JSON.stringify(args);
+    let kernel = made.get(key);
+    if (!kernel) {
+      kernel = make(...args);
+      made.set(key, kernel);
+    }
+    return kernel;
+  };
+}
+
 /** Bytes of a kernel's uniform block (a multiple of 16), 0 without parameters. */
 export function paramBytes(kernel: Kernel): number {
   const count = Object.keys(kernel.params).length;

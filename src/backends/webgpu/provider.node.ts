@@ -5,12 +5,19 @@ import { GyreError } from '../../core/errors.js';
  * What we ask of Dawn beyond the standard: `allow_unsafe_apis` shows experimental features (subgroup matrices),
  * `vulkan_enable_f16_on_nvidia` shader-f16 on NVIDIA under Vulkan, hidden there for failures of its conformance suite
  * in corners (f16 inputs of fragment shaders) that compute kernels never touch. `disable_robustness` leaves out the clamp
- * around every array access (a third of a matrix product's time): our kernels stay in bounds by themselves, which the
- * conformance tests check with the clamps off as well as, in browsers, on. `disable_workgroup_init` saves the zeros that
- * workgroup memory starts with: kernels write it before they read it. Timestamps are not rounded to 0.1 ms, which hides
- * most kernels. The variable GYRE_DAWN_TOGGLES replaces the list ('-name' switches off).
+ * around every array access (a third of a matrix product's time): our kernels stay in bounds by themselves, which tests
+ * in browsers, where it can't be left out, confirm. `disable_workgroup_init` saves the zeros that a workgroup's memory
+ * starts with, since kernels write it before they read it: SwiftShader compiles those zeros into one store per element,
+ * which takes it seconds per kernel. Timestamps are not rounded to 0.1 ms, which hides most kernels. The variable
+ * GYRE_DAWN_TOGGLES replaces the list ('-name' switches off).
  */
-export const DAWN_TOGGLES = ['allow_unsafe_apis', 'vulkan_enable_f16_on_nvidia', '-timestamp_quantization'] as const;
+export const DAWN_TOGGLES: readonly string[] = [
+  'allow_unsafe_apis',
+  'vulkan_enable_f16_on_nvidia',
+  'disable_robustness',
+  'disable_workgroup_init',
+  '-timestamp_quantization',
+];
 
 let instance: Promise<GPU> | undefined;
 

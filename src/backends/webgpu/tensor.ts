@@ -69,5 +69,10 @@ export function spread(count: number): readonly [number, number] {
   return [Math.ceil(count / y), y];
 }
 
+/** Workgroups of 256 threads for kernels that stride over `count` elements: enough to fill any GPU. */
+export function elementGroups(count: number): readonly [number] {
+  return [Math.min(4096, Math.ceil(count / 256))];
+}
+
 /** WGSL: the index of this workgroup under {@link spread} (may exceed the count: check it). */
 export const LINEAR_GROUP = `fn linearGroup(id: vec3<u32>, count: vec3<u32>) -> u32 { return id.y * count.x + id.x; }`;

@@ -1,0 +1,234 @@
+// Heads, key/value caches and attention on the GPU.
+import { ensure, GyreError } from '../../core/errors.js';
+import type { AttentionOptions, KvCacheHandle, RopeHandle, SplitHeadsOptions, Tensor } from '../../ops/backend.js';
+import type { GpuDevice } from './device.js';
+import {
+  appendKernel,
+  attentionKernel,
+  attentionMemory,
+  cacheWords,
+  combineKernel,
+  splitAttentionKernel,
+  type AttentionVariant,
+} from './kernels/attention.js';
+import { splitHeadsKernel } from './kernels/rope.js';
+import { elementGroups, makeTensor, own, spread, type GpuTensor } from './tensor.js';
+
+/** RoPE tables [positions, rotaryDim / 2]. */
+export class GpuRope implements RopeHandle {
+  readonly positions: number;
+  readonly rotaryDim: number;
+  readonly cos: GPUBuffer;
+  readonly sin: GPUBuffer;
+
+  constructor(gpu: GpuDevice, cos: Float32Array, sin: Float32Array, rotaryDim: number) {
+    this.positions = cos.length / (rotaryDim / 2);
+    this.rotaryDim = rotaryDim;
+    ensure(
+      rotaryDim % 2 === 0 && Number.isInteger(this.positions) && sin.length === cos.length,
+      'tensor-shape',
+      () => `RoPE tables of ${cos.length} and ${sin.length} values are not [positions, ${rotaryDim} / 2]`,
+    );
+    this.cos = gpu.buffer(cos.byteLength, 'RoPE tables');
+    this.sin = gpu.buffer(sin.byteLength, 'RoPE tables');
+    gpu.upload(this.cos, cos);
+    gpu.upload(this.sin, sin);
+  }
+
+  free(gpu: GpuDevice): void {
+    gpu.release(this.cos);
+    gpu.release(this.sin);
+  }
+}
+
+/** Keys and values as f16, [batch, kvHeads, capacity, headDim], two to a word. */
+export class GpuKvCache implements KvCacheHandle {
+  readonly batch: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly capacity: number;
+  readonly keys: GPUBuffer;
+  readonly values: GPUBuffer;
+
+  constructor(gpu: GpuDevice, shape: { batch: number; kvHeads: number; headDim: number; capacity: number }) {
+    this.batch = shape.batch;
+    this.kvHeads = shape.kvHeads;
+    this.headDim = shape.headDim;
+    this.capacity = shape.capacity;
+    const bytes = 4 * shape.batch * shape.kvHeads * shape.capacity * cacheWords(shape.headDim);
+    const what = `the keys of ${shape.batch} × ${shape.capacity} tokens`;
+    this.keys = gpu.buffer(bytes, what);
+    this.values = gpu.buffer(bytes, what);
+  }
+
+  free(gpu: GpuDevice): void {
+    gpu.release(this.keys);
+    gpu.release(this.values);
+  }
+}
+
+/** See InferenceOps.splitHeads. */
+export function splitHeads(
+  gpu: GpuDevice,
+  qkv: GpuTensor,
+  options: SplitHeadsOptions,
+): { q: GpuTensor; k: GpuTensor; v: GpuTensor } {
+  const { heads, kvHeads, headDim, batch, start, rope, qNorm, kNorm, eps } = options;
+  if (!(rope instanceof GpuRope)) throw foreign();
+  const { rows, cols } = qkv.matrix;
+  ensure(
+    cols === (heads + 2 * kvHeads) * headDim,
+    'tensor-shape',
+    () => `${cols} columns are not ${heads} + 2 · ${kvHeads} heads of ${headDim}`,
+  );
+  const tokens = tokensOf(rows, batch);
+  ensure(
+    start + tokens <= rope.positions,
+    'context-length',
+    () => `positions up to ${start + tokens} asked of RoPE tables for ${rope.positions}`,
+  );
+  ensure(
+    rope.rotaryDim <= headDim,
+    'tensor-shape',
+    () => `rotary dimension ${rope.rotaryDim} exceeds head dimension ${headDim}`,
+  );
+  const q = makeTensor(gpu, [rows, heads * headDim]);
+  const k = makeTensor(gpu, [rows, kvHeads * headDim]);
+  const v = makeTensor(gpu, [rows, kvHeads * headDim]);
+  const norms = { qNorm: qNorm !== undefined, kNorm: kNorm !== undefined };
+  const items = rows * (heads + 2 * kvHeads);
+  gpu.dispatch(
+    splitHeadsKernel({ headDim, rotaryDim: rope.rotaryDim, ...norms }),
+    {
+      qkv,
+      cosines: rope.cos,
+      sines: rope.sin,
+      // Kernels do not read what is absent; something must be bound.
+      qWeight: qNorm ? own(qNorm) : rope.cos,
+      kWeight: kNorm ? own(kNorm) : rope.cos,
+      q,
+      k,
+      v,
+    },
+    { items, heads, kvHeads, tokens, start, eps },
+    spread(items),
+  );
+  return { q, k, v };
+}
+
+/** Workgroups that fill a large GPU; fewer rows than that and the keys are split. */
+const FILL = 512;
+/** Keys of a split at least. */
+const SPLIT_KEYS = 128;
+
+/** See InferenceOps.attention. */
+export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, options: AttentionOptions): GpuTensor {
+  const { heads, kvHeads, headDim, batch, start, scale, cache } = options;
+  const { rows, cols } = q.matrix;
+  const tokens = tokensOf(rows, batch);
+  const [keys, values] = [own(k), own(v)];
+  const width = kvHeads * headDim;
+  ensure(
+    cols === heads * headDim &&
+      heads % kvHeads === 0 &&
+      keys.elements === rows * width &&
+      values.elements === keys.elements,
+    'tensor-shape',
+    () =>
+      `q [${q.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
+  );
+  if (cache) append(gpu, cache, keys, values, options, tokens);
+  else ensure(start === 0, 'tensor-shape', 'attention without a cache starts at 0');
+  const source = cache
+    ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+    : { k: keys, v: values, stride: tokens };
+
+  const rowCount = tokens * (heads / kvHeads);
+  const tile = chooseTile(gpu, headDim, rowCount);
+  const tiles = Math.ceil(rowCount / tile.rows);
+  // Without a window every earlier token is seen.
+  const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
+  const reach = Math.min(start + tokens, window + tokens - 1);
+  const wanted = Math.floor(FILL / (tiles * batch * kvHeads));
+  const splits = Math.max(1, Math.min(wanted, Math.ceil(reach / SPLIT_KEYS)));
+  const splitKeys = splits === 1 ? reach : Math.ceil(reach / splits);
+  const out = makeTensor(gpu, q.shape);
+  const params = { tokens, heads, kvHeads, start, window, stride: source.stride, splitKeys, scale };
+  const variant: AttentionVariant = { headDim, ...tile, source: cache ? 'cache' : 'rows' };
+  const groups = [tiles, splits, batch * kvHeads] as const;
+  if (splits === 1) {
+    gpu.dispatch(attentionKernel(variant), { q, k: source.k, v: source.v, out }, params, groups);
+    return out;
+  }
+  const slots = batch * kvHeads * splits * rowCount;
+  const sums = gpu.buffer(4 * slots * headDim, 'partial sums of attention');
+  const softmax = gpu.buffer(8 * slots, 'partial sums of attention');
+  gpu.dispatch(splitAttentionKernel(variant), { q, k: source.k, v: source.v, out: sums, softmax }, params, groups);
+  const items = rows * heads;
+  gpu.dispatch(
+    combineKernel(headDim),
+    { sums, softmax, out },
+    { items, tokens, heads, kvHeads, splits },
+    spread(items),
+  );
+  gpu.release(sums);
+  gpu.release(softmax);
+  return out;
+}
+
+/** Appends new keys and values. */
+function append(
+  gpu: GpuDevice,
+  cache: KvCacheHandle,
+  keys: GpuTensor,
+  values: GpuTensor,
+  { batch, kvHeads, headDim, start }: AttentionOptions,
+  tokens: number,
+): void {
+  if (!(cache instanceof GpuKvCache)) throw foreign();
+  ensure(
+    cache.batch === batch && cache.kvHeads === kvHeads && cache.headDim === headDim,
+    'tensor-shape',
+    () => `a key/value cache of ${cache.batch} × ${cache.kvHeads} heads of ${cache.headDim}`,
+  );
+  const { capacity } = cache;
+  ensure(
+    start + tokens <= capacity,
+    'context-length',
+    () => `${start + tokens} tokens do not fit a key/value cache of ${capacity}`,
+  );
+  const count = batch * tokens * kvHeads * cacheWords(headDim);
+  const params = { count, tokens, kvHeads, start, capacity };
+  gpu.dispatch(appendKernel(headDim), { x: keys, cache: cache.keys }, params, elementGroups(count));
+  gpu.dispatch(appendKernel(headDim), { x: values, cache: cache.values }, params, elementGroups(count));
+}
+
+/** The largest tile that workgroup memory holds, no more rows than there are. */
+function chooseTile(
+  gpu: GpuDevice,
+  headDim: number,
+  rowCount: number,
+): Pick<AttentionVariant, 'rows' | 'keys' | 'lanes'> {
+  const memory = gpu.limits.maxComputeWorkgroupStorageSize;
+  for (const rows of [16, 4, 1]) {
+    // A tile of 16 for 5 rows is faster than two of 4.
+    if (rows > 1 && rowCount <= rows / 4) continue;
+    for (const keys of [32, 16, 8, 4]) {
+      if (attentionMemory({ headDim, rows, keys }) <= memory) return { rows, keys, lanes: rows === 16 ? 16 : 32 };
+    }
+  }
+  throw new GyreError(
+    'limit-exceeded',
+    `heads of ${headDim} do not fit this GPU's workgroup memory of ${memory} bytes`,
+  );
+}
+
+/** Tokens per sequence. */
+function tokensOf(rows: number, batch: number): number {
+  ensure(rows % batch === 0, 'tensor-shape', () => `${rows} rows are no multiple of batch ${batch}`);
+  return rows / batch;
+}
+
+function foreign(): GyreError {
+  return new GyreError('backend', 'a handle of another backend was given to the WebGPU backend');
+}

@@ -1,0 +1,87 @@
+// Splits merged projections into heads, with their norms and RoPE. One workgroup of 64 threads per row and head: the head
+// is read once into workgroup memory and written once.
+import { defineKernel, read, variants, write } from '../kernel.js';
+import { LINEAR_GROUP } from '../tensor.js';
+
+/** Options of {@link splitHeadsKernel}. */
+export interface SplitHeadsVariant {
+  readonly headDim: number;
+  readonly rotaryDim: number;
+  readonly qNorm: boolean;
+  readonly kNorm: boolean;
+}
+
+/**
+ * qkv [rows, (heads + 2·kvHeads)·headDim] → q, k, v. Pairs (i, i + rotaryDim/2) of q and k turn by the angle of the row's
+ * position; `items` = rows · (heads + 2·kvHeads).
+ */
+export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm }: SplitHeadsVariant) =>
+  defineKernel({
+    name: `splitHeads.${headDim}`,
+    buffers: {
+      qkv: read('f32'),
+      cosines: read('f32'),
+      sines: read('f32'),
+      qWeight: read('f32'),
+      kWeight: read('f32'),
+      q: write('f32'),
+      k: write('f32'),
+      v: write('f32'),
+    },
+    params: { items: 'u32', heads: 'u32', kvHeads: 'u32', tokens: 'u32', start: 'u32', eps: 'f32' },
+    body: /* wgsl */ `
+${LINEAR_GROUP}
+const D = ${headDim}u;
+const HALF = ${rotaryDim / 2}u;
+var<workgroup> values: array<f32, D>;
+var<workgroup> partials: array<f32, 64>;
+@compute @workgroup_size(64)
+fn main(
+  @builtin(local_invocation_index) lid: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+) {
+  let item = min(linearGroup(group, groups), params.items - 1u);
+  let perRow = params.heads + 2u * params.kvHeads;
+  let row = item / perRow;
+  let head = item % perRow;
+  let isQ = head < params.heads;
+  let isV = head >= params.heads + params.kvHeads;
+  var squares = 0.0;
+  for (var i = lid; i < D; i += 64u) {
+    let value = qkv[item * D + i];
+    values[i] = value;
+    squares += value * value;
+  }
+${
+  qNorm || kNorm
+    ? `  partials[lid] = squares;
+  workgroupBarrier();
+  for (var reach = 32u; reach > 0u; reach >>= 1u) {
+    if (lid < reach) { partials[lid] += partials[lid + reach]; }
+    workgroupBarrier();
+  }
+  let factor = inverseSqrt(partials[0] / f32(D) + params.eps);
+  for (var i = lid; i < D; i += 64u) {
+${qNorm ? '    if (isQ) { values[i] *= factor * qWeight[i]; }' : ''}
+${kNorm ? '    if (!isQ && !isV) { values[i] *= factor * kWeight[i]; }' : ''}
+  }`
+    : ''
+}
+  workgroupBarrier();
+  let angles = (params.start + row % params.tokens) * HALF;
+  for (var i = lid; i < D; i += 64u) {
+    var value = values[i];
+    if (i < 2u * HALF && !isV) {
+      let first = i < HALF;
+      let angle = angles + select(i - HALF, i, first);
+      let partner = values[select(i - HALF, i + HALF, first)];
+      value = fma(value, cosines[angle], select(partner, -partner, first) * sines[angle]);
+    }
+    if (isQ) { q[(row * params.heads + head) * D + i] = value; }
+    else if (isV) { v[(row * params.kvHeads + head - params.heads - params.kvHeads) * D + i] = value; }
+    else { k[(row * params.kvHeads + head - params.heads) * D + i] = value; }
+  }
+}`,
+  }),
+);

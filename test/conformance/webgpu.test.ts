@@ -1,0 +1,50 @@
+// The WebGPU backend against the oracle: with all features of the adapter, and without subgroups. (SwiftShader has no
+// shader-f16, so the variants without it are the ones that run.)
+import { describe, it } from 'vitest';
+import { openTestWebGpu, webgpuMissing } from '../support/webgpu.js';
+import { conformanceCases, runConformance, type ConformanceCase, type OpName } from './suite.js';
+
+/** Ops of quantization that are not there yet. */
+const NOT_YET = 'not written yet';
+
+const QUANTIZATION = [
+  'matmul',
+  'transpose',
+  'dot',
+  'transformChannels',
+  'createObjective',
+  'roundToNearest',
+  'gptq',
+  'descend',
+  'gptqFactor',
+  'solveSymmetric',
+  'addScaled',
+];
+const skip = {
+  ...Object.fromEntries(QUANTIZATION.map((op) => [op, NOT_YET])),
+  'sliceRows: first, middle, last rows, none; a slice as an input': 'needs transpose',
+};
+
+/** Ops whose kernels use subgroups where there are any; of linears two shapes, which reach every kind of kernel. */
+const SUBGROUP_OPS: readonly OpName[] = ['rmsNorm', 'rotate', 'linear'];
+const SUBGROUP_LINEARS = ['172 → 24', '352 → 33'];
+const usesSubgroups = ({ op, name }: ConformanceCase): boolean =>
+  SUBGROUP_OPS.includes(op) && (op !== 'linear' || SUBGROUP_LINEARS.some((shape) => name.startsWith(shape)));
+const withoutSubgroups = Object.fromEntries(
+  conformanceCases
+    .filter((test) => !usesSubgroups(test))
+    .map(({ op, name }) => [`${op}: ${name}`, 'the same kernels as with subgroups']),
+);
+
+const VARIANTS = [
+  { name: 'all features', features: {}, skip },
+  { name: 'no subgroups', features: { subgroups: false }, skip: { ...skip, ...withoutSubgroups } },
+];
+
+if (webgpuMissing !== undefined) {
+  describe('conformance of webgpu', () => it.skip(String(webgpuMissing), () => undefined));
+} else {
+  for (const { name, features, skip: left } of VARIANTS)
+    // Keys and values are cached as f16.
+    runConformance(`webgpu, ${name}`, () => openTestWebGpu({ features }), { skip: left, cacheRoundoff: 2 ** -11 });
+}
