@@ -1,6 +1,6 @@
 // Calibration text the model writes itself, so that quantizing needs no data set: sampled at temperature 1 from its start
-// token and a few neutral openings. Written with 8-bit weights and activations: fast, and near enough its own voice.
-import { openBackend } from './backends/registry.js';
+// token and a few neutral openings. Written with 8-bit weights and, on the CPU, activations: fast, and near enough its own voice.
+import { openBackend, type BackendName } from './backends/registry.js';
 import { silent, type ProgressListener } from './core/progress.js';
 import { generateBatch } from './generate/index.js';
 import { loadDecoder, type ModelSource } from './models/load.js';
@@ -19,6 +19,8 @@ export interface SelfWrittenOptions {
   readonly length: number;
   readonly seed: number;
   readonly threads: number;
+  /** Default `cpu`. */
+  readonly device?: BackendName;
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
 }
@@ -32,7 +34,7 @@ export async function writeCalibrationText(
   const { sequences, length, seed } = options;
   const { config } = source;
   const onProgress = options.onProgress ?? silent;
-  const backend = await openBackend('cpu', { threads: options.threads, activations: 'int8' });
+  const backend = await openBackend(options.device ?? 'cpu', { threads: options.threads, activations: 'int8' });
   try {
     const decoder = await loadDecoder(backend, source, { roundWeights: { bits: 8, groupSize: 32 }, onProgress });
     const start = tokenizer.bosTokenId ?? config.bosTokenId ?? config.eosTokenIds[0];

@@ -29,6 +29,17 @@ export const SHAPES = {
     vocab: 151936,
     tied: true,
   },
+  /** With the bundled tokenizer's vocabulary: embeddings and head are not what is timed. */
+  'llama-3.1-8b': {
+    hidden: 4096,
+    intermediate: 14336,
+    layers: 32,
+    heads: 32,
+    kvHeads: 8,
+    headDim: 128,
+    vocab: 4096,
+    tied: true,
+  },
 } as const;
 export type ShapeName = keyof typeof SHAPES;
 

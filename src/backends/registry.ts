@@ -3,7 +3,7 @@ import type { Backend } from '../ops/backend.js';
 import { GyreError, unreachable } from '../core/errors.js';
 
 /** Backends by name. `reference` is the slow float64 oracle. */
-export const BACKENDS = ['cpu', 'reference'] as const;
+export const BACKENDS = ['cpu', 'webgpu', 'reference'] as const;
 export type BackendName = (typeof BACKENDS)[number];
 
 /** Options of {@link openBackend}. */
@@ -22,6 +22,8 @@ export async function openBackend(name: BackendName, options: BackendOptions = {
   switch (name) {
     case 'cpu':
       return (await import('./cpu/index.js')).openCpuBackend(options);
+    case 'webgpu':
+      return (await import('./webgpu/index.js')).openWebGpuBackend();
     case 'reference':
       return (await import('../ops/reference/backend.js')).createReferenceBackend();
     default:

@@ -211,6 +211,10 @@ export interface QuantizationOps {
   transpose(x: Tensor): Awaitable<Tensor>;
   /** Σ a·b over all elements, accumulated in f64. */
   dot(a: Tensor, b: Tensor): Awaitable<number>;
+  /** The diagonal of a square matrix [n, n]. */
+  diagonal(x: Tensor): Awaitable<Float32Array>;
+  /** Columns of x [rows, cols] in the order of `columns`: [rows, columns.length]. */
+  gatherColumns(x: Tensor, columns: Int32Array): Awaitable<Tensor>;
 
   /**
    * T on a weight's channels: [in, cols] ⊙ s (s = 1 / channelScales), then the rotations; or the inverse (rotations
@@ -231,6 +235,12 @@ export interface QuantizationOps {
 
   /** Min–max asymmetric rounding to nearest per group and column (design §4.2). `clip` [in/groupSize, cols] shrinks each range (1 = none). */
   roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
+  /**
+   * For every group and column the factor on its range, of those in `ratios`, with the least error
+   * (w − ŵ)ᵀ·H_gg·(w − ŵ), H_gg the group's block on the diagonal of `gram` [in, in]; the first of equal ones.
+   * [in / groupSize, cols].
+   */
+  searchClip(w: Tensor, gram: Tensor, grid: GridSpec, ratios: readonly number[]): Awaitable<Float32Array>;
   /**
    * GPTQ: rounds rows in order, spreading each row's error over the rows after it with `factor` [in, in], the upper
    * Cholesky factor of H⁻¹ (see {@link QuantizationOps.gptqFactor}). Grids are set per group when it is reached, from

@@ -3,6 +3,7 @@ import { GyreError } from '../../src/core/errors.js';
 import { hostTensor } from '../../src/core/tensor.js';
 import type { Backend, GridSpec, RoundedWeight, Tensor } from '../../src/ops/backend.js';
 import { readF64 } from '../../src/ops/reference/backend.js';
+import { groupErrors } from '../../src/ops/reference/quantize.js';
 import { randomPairs } from '../../src/transforms/index.js';
 import { closeArrays, type Duo, LAMBDA, largestRow, maxAbs, norm, randomTransform, type Twin } from './duo.js';
 import type { ConformanceCase } from './suite.js';
@@ -86,6 +87,28 @@ function roundToNearestCases(): ConformanceCase[] {
       },
     })),
   );
+}
+
+/** The search minimises an f32 sum, so near ties may go either way: the error of the choice is the oracle's within 1e-4. */
+function clipCases(): ConformanceCase[] {
+  return GRIDS.map(([channels, cols, bits, groupSize]) => ({
+    op: 'searchClip' as const,
+    name: `${channels} × ${cols}, ${bits} bits in groups of ${groupSize}`,
+    run: async (duo: Duo) => {
+      const grid: GridSpec = { bits, groupSize };
+      const h = await duo.input([channels, channels], gram(duo, channels));
+      const w = await duo.input([channels, cols], weights(duo, channels, cols));
+      const ratios = [1, 0.95, 0.875, 0.75, 0.5];
+      const expected = await duo.oracle.searchClip(w.oracle, h.oracle, grid, ratios);
+      const actual = await duo.subject.searchClip(w.subject, h.subject, grid, ratios);
+      const errors = (clip: Float32Array): Float64Array =>
+        groupErrors(readF64(w.oracle), readF64(h.oracle), channels, cols, grid, clip);
+      const best = errors(expected);
+      closeArrays(errors(actual), best, (at) => 1e-4 * best[at], 'errors');
+      if (actual.some((ratio) => !ratios.some((r) => Math.fround(r) === ratio)))
+        throw new Error('a ratio not asked for');
+    },
+  }));
 }
 
 const degenerateCase: ConformanceCase = {
@@ -382,6 +405,29 @@ function elementwiseCases(): ConformanceCase[] {
       },
     },
     {
+      op: 'diagonal',
+      name: '1, 43 and 172 rows',
+      run: async (duo) => {
+        for (const n of [1, 43, 172]) {
+          const x = await duo.input([n, n]);
+          closeArrays(await duo.subject.diagonal(x.subject), await duo.oracle.diagonal(x.oracle), 0, `${n} rows`);
+        }
+      },
+    },
+    {
+      op: 'gatherColumns',
+      name: 'out of order, with repeats',
+      run: async (duo) => {
+        const x = await duo.input([43, 172]);
+        const columns = Int32Array.of(171, 0, 5, 5, 90);
+        await duo.close(
+          await duo.subject.gatherColumns(x.subject, columns),
+          await duo.oracle.gatherColumns(x.oracle, columns),
+          0,
+        );
+      },
+    },
+    {
       // Tolerance: λ·u·√Σ(a·b)²: products may round to f32, their sum may not.
       op: 'dot',
       name: '1 to 275,200 elements',
@@ -466,6 +512,7 @@ export const quantizationCases: readonly ConformanceCase[] = [
   ...objectiveCases(),
   ...roundToNearestCases(),
   degenerateCase,
+  ...clipCases(),
   ...linalgCases(),
   ...gptqCases(),
   ...descentCases(),

@@ -63,6 +63,19 @@ export class CpuQuantization implements QuantizationOps {
     return dot(own(a).data, own(b).data);
   }
 
+  diagonal(x: Tensor): Float32Array {
+    const { data, rows, cols } = own(x).matrix;
+    ensure(rows === cols, 'tensor-shape', () => `the diagonal of a matrix [${rows}, ${cols}]`);
+    return Float32Array.from({ length: rows }, (_, i) => data[i * rows + i]);
+  }
+
+  gatherColumns(x: Tensor, columns: Int32Array): Tensor {
+    const { data, rows, cols } = own(x).matrix;
+    const out = this.#tensors.make([rows, columns.length]);
+    for (let r = 0, i = 0; r < rows; r++) for (const c of columns) out.data[i++] = data[r * cols + c];
+    return out;
+  }
+
   transformChannels(
     w: Tensor,
     transform: PairwiseTransform,
@@ -128,6 +141,47 @@ export class CpuQuantization implements QuantizationOps {
       scales: rounded.scales,
       values: new CpuTensor([rows, cols], rounded.values),
     };
+  }
+
+  async searchClip(w: Tensor, gram: Tensor, grid: GridSpec, ratios: readonly number[]): Promise<Float32Array> {
+    const { data, rows: channels, cols } = own(w).matrix;
+    const h = own(gram).matrix;
+    ensure(
+      h.rows === channels && h.cols === channels,
+      'tensor-shape',
+      () => `Gram matrix [${h.rows}, ${h.cols}] for ${channels} channels`,
+    );
+    const size = grid.groupSize;
+    const groups = channels / size;
+    const blocks = Array.from({ length: groups }, (_, g) => diagonalBlock(h.data, channels, g * size, (g + 1) * size));
+    const least = new Float64Array(groups * cols).fill(Infinity);
+    const best = new Float32Array(groups * cols).fill(1);
+    const difference = new Float32Array(data.length);
+    const product = new Float32Array(size * cols);
+    const errors = new Float64Array(cols);
+    for (const ratio of ratios) {
+      const clip = new Float32Array(groups * cols).fill(ratio);
+      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip);
+      addScaled(values, data, -1, difference);
+      for (let g = 0; g < groups; g++) {
+        const d = difference.subarray(g * size * cols, (g + 1) * size * cols);
+        await this.#ort.gemm(
+          { data: blocks[g], rows: size, cols: size },
+          false,
+          { data: d, rows: size, cols },
+          false,
+          product,
+        );
+        errors.fill(0);
+        for (let i = 0; i < d.length;) for (let c = 0; c < cols; c++, i++) errors[c] += d[i] * product[i];
+        for (let c = 0, slot = g * cols; c < cols; c++, slot++) {
+          if (!(errors[c] < least[slot])) continue;
+          least[slot] = errors[c];
+          best[slot] = ratio;
+        }
+      }
+    }
+    return best;
   }
 
   async gptq(w: Tensor, factor: Tensor, grid: GridSpec, clip?: Float32Array): Promise<RoundedWeight> {

@@ -32,7 +32,15 @@ import {
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import { embed, linear, matmul, ownLinear, ReferenceLinear, transpose } from './linear.js';
 import { rmsNorm, score, siluMul } from './norms.js';
-import { descend, gptq, ReferenceObjective, roundToNearest, transformChannels, type Rounding } from './quantize.js';
+import {
+  descend,
+  gptq,
+  ReferenceObjective,
+  roundToNearest,
+  searchClip,
+  transformChannels,
+  type Rounding,
+} from './quantize.js';
 import { checkRotations, ownTransform, ReferenceTransform, transformVector, weightScales } from './rotation.js';
 import { expectSize, hostValues, matrixShape, own, ReferenceTensor } from './tensor.js';
 
@@ -220,6 +228,21 @@ class ReferenceBackend implements Backend {
     return own(a).values.reduce((sum, value, i) => sum + value * values[i], 0);
   }
 
+  diagonal(x: Tensor): Float32Array {
+    const [n, columns] = matrixShape(x, 'diagonal');
+    expectSize(columns, n, 'columns of a square matrix');
+    const { values } = own(x);
+    return Float32Array.from({ length: n }, (_, i) => values[i * n + i]);
+  }
+
+  gatherColumns(x: Tensor, columns: Int32Array): Tensor {
+    const [rows, cols] = matrixShape(x, 'gatherColumns');
+    const { values } = own(x);
+    const out = new Float64Array(rows * columns.length);
+    for (let r = 0, i = 0; r < rows; r++) for (const c of columns) out[i++] = values[r * cols + c];
+    return new ReferenceTensor([rows, columns.length], out);
+  }
+
   transformChannels(
     w: Tensor,
     transform: PairwiseTransform,
@@ -257,6 +280,12 @@ class ReferenceBackend implements Backend {
   roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): RoundedWeight {
     const [channels, cols] = matrixShape(w, 'roundToNearest');
     return rounded(w.shape, roundToNearest(own(w).values, channels, cols, grid, clip));
+  }
+
+  searchClip(w: Tensor, gram: Tensor, grid: GridSpec, ratios: readonly number[]): Float32Array {
+    const [channels, cols] = matrixShape(w, 'searchClip');
+    expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
+    return searchClip(own(w).values, own(gram).values, channels, cols, grid, ratios);
   }
 
   gptq(w: Tensor, factor: Tensor, grid: GridSpec, clip?: Float32Array): RoundedWeight {

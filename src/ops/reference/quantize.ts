@@ -129,6 +129,51 @@ export function roundToNearest(
   return out;
 }
 
+/** Errors (w − ŵ)ᵀ·H_gg·(w − ŵ) of each group and column, [channels / groupSize, cols], on ranges shrunk by `clip`. */
+export function groupErrors(
+  w: Float64Array,
+  h: Float64Array,
+  channels: number,
+  cols: number,
+  grid: GridSpec,
+  clip: Float32Array,
+): Float64Array {
+  const { values } = roundToNearest(w, channels, cols, grid, clip);
+  const d = values.map((value, at) => value - w[at]);
+  return Float64Array.from(clip, (_, slot) => {
+    const c = slot % cols;
+    const first = Math.floor(slot / cols) * grid.groupSize;
+    let sum = 0;
+    for (let i = first; i < first + grid.groupSize; i++)
+      for (let j = first; j < first + grid.groupSize; j++)
+        sum += d[i * cols + c] * h[i * channels + j] * d[j * cols + c];
+    return sum;
+  });
+}
+
+/** The ratio of least error for each group and column; see QuantizationOps.searchClip. */
+export function searchClip(
+  w: Float64Array,
+  h: Float64Array,
+  channels: number,
+  cols: number,
+  grid: GridSpec,
+  ratios: readonly number[],
+): Float32Array {
+  const slots = (channels / grid.groupSize) * cols;
+  const best = new Float32Array(slots).fill(1);
+  const least = new Float64Array(slots).fill(Infinity);
+  for (const ratio of ratios) {
+    const errors = groupErrors(w, h, channels, cols, grid, new Float32Array(slots).fill(ratio));
+    for (let slot = 0; slot < slots; slot++) {
+      if (!(errors[slot] < least[slot])) continue;
+      least[slot] = errors[slot];
+      best[slot] = ratio;
+    }
+  }
+  return best;
+}
+
 /**
  * GPTQ (Frantar et al. 2022), one channel after the other: round channel i, then move its error
  * `e = (w_i − q_i) / U_ii` into the channels after it, `w_j ← w_j − U_ij · e`. w [in, cols], u [in, in] upper.

@@ -2,7 +2,6 @@
 // searches the clip of each group. The peer to beat, so it gets every honest advantage: both published scale families,
 // a fine grid of exponents, the whole Gram matrix as the error measure, clipping on every projection.
 import { f16BitsToF32, f32ToF16Bits } from '../../core/dtype.js';
-import { hostTensor } from '../../core/tensor.js';
 import type { Backend, Tensor } from '../../ops/backend.js';
 import type { GroupTask, Recipe } from '../types.js';
 import { searchClip } from '../grids/clip.js';
@@ -67,8 +66,7 @@ async function candidateScales(
   w: Tensor,
 ): Promise<{ exponent: number; scales: Float32Array<ArrayBuffer> }[]> {
   const n = task.inFeatures;
-  const h = await backend.download(gram);
-  const x = Float64Array.from({ length: n }, (_, i) => Math.sqrt(Math.max(h[i * n + i], 0)));
+  const x = Float64Array.from(await backend.diagonal(gram), (v) => Math.sqrt(Math.max(v, 0)));
   const host = await backend.download(w);
   const cols = w.shape[1];
   const weight = Float64Array.from({ length: n }, (_, i) => {
@@ -128,10 +126,11 @@ async function scaleRows(backend: Backend, w: Tensor, s: Float32Array): Promise<
   );
 }
 
-/** diag(s)·M·diag(s). */
+/** diag(s)·M·diag(s) of a symmetric M. */
 async function scaleBoth(backend: Backend, matrix: Tensor, s: Float32Array): Promise<Tensor> {
-  const n = s.length;
-  const data = (await backend.download(matrix)).slice();
-  for (let r = 0; r < n; r++) for (let c = 0; c < n; c++) data[r * n + c] *= s[r] * s[c];
-  return backend.upload(hostTensor('f32', [n, n], data));
+  const rows = await scaleRows(backend, matrix, s);
+  const turned = await backend.transpose(rows);
+  const both = await scaleRows(backend, turned, s);
+  backend.free(rows, turned);
+  return both;
 }

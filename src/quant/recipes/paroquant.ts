@@ -91,10 +91,10 @@ async function learn(
   const cols = w.shape[1];
   const sampled =
     cols > LEARNING_COLUMNS
-      ? [...rng.permutation(cols).subarray(0, LEARNING_COLUMNS)].sort((a, b) => a - b)
+      ? Int32Array.from(rng.permutation(cols).subarray(0, LEARNING_COLUMNS)).sort()
       : undefined;
-  const ws = sampled ? await gatherColumns(backend, w, sampled) : w;
-  const ts = sampled ? await gatherColumns(backend, target, sampled) : target;
+  const ws = sampled ? await backend.gatherColumns(w, sampled) : w;
+  const ts = sampled ? await backend.gatherColumns(target, sampled) : target;
   const norm = await quadraticForm(backend, gram, ws);
   const { transform, curve } = await learnTransform(
     backend,
@@ -124,9 +124,7 @@ export function rotationGroup(channels: number, gridGroup: number): number {
 /** W* = (P + µW)(H + µI)⁻¹, channel-major: the weight that best reproduces the reference outputs from quantized inputs. */
 async function leastSquaresWeight(backend: Backend, gram: Tensor, w: Tensor, target: Tensor): Promise<Tensor> {
   const n = gram.shape[0];
-  const h = await backend.download(gram);
-  let trace = 0;
-  for (let i = 0; i < n; i++) trace += h[i * n + i];
+  const trace = (await backend.diagonal(gram)).reduce((sum, value) => sum + value, 0);
   const right = await backend.addScaled(target, w, (TARGET_DAMP * trace) / n);
   const rows = await backend.transpose(right);
   const solved = await backend.solveSymmetric(gram, rows, TARGET_DAMP);
@@ -142,12 +140,4 @@ export async function transformGram(backend: Backend, gram: Tensor, transform: P
   const both = await backend.transformChannels(turned, transform, 'forward', 'activation');
   backend.free(left, turned);
   return both;
-}
-
-async function gatherColumns(backend: Backend, matrix: Tensor, columns: readonly number[]): Promise<Tensor> {
-  const [rows, cols] = matrix.shape;
-  const data = await backend.download(matrix);
-  const out = new Float32Array(rows * columns.length);
-  for (let r = 0, i = 0; r < rows; r++) for (const c of columns) out[i++] = data[r * cols + c];
-  return backend.upload({ dtype: 'f32', shape: [rows, columns.length], data: out });
 }
