@@ -13,6 +13,8 @@ const { gpu } = backend;
 for (const end = performance.now() + 1000; performance.now() < end;) await copyBandwidth(gpu, 1 << 28);
 const bandwidth = await copyBandwidth(gpu);
 console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
+/** Steps submitted before a token is read. */
+const AHEAD = 3;
 const results: Record<string, unknown>[] = [];
 
 /** Tokens per second of several plans, steps interleaved in blocks. */
@@ -37,14 +39,13 @@ async function compare(
       plan.begin(tokens, positions, greedy);
       await plan.step();
       const start = performance.now();
-      // One step ahead: submitted before the last token is read.
-      let pending = plan.step();
-      for (let i = 1; i < steps; i++) {
-        const next = plan.step();
-        await pending;
-        pending = next;
+      // Steps ahead of the token being read: the GPU never waits for the host.
+      const pending: Promise<Uint32Array>[] = [];
+      for (let i = 0; i < steps; i++) {
+        pending.push(plan.step());
+        if (pending.length > AHEAD) await pending.shift();
       }
-      await pending;
+      await Promise.all(pending);
       if (roundIndex >= 0) times.push((performance.now() - start) / 1000 / steps);
     }
   const logits = await plans[0].plan.logits();
@@ -108,7 +109,13 @@ async function compare(
 for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
   const decoder = new RandomDecoder(gpu, shape, 33_000);
   const main = shape.name.endsWith('8B');
-  await compare(shape, decoder, ['awq', 'paroquant', ...(main ? (['paroquant-per-projection'] as const) : [])], 1, 512);
+  await compare(
+    shape,
+    decoder,
+    ['awq', 'paroquant', ...(main ? (['paroquant-any-pairs', 'paroquant-per-projection'] as const) : [])],
+    1,
+    512,
+  );
   if (!quick) {
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 4096);
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 32256);

@@ -191,7 +191,14 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         // Another run may have finished between the look at the folder and the lock.
         if ((await inspectOutput(options.out, fingerprint)) === 'finished') return report({ skipped: true });
         const textStart = performance.now();
-        const writing = { ...shape, seed: settings.seed, threads, device: options.device, onProgress, signal: options.signal };
+        const writing = {
+          ...shape,
+          seed: settings.seed,
+          threads,
+          device: options.device,
+          onProgress,
+          signal: options.signal,
+        };
         const calibration =
           ready ??
           (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));

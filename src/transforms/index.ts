@@ -4,6 +4,7 @@ export {
   identityTransform,
   mergeEqual,
   randomPairs,
+  xorPairs,
   roundTransform,
   transformWeightRows,
 } from './pairwise.js';
