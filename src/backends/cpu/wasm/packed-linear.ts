@@ -3,7 +3,7 @@ import { ensure } from '../../../core/errors.js';
 import type { HostTensor } from '../../../core/tensor.js';
 import type { QuantizedWeight } from '../../../ops/backend.js';
 import type { KernelPool } from '../pool.js';
-import type { Pointer } from './arena.js';
+import type { Floats, Pointer } from './arena.js';
 import { checkGrid, checkLength } from './transform-kernels.js';
 
 /** Rows up to which {@link PackedLinear.gemv} pays; more belong in a GEMM over dequantized weights. */
@@ -165,7 +165,7 @@ export class PackedLinear {
   }
 
   /** y [rows, out] = x [rows, in] · Wᵀ, plus residual [rows, out] when given (may be y). */
-  gemv(x: Float32Array, rows: number, y: Float32Array, residual?: Float32Array): void {
+  gemv(x: Floats, rows: number, y: Floats, residual?: Floats): void {
     const { inFeatures, outFeatures } = this;
     checkLength('activations', x, rows * inFeatures);
     checkLength('result', y, rows * outFeatures);
@@ -176,9 +176,9 @@ export class PackedLinear {
     const units = Math.ceil(outFeatures / (layout.kind === 'nibbles' ? PANEL : 2));
     const minUnits = Math.ceil(THREAD_BYTES / ((this.bytes / units) * Math.max(1, rows / 2)));
     arena.scoped(() => {
-      const from = arena.pushF32(x);
-      const to = arena.scratch(y.length * 4);
-      const plus = residual ? arena.pushF32(residual) : 0;
+      const from = arena.input(x);
+      const to = arena.output(y);
+      const plus = residual ? arena.input(residual) : 0;
       if (layout.kind === 'dense') {
         const ready = arena.scratch(rows * layout.padded * 4);
         pool.call('prepareActivations', 0, rows, 0, from, inFeatures, ready, layout.padded, DENSE_KIND[layout.type]);
@@ -209,7 +209,7 @@ export class PackedLinear {
           minUnits,
         );
       }
-      arena.readF32(to, y);
+      arena.finish(to, y);
     });
   }
 
@@ -230,7 +230,7 @@ export class PackedLinear {
   }
 
   /** Rows by index (an embedding): out [ids.length, in]. */
-  gatherRows(ids: Int32Array, out: Float32Array): void {
+  gatherRows(ids: Int32Array, out: Floats): void {
     const { inFeatures } = this;
     checkLength('result', out, ids.length * inFeatures);
     const { arena } = this.#pool;
@@ -243,7 +243,7 @@ export class PackedLinear {
           () => `token id ${id} is outside the embedding's ${this.outFeatures} rows`,
         );
         this.#decode(id, 1, staged);
-        arena.readF32(staged, out.subarray(i * inFeatures, (i + 1) * inFeatures));
+        arena.view(out).set(arena.f32.subarray(staged >>> 2, (staged >>> 2) + inFeatures), i * inFeatures);
       });
     });
   }
