@@ -236,14 +236,19 @@ export class CpuInference implements InferenceOps {
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    const { heads, kvHeads, headDim, rope } = options;
+    const { heads, kvHeads, headDim, rope, batch, start, eps } = options;
     if (!(rope instanceof RopeTable)) throw foreign();
     const { rows } = own(qkv).size;
     const q = this.#make(rows, heads * headDim);
     const k = this.#make(rows, kvHeads * headDim);
     const v = this.#make(rows, kvHeads * headDim);
     splitHeads(this.#pool, {
-      ...options,
+      heads,
+      kvHeads,
+      headDim,
+      batch,
+      start,
+      eps,
       rope,
       qkv: own(qkv).floats,
       q: q.floats,

@@ -13,6 +13,8 @@ import {
 
 /** Elements of light elementwise work below which a second thread does not pay. */
 const LIGHT_WORK = 16_384;
+/** Multiplications of rotations below which a second thread does not pay: about 5 µs. */
+const ROTATE_WORK = 18_000;
 /** Logits are staged in bands of about this many bytes. */
 const SCORE_BAND_BYTES = 32 * 1024 * 1024;
 
@@ -86,7 +88,7 @@ export class RowTransform {
         'rotateRows',
         (channels / groupSize) * Math.ceil(rows / width),
         [from, to, rows, channels, groupSize, krot, this.#table, this.#scales, width],
-        Math.ceil(40_000 / (groupSize * width * (krot + 1))),
+        Math.ceil(ROTATE_WORK / (groupSize * width * (krot + 1))),
       );
       arena.finish(to, out);
     });
