@@ -140,7 +140,7 @@ export class KernelPool {
     for (let i = 0; i < args.length; i++) this.#arguments[i] = args[i];
     Atomics.store(control, CONTROL.done, 0);
     this.#publish(pieces);
-    let failure: unknown;
+    let failure: Error | undefined;
     for (;;) {
       const ticket = Atomics.load(control, CONTROL.ticket);
       const left = ticket & ((1 << TICKET_BITS) - 1);
@@ -150,7 +150,7 @@ export class KernelPool {
       try {
         call(Math.floor((units * piece) / pieces), Math.floor((units * (piece + 1)) / pieces), this.#scratch, ...args);
       } catch (error) {
-        failure = error;
+        failure = error as Error;
       }
       Atomics.add(control, CONTROL.done, 1);
     }
