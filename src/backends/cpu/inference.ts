@@ -28,6 +28,7 @@ import {
   SHORT_SPIN,
   siluMul,
   splitHeads,
+  type Floats,
   type KernelPool,
 } from './kernels.js';
 import type { Int8Linear, OrtKernels } from './ort.js';
@@ -35,6 +36,8 @@ import { CpuTensor, own, type TensorPool } from './tensor.js';
 
 /** Weights decoded at a time for a product of many rows, bytes of f32. */
 const DECODED_BYTES = 64 * 1024 * 1024;
+/** Uploaded vectors up to this many elements (norm weights) lie in the arena. */
+const RESIDENT_VECTOR = 65_536;
 /** Query rows per sequence up to which our attention kernel is faster than a call to ONNX Runtime. */
 const FEW_QUERY_ROWS = 8;
 
@@ -79,13 +82,20 @@ export class CpuInference implements InferenceOps {
   }
 
   upload(tensor: HostTensor): Tensor {
-    const out = this.#tensors.make(tensor.shape);
-    out.data.set(floats(tensor));
+    const resident = tensor.shape.length === 1 && tensor.shape[0] <= RESIDENT_VECTOR;
+    const out = resident ? this.#tensors.makeResident(tensor.shape) : this.#tensors.make(tensor.shape);
+    this.#pool.arena.view(out.floats).set(floats(tensor));
     return out;
   }
 
   download(tensor: Tensor): Promise<Float32Array> {
-    return Promise.resolve(own(tensor).data.slice());
+    return Promise.resolve(own(tensor).copy());
+  }
+
+  /** A new tensor for the result of an op on `rows` rows: in the arena when the next op is likely a kernel of ours. */
+  #make(rows: number, cols: number): CpuTensor {
+    const shape = [rows, cols];
+    return rows <= MAX_GEMV_ROWS ? this.#tensors.makeResident(shape) : this.#tensors.make(shape);
   }
 
   free(...tensors: readonly (Tensor | undefined)[]): void {
@@ -99,13 +109,17 @@ export class CpuInference implements InferenceOps {
   }
 
   concatColumns(parts: readonly Tensor[]): Tensor {
-    const matrices = parts.map((part) => own(part).matrix);
-    const { rows } = matrices[0];
-    const out = this.#tensors.make([rows, matrices.reduce((sum, m) => sum + m.cols, 0)]);
-    const width = out.shape[1];
+    const tensors = parts.map(own);
+    const { rows } = tensors[0].size;
+    const width = tensors.reduce((sum, t) => sum + t.size.cols, 0);
+    const out = this.#make(rows, width);
+    const { arena } = this.#pool;
+    const to = arena.view(out.floats);
     let column = 0;
-    for (const { data, cols } of matrices) {
-      for (let r = 0; r < rows; r++) out.data.set(data.subarray(r * cols, (r + 1) * cols), r * width + column);
+    for (const tensor of tensors) {
+      const { cols } = tensor.size;
+      const data = arena.view(tensor.floats);
+      for (let r = 0; r < rows; r++) to.set(data.subarray(r * cols, (r + 1) * cols), r * width + column);
       column += cols;
     }
     return out;
@@ -151,49 +165,51 @@ export class CpuInference implements InferenceOps {
   embed(table: LinearHandle, ids: Int32Array): Tensor {
     const { weight, inFeatures } = ownLinear(table);
     ensure(weight instanceof PackedLinear, 'unsupported', 'an embedding table with 8-bit activations');
-    const out = this.#tensors.make([ids.length, inFeatures]);
-    weight.gatherRows(ids, out.data);
+    const out = this.#make(ids.length, inFeatures);
+    weight.gatherRows(ids, out.floats);
     return out;
   }
 
   rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-    const { shape, data } = own(x);
-    const out = this.#tensors.make(shape);
-    rmsNorm(this.#pool, data, own(weight).data, eps, out.data);
+    const { rows, cols } = own(x).size;
+    const out = this.#make(rows, cols);
+    rmsNorm(this.#pool, own(x).floats, own(weight).floats, eps, out.floats);
     return out;
   }
 
   rotate(x: Tensor, transform: TransformHandle): Tensor {
     if (!(transform instanceof RowTransform)) throw foreign();
-    const { data, rows } = own(x).matrix;
-    const out = this.#tensors.make(x.shape);
-    transform.apply(data, rows, out.data);
+    const { rows, cols } = own(x).size;
+    const out = this.#make(rows, cols);
+    transform.apply(own(x).floats, rows, out.floats);
     return out;
   }
 
   async linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Promise<Tensor> {
     const handle = ownLinear(weight);
-    const { data, rows, cols } = own(x).matrix;
+    const { rows, cols } = own(x).size;
     ensure(
       cols === handle.inFeatures,
       'tensor-shape',
       () => `a linear of ${handle.inFeatures} inputs was given ${cols}`,
     );
-    const out = this.#tensors.make([rows, handle.outFeatures]);
-    const add = residual && own(residual).data;
-    if (handle.weight instanceof PackedLinear) {
-      if (rows <= MAX_GEMV_ROWS) {
-        this.#pool.spinMicroseconds = LONG_SPIN;
-        handle.weight.gemv(data, rows, out.data, add);
-        if (handle.bias) addBias(out.data, handle.bias);
-        return out;
-      }
-      await this.#product(data, rows, handle.weight, out.data);
-    } else {
-      await handle.weight.run(data, rows, out.data);
+    const { arena } = this.#pool;
+    if (handle.weight instanceof PackedLinear && rows <= MAX_GEMV_ROWS) {
+      const out = this.#tensors.makeResident([rows, handle.outFeatures]);
+      this.#pool.spinMicroseconds = LONG_SPIN;
+      handle.weight.gemv(own(x).floats, rows, out.floats, residual && own(residual).floats);
+      if (handle.bias) addBias(arena.view(out.floats), handle.bias);
+      return out;
     }
+    const { data } = own(x);
+    const out = this.#tensors.make([rows, handle.outFeatures]);
+    if (handle.weight instanceof PackedLinear) await this.#product(data, rows, handle.weight, out.data);
+    else await handle.weight.run(data, rows, out.data);
     if (handle.bias) addBias(out.data, handle.bias);
-    if (add) for (let i = 0; i < add.length; i++) out.data[i] += add[i];
+    if (residual) {
+      const add = arena.view(own(residual).floats);
+      for (let i = 0; i < add.length; i++) out.data[i] += add[i];
+    }
     return out;
   }
 
@@ -220,38 +236,56 @@ export class CpuInference implements InferenceOps {
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    const { heads, kvHeads, headDim, rope } = options;
+    const { heads, kvHeads, headDim, rope, batch, start, eps } = options;
     if (!(rope instanceof RopeTable)) throw foreign();
-    const { data, rows } = own(qkv).matrix;
-    const q = this.#tensors.make([rows, heads * headDim]);
-    const k = this.#tensors.make([rows, kvHeads * headDim]);
-    const v = this.#tensors.make([rows, kvHeads * headDim]);
+    const { rows } = own(qkv).size;
+    const q = this.#make(rows, heads * headDim);
+    const k = this.#make(rows, kvHeads * headDim);
+    const v = this.#make(rows, kvHeads * headDim);
     splitHeads(this.#pool, {
-      ...options,
+      heads,
+      kvHeads,
+      headDim,
+      batch,
+      start,
+      eps,
       rope,
-      qkv: data,
-      q: q.data,
-      k: k.data,
-      v: v.data,
-      qNorm: options.qNorm && own(options.qNorm).data,
-      kNorm: options.kNorm && own(options.kNorm).data,
+      qkv: own(qkv).floats,
+      q: q.floats,
+      k: k.floats,
+      v: v.floats,
+      qNorm: options.qNorm && own(options.qNorm).floats,
+      kNorm: options.kNorm && own(options.kNorm).floats,
     });
     return { q, k, v };
   }
 
   async attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Promise<Tensor> {
     const { heads, kvHeads, headDim, batch, start, scale, window, cache } = options;
-    const { data, rows } = own(q).matrix;
+    const { rows, cols } = own(q).size;
     const tokens = rows / batch;
-    const [keys, values] = [own(k).data, own(v).data];
-    const out = this.#tensors.make(q.shape);
     if (cache && !(cache instanceof KvCache)) throw foreign();
     if (tokens <= FEW_QUERY_ROWS) {
-      cache?.append(keys, values, start);
-      const source = cache ?? { k: keys, v: values };
-      attention(this.#pool, { q: data, out: out.data, batch, heads, kvHeads, headDim, scale, window, start, source });
+      const out = this.#make(rows, cols);
+      const [kNew, vNew]: Floats[] = [own(k).floats, own(v).floats];
+      cache?.append(kNew, vNew, start);
+      const source = cache ?? { k: kNew, v: vNew };
+      attention(this.#pool, {
+        q: own(q).floats,
+        out: out.floats,
+        batch,
+        heads,
+        kvHeads,
+        headDim,
+        scale,
+        window,
+        start,
+        source,
+      });
       return out;
     }
+    const [data, keys, values] = [own(q).data, own(k).data, own(v).data];
+    const out = this.#tensors.make([rows, cols]);
     const kernel = { heads, kvHeads, headDim, scale, window };
     const past = pastOf(cache, start);
     // ONNX Runtime takes a past for one sequence at a time.
@@ -267,9 +301,9 @@ export class CpuInference implements InferenceOps {
   }
 
   siluMul(gateUp: Tensor): Tensor {
-    const { data, rows, cols } = own(gateUp).matrix;
-    const out = this.#tensors.make([rows, cols / 2]);
-    siluMul(this.#pool, data, rows, out.data);
+    const { rows, cols } = own(gateUp).size;
+    const out = this.#make(rows, cols / 2);
+    siluMul(this.#pool, own(gateUp).floats, rows, out.floats);
     return out;
   }
 

@@ -10,6 +10,6 @@ export { cholesky, solveLowerTransposed, invertLower, transpose } from './linalg
 export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
 export { attention, appendCache } from './attention';
 export {
-  quantizeActivations, gemvNibbles, gemvBytes, packCodes, dequantizeRows, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
+  quantizeActivations, gemvNibbles, gemvBytes, packBytes, packNibbles, dequantizeBytes, dequantizeNibbles, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
 export { scoreRows } from './score';
