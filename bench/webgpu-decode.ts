@@ -56,18 +56,11 @@ async function compare(
     plans.map(({ kind, plan }) => ({ name: kind, dispatches: plan.dispatches })),
     { milliseconds: 20, rounds: 3 },
   );
-  // What the host needs to submit a step, and steps submitted without reading tokens back.
-  const encode: number[] = [];
-  const unread: number[] = [];
-  for (const { plan } of plans) {
-    await gpu.sync();
+  const encode = plans.map(({ plan }) => {
     const start = performance.now();
-    for (let i = 0; i < 10; i++) plan.run();
-    encode.push((performance.now() - start) / 10);
-    for (let i = 0; i < 30; i++) plan.run();
-    await gpu.sync();
-    unread.push((performance.now() - start) / 40);
-  }
+    plan.run();
+    return performance.now() - start;
+  });
   await gpu.sync();
   const base = median(plans[0].times);
   for (const [i, { kind, plan, times }] of plans.entries()) {
@@ -82,13 +75,12 @@ async function compare(
       dispatches: plan.dispatches.length,
       gpuMilliseconds: round((gpuTimes.get(kind) ?? NaN) * plan.dispatches.length * 1e3),
       encodeMilliseconds: round(encode[i]),
-      unreadMilliseconds: round(unread[i]),
       ofBandwidth: round(decoder.bytesPerToken / seconds / bandwidth),
       againstFirst: round(seconds / base),
     };
     results.push(line);
     console.log(
-      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches.length} dispatches), GPU ${line.gpuMilliseconds} ms, encoding ${line.encodeMilliseconds} ms, unread ${line.unreadMilliseconds} ms`,
+      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches.length} dispatches), GPU ${line.gpuMilliseconds} ms, encoding ${line.encodeMilliseconds} ms`,
     );
   }
   if (batch === 1 && context === 512) {

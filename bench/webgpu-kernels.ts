@@ -179,10 +179,10 @@ async function gemv(
       gpu.prepare(
         kernel,
         { w, grid: grids[i], x, factors, y } as unknown as Record<
-          'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias' | 'ahead',
+          'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias',
           GPUBuffer
         >,
-        { chunks: inFeatures / 32, outFeatures: out, stride: out, column: 0, first: 0, aheadWords: 0, zero: 0 },
+        { chunks: inFeatures / 32, outFeatures: out, stride: out, column: 0, first: 0 },
         [groups],
       ),
     );

@@ -119,8 +119,8 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           factors: toGpu(x.factors),
           y,
           ...optional,
-        } as Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias' | 'ahead', GPUBuffer>,
-        { chunks: v.inFeatures / 32, outFeatures: v.out, stride: v.out, column: 0, first: 0, aheadWords: 0, zero: 0 },
+        } as Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer>,
+        { chunks: v.inFeatures / 32, outFeatures: v.out, stride: v.out, column: 0, first: 0 },
         [Math.ceil(v.out / gemvRowsPerGroup(variant))],
       );
       const got = await floats(y, v.batch * v.out);

@@ -18,7 +18,7 @@ const kernels: Kernel[] = [
   ...bools.flatMap((f16) =>
     bools.flatMap((shuffle) => [
       ...[1, 2, 4].map((split) =>
-        gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true, ahead: true }),
+        gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true }),
       ),
       denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2 }),
       ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>

@@ -198,8 +198,8 @@ function angles(v: ActivationVariant, slots: number, k: number): string {
     let flip = ${parts((e) => `select(1.0, -1.0, (${e} & 0x800000u) != 0u)`)};`;
 }
 
-/** WGSL: the rotation of v with its partners o; 1 / (1 + t²) as a square, since a division takes ten instructions. */
-const TURN = 'let u = t * t; let r = inverseSqrt(1.0 + u); v = flip * r * r * (2.0 * t * o + (1.0 - u) * v);';
+/** WGSL: the rotation of v with its partners o. */
+const TURN = 'v = flip * (2.0 * t * o + (1.0 - t * t) * v) / (1.0 + t * t);';
 
 /** WGSL: xor mask of rotation k within the group. */
 const maskOf = (k: number): string => `((mask.${k < 4 ? 'x' : 'y'} >> ${(k % 4) * 8}u) & 255u)`;

@@ -30,11 +30,9 @@ export interface GemvVariant extends Arithmetic {
   readonly residual: boolean;
   /** Adds a bias per row of W. */
   readonly bias: boolean;
-  /** Reads the rotation tables of the dispatch after the next into the cache, which otherwise waits for memory. */
-  readonly ahead?: boolean;
 }
 
-type GemvBuffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias' | 'ahead';
+type GemvBuffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
 
 /** Rows of W that one workgroup finishes. */
 export const gemvRowsPerGroup = (v: GemvVariant): number => (v.teams / v.split) * v.rows;
@@ -42,21 +40,20 @@ export const gemvRowsPerGroup = (v: GemvVariant): number => (v.teams / v.split) 
 /**
  * Buffers: w [out, in/32] of 16 bytes; grid [out, in/group] words (scale as f16, zero point above); x [batch, in/32] of 64 bytes; factors
  * [batch, in/32] (factor, sum of normalised x); y, residual [batch, stride] f32, the product's
- * columns from `column` (aheadWords, zero: see GemvVariant.ahead; 0); x and factors are read from chunk `first`; bias [out] f32.
+ * columns from `column`; x and factors are read from chunk `first`; bias [out] f32.
  */
 export function gemvKernel(
   v: GemvVariant,
-): Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first' | 'aheadWords' | 'zero'> {
+): Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'> {
   const { rows, teams, split, batch } = v;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const cells = rows * batch;
   const optional: Partial<Record<GemvBuffers, ReturnType<typeof read>>> = {
     ...(v.residual ? { residual: read('f32') } : {}),
     ...(v.bias ? { bias: read('f32') } : {}),
-    ...(v.ahead ? { ahead: read('u32') } : {}),
   };
   return defineKernel({
-    name: `gemv.${v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${v.residual ? '.res' : ''}${v.ahead ? '.ahead' : ''}`,
+    name: `gemv.${v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${v.residual ? '.res' : ''}`,
     features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: {
       w: read('vec4<u32>'),
@@ -66,15 +63,7 @@ export function gemvKernel(
       y: write('f32'),
       ...optional,
     } as Record<GemvBuffers, ReturnType<typeof read>>,
-    params: {
-      chunks: 'u32',
-      outFeatures: 'u32',
-      stride: 'u32',
-      column: 'u32',
-      first: 'u32',
-      aheadWords: 'u32',
-      zero: 'u32',
-    },
+    params: { chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl(v)}
 const GROUP_CHUNKS = ${v.groupSize / CHUNK}u;
@@ -103,13 +92,6 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
   let lane = local & 31u;
   let team = local >> 5u;
   let row = ((wg.y * groups.x + wg.x) * ${teams / split}u + team / ${split}u) * ${rows}u;
-${
-  v.ahead
-    ? `  // \`zero\` is 0, which the compiler doesn't know: the word is loaded and changes nothing.
-  var touched = 0u;
-  for (var i = (wg.y * groups.x + wg.x) * ${TEAM * teams}u + local; i < params.aheadWords; i += groups.x * groups.y * ${TEAM * teams}u) { touched |= ahead[i]; }`
-    : ''
-}
   let gridStride = params.chunks / GROUP_CHUNKS;
 ${each(rows, (r) => `  let row${r} = min(row + ${r}u, params.outFeatures - 1u);`)}
 ${each(cells, (i) => `  var acc${i} = 0.0;`)}
@@ -126,10 +108,9 @@ ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r
     }`,
 )}
   }
-${v.ahead ? '  acc0 += f32(touched & params.zero);' : ''}
 ${reduction(v)}
 }`,
-  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first' | 'aheadWords' | 'zero'>;
+  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'>;
 }
 
 /** Sums acc over lanes and splits and writes the results. */

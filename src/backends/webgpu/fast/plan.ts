@@ -197,12 +197,7 @@ export class DecodePlan {
         ]),
       );
     };
-    const multiply = (
-      weights: readonly PlanWeight[],
-      y: GPUBuffer,
-      { residual, next }: { residual?: GPUBuffer; next?: PlanGroup } = {},
-    ): void => {
-      const table = next?.rotations?.table;
+    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, residual?: GPUBuffer): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
       let column = 0;
       for (const [i, weight] of weights.entries()) {
@@ -215,7 +210,6 @@ export class DecodePlan {
           groupSize,
           residual: residual !== undefined,
           bias: bias !== undefined,
-          ahead: table !== undefined && i === 0,
           ...shape,
         };
         const buffers = {
@@ -226,18 +220,9 @@ export class DecodePlan {
           y,
           residual: residual ?? grid,
           bias: bias ?? grid,
-          ahead: table ?? grid,
         };
         const chunks = inFeatures / CHUNK;
-        const params = {
-          chunks,
-          outFeatures,
-          stride,
-          column,
-          first: i * batch * chunks,
-          aheadWords: table ? tableWords(next) : 0,
-          zero: 0,
-        };
+        const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
         push(
           gpu.prepare(
             gemvKernel(variant),
@@ -258,9 +243,9 @@ export class DecodePlan {
         [Math.ceil(hidden / 256), batch],
       ),
     );
-    for (const [index, block] of model.blocks.entries()) {
+    for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
-      multiply(block.qkv.weights, qkv, { next: block.o });
+      multiply(block.qkv.weights, qkv);
       const attention = {
         shuffle,
         heads,
@@ -290,11 +275,11 @@ export class DecodePlan {
         ),
       );
       activate('attention', parts, block.o, attended, block.o.weights.length);
-      multiply(block.o.weights, middle, { residual: x, next: block.gateUp });
+      multiply(block.o.weights, middle, x);
       activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
-      multiply(block.gateUp.weights, gateUp, { next: block.down });
+      multiply(block.gateUp.weights, gateUp);
       activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
-      multiply(block.down.weights, x, { residual: middle, next: model.blocks[index + 1]?.qkv });
+      multiply(block.down.weights, x, middle);
     }
     activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
     if (model.head.kind === 'int4') {
@@ -382,13 +367,6 @@ export class DecodePlan {
   release(): void {
     for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
   }
-}
-
-/** Words of a group's rotation tables. */
-function tableWords(group: PlanGroup | undefined): number {
-  if (!group?.rotations) return 0;
-  const words = group.weights.length * group.krot * group.weights[0].inFeatures;
-  return group.rotations.pairing === 'xor' ? words / 2 : words;
 }
 
 /** Workgroups over x and y. */
