@@ -340,7 +340,7 @@ async function activation(channels: number): Promise<void> {
       const kernel = activationKernel({ f16, shuffle, source: kind, krot: k, pairing, groupSize, splits, headDim });
       const groups = [activationGroups(channels, groupSize), 1, 1] as const;
       const dispatches = tables.map((t) =>
-        gpu.prepare(kernel, { source, stats, gain, ...t, x, factors }, { channels, eps: 1e-5 }, groups),
+        gpu.prepare(kernel, { source, stats, gain, ...t, x, factors }, { channels, eps: 1e-5, krot: k }, groups),
       );
       list.push({ name: kernel.name, dispatches, error: 0 });
     }

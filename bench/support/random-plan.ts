@@ -155,10 +155,10 @@ export class RandomDecoder {
       eps: 1e-6,
       ...this.#common,
       blocks: this.#weights.map((w) => ({
-        qkv: this.#group(kind, split ? [w.q, w.k, w.v] : [w.qkv]),
-        o: this.#group(kind, [w.o]),
-        gateUp: this.#group(kind, split ? [w.gate, w.up] : [w.gateUp]),
-        down: this.#group(kind, [w.down]),
+        qkv: this.#group(kind, split ? [w.q, w.k, w.v] : [w.qkv], true),
+        o: this.#group(kind, [w.o], false),
+        gateUp: this.#group(kind, split ? [w.gate, w.up] : [w.gateUp], true),
+        down: this.#group(kind, [w.down], false),
         ...(qkNorm && { qNorm: this.#norm, kNorm: this.#norm }),
         keys: this.#gpu.buffer(bytes),
         values: this.#gpu.buffer(bytes),
@@ -197,11 +197,16 @@ export class RandomDecoder {
     };
   }
 
-  #group(kind: PlanKind, weights: readonly PlanWeight[]): PlanGroup {
+  #group(kind: PlanKind, weights: readonly PlanWeight[], norm: boolean): PlanGroup {
     const channels = weights[0].inFeatures;
     const count = channels * weights.length;
-    let gain = this.#ones.get(count);
-    if (!gain) this.#ones.set(count, (gain = this.#full(count, 1)));
+    // Norms have weights of their own in every model; elsewhere AWQ multiplies by nothing.
+    const own = norm || kind !== 'awq';
+    let gain = own ? undefined : this.#ones.get(count);
+    if (!gain) {
+      gain = this.#full(count, 1);
+      if (!own) this.#ones.set(count, gain);
+    }
     if (kind === 'awq') return { weights, krot: 0, rotationGroup: plainGroup(channels), gain };
     // Every group has a table of its own, as in a checkpoint, or the cache would serve them all.
     const krot = 8;

@@ -230,7 +230,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
             x,
             factors,
           } as Record<'source' | 'stats' | 'gain' | 'table' | 'masks' | 'x' | 'factors', GPUBuffer>,
-          { channels, eps },
+          { channels, eps, krot },
           [activationGroups(channels, groupSize), batch, count],
         );
         const gotX = new Uint16Array(await backend.gpu.read(x, 0, count * batch * channels * 2));

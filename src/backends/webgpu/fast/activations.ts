@@ -59,7 +59,7 @@ const list = (n: number, f: (s: number) => string, separator = ', '): string =>
  * Dispatch: x = {@link activationGroups}, y = batch, z = transforms. Buffers: gain [transforms, channels] f32; table and masks
  * per transform, see {@link rotationTable}; x [transforms, batch, channels] f16; factors [transforms, batch, channels/32].
  */
-export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channels' | 'eps'> {
+export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channels' | 'eps' | 'krot'> {
   const slots = v.groupSize / TEAM;
   const vector = slots === 1 ? 'f32' : `vec${slots}<f32>`;
   const xor = v.krot > 0 && v.pairing === 'xor';
@@ -83,7 +83,7 @@ export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channel
     name: `activations.${v.source}.k${v.krot}${xor ? 'x' : ''}.g${v.groupSize}${v.f16 ? '' : '.f32'}`,
     features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: buffers as Record<Buffers, BufferSpec>,
-    params: { channels: 'u32', eps: 'f32' },
+    params: { channels: 'u32', eps: 'f32', krot: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl(v)}
 // The channels of a lane.
@@ -91,6 +91,8 @@ alias V = ${vector};
 const SLOTS = ${slots}u;
 ${v.source === 'norm' ? `var<workgroup> sums: array<f32, ${THREADS}>;` : ''}
 ${v.shuffle ? '' : `var<workgroup> shared_x: array<f32, ${v.groupSize * TEAMS}>;\nvar<workgroup> shared_r: array<f32, ${THREADS}>;`}
+
+${v.krot > 0 ? `var<workgroup> entries: array<${tableType(v, slots)}, ${v.krot * THREADS}>;` : ''}
 
 fn silu(g: V) -> V { return g / (1.0 + exp(-g)); }
 fn squared(e: V) -> f32 { return ${slots === 1 ? 'e * e' : 'dot(e, e)'}; }
@@ -155,10 +157,10 @@ ${list(4, (i) => `    let e${i}_ = source[b * width + c + ${i * THREADS}u];`, '\
     : ''
 }
   var v: V = own * (${value[v.source]});
-${v.krot > 0 ? (v.shuffle ? shuffled(v, slots) : shared(v, slots)) : ''}
+${v.krot > 0 ? rotations(v, slots) : ''}
 ${pack(v, slots)}
 }`,
-  }) as Kernel<Buffers, 'channels' | 'eps'>;
+  }) as Kernel<Buffers, 'channels' | 'eps' | 'krot'>;
 }
 
 /** Type of a lane's entry in the table. */
@@ -169,93 +171,91 @@ function tableType(v: ActivationVariant, slots: number): string {
 
 const slot = (name: string, s: number, slots: number): string => (slots === 1 ? name : `${name}.${'xyzw'[s]}`);
 
-/** WGSL: entries e0 … of the lane, and with xor pairing the group's masks. */
+/**
+ * WGSL: asks for the lane's entries of every rotation and parks them in workgroup memory, each lane its own (no barrier). The
+ * rotations then run in a loop that the compiler can't unroll: a dispatch runs its code once, and fetching eight copies of
+ * it would take longer than running them.
+ */
 function tableLoads(v: ActivationVariant, slots: number): string {
-  const entries = v.pairing === 'xor' ? (slots === 1 ? '(width / 2u)' : 'width') : 'width';
+  const entries = v.pairing === 'xor' && slots === 1 ? '(width / 2u)' : 'width';
   const index = v.pairing === 'xor' && slots === 1 ? 'at / 2u' : 'at';
-  return `${list(v.krot, (k) => `  let e${k} = table[(wg.z * ${v.krot}u + ${k}u) * ${entries} + ${index}];`, '\n')}
+  return `${list(v.krot, (k) => `  entries[${k * THREADS}u + local] = table[(wg.z * ${v.krot}u + ${k}u) * ${entries} + ${index}];`, '\n')}
 ${v.pairing === 'xor' ? '  let mask = masks[wg.z * groups + group];' : ''}`;
 }
 
-/** WGSL: tangents `t` and signs `flip` of the half angles of rotation k, and with any pairing the partners' indices. */
-function angles(v: ActivationVariant, slots: number, k: number): string {
+/** WGSL: tangents `t` and signs `flip` of the half angles of rotation k from its entry e. */
+function angles(v: ActivationVariant, slots: number): string {
   const signed = slots === 1 ? 'i32' : `vec${slots}<i32>`;
   if (v.pairing === 'xor') {
     const halves =
       slots === 4
-        ? `vec4<i32>(i32(e${k}.x << 16u), i32(e${k}.x), i32(e${k}.y << 16u), i32(e${k}.y))`
+        ? 'vec4<i32>(i32(e.x << 16u), i32(e.x), i32(e.y << 16u), i32(e.y))'
         : slots === 2
-          ? `vec2<i32>(i32(e${k} << 16u), i32(e${k}))`
-          : `i32(e${k} << select(16u, 0u, (lane & 1u) == 1u))`;
+          ? 'vec2<i32>(i32(e << 16u), i32(e))'
+          : 'i32(e << select(16u, 0u, (lane & 1u) == 1u))';
     const shift = slots === 1 ? '17u' : `vec${slots}(17u)`;
     return `    let bits = ${halves};
     let t = V(bits >> ${shift}) * ${1 / 16383};
     let flip = select(V(1.0), V(-1.0), (bits & ${signed}(0x10000)) != ${signed}(0));`;
   }
   const parts = (f: (e: string) => string): string =>
-    `${slots === 1 ? '' : 'V'}(${list(slots, (s) => f(slot(`e${k}`, s, slots)))})`;
+    `${slots === 1 ? '' : 'V'}(${list(slots, (s) => f(slot('e', s, slots)))})`;
   return `    let t = ${parts((e) => `f32(i32(${e} << 16u) >> 16u)`)} * ${1 / 32767};
     let flip = ${parts((e) => `select(1.0, -1.0, (${e} & 0x800000u) != 0u)`)};`;
 }
 
-/** WGSL: the rotation of v with its partners o. */
-const TURN = 'v = flip * (2.0 * t * o + (1.0 - t * t) * v) / (1.0 + t * t);';
+/** WGSL: the rotation of v with its partners o; 1 / (1 + t²) as a square, since a division takes ten instructions. */
+const TURN = 'let u = t * t; let r = inverseSqrt(1.0 + u); v = flip * r * r * (2.0 * t * o + (1.0 - u) * v);';
 
 /** WGSL: xor mask of rotation k within the group. */
-const maskOf = (k: number): string => `((mask.${k < 4 ? 'x' : 'y'} >> ${(k % 4) * 8}u) & 255u)`;
+const MASK = '(select(mask.y, mask.x, k < 4u) >> ((k & 3u) * 8u)) & 255u';
 
-function shuffled(v: ActivationVariant, slots: number): string {
-  const bits = Math.log2(slots);
-  const rotations = Array.from({ length: v.krot }, (_, k) => {
-    if (v.pairing === 'xor') {
-      const swaps =
-        slots === 4
-          ? 'w = select(w, w.yxwz, (m & 1u) != 0u); w = select(w, w.zwxy, (m & 2u) != 0u);'
-          : slots === 2
-            ? 'w = select(w, w.yx, (m & 1u) != 0u);'
-            : '';
-      return `  { let m = ${maskOf(k)}; var w = v; ${swaps}
-    let o = subgroupShuffle(w, sg ^ (m >> ${bits}u));
-${angles(v, slots, k)}
-    ${TURN} }`;
-    }
-    const fetch = list(
-      slots,
-      (s) => {
-        const e = slot(`e${k}`, s, slots);
-        const pick =
-          slots === 1
-            ? 'f'
-            : slots === 2
-              ? 'select(f.x, f.y, i == 1u)'
-              : 'select(select(f.x, f.y, i == 1u), select(f.z, f.w, i == 3u), i >= 2u)';
-        return `    { let f = subgroupShuffle(v, base | (((${e} >> 16u) & 127u) / SLOTS)); let i = (${e} >> 16u) & ${slots - 1}u; ${slot('o', s, slots)} = ${pick}; }`;
-      },
-      '\n',
-    );
-    return `  { var o: V;\n${fetch}\n${angles(v, slots, k)}\n    ${TURN} }`;
-  });
-  return `${v.pairing === 'any' ? '  let base = sg & ~31u;' : ''}\n${rotations.join('\n')}`;
-}
-
-function shared(v: ActivationVariant, slots: number): string {
-  const partner = (k: number, s: number): string =>
-    v.pairing === 'xor' ? `((lane * SLOTS + ${s}u) ^ ${maskOf(k)})` : `((${slot(`e${k}`, s, slots)} >> 16u) & 127u)`;
-  return /* wgsl */ `
-  let home = team * ${v.groupSize}u;
-${list(
-  v.krot,
-  (k) => `  {
+/** WGSL: all rotations of v. */
+function rotations(v: ActivationVariant, slots: number): string {
+  const loop = (body: string): string => `  for (var k = 0u; k < params.krot; k++) {
+    let e = entries[k * ${THREADS}u + local];
+${body}
+${angles(v, slots)}
+    ${TURN}
+${v.shuffle ? '' : '    workgroupBarrier();'}
+  }`;
+  if (!v.shuffle) {
+    const partner = (s: number): string =>
+      v.pairing === 'xor' ? `((lane * SLOTS + ${s}u) ^ m)` : `((${slot('e', s, slots)} >> 16u) & 127u)`;
+    return `  let home = team * ${v.groupSize}u;
+${loop(`${v.pairing === 'xor' ? `    let m = ${MASK};` : ''}
 ${list(slots, (s) => `    shared_x[home + lane * SLOTS + ${s}u] = ${slot('v', s, slots)};`, '\n')}
     workgroupBarrier();
     var o: V;
-${list(slots, (s) => `    ${slot('o', s, slots)} = shared_x[home + ${partner(k, s)}];`, '\n')}
-${angles(v, slots, k)}
-    ${TURN}
-    workgroupBarrier();
-  }`,
+${list(slots, (s) => `    ${slot('o', s, slots)} = shared_x[home + ${partner(s)}];`, '\n')}`)}`;
+  }
+  if (v.pairing === 'xor') {
+    const swaps =
+      slots === 4
+        ? 'w = select(w, w.yxwz, (m & 1u) != 0u); w = select(w, w.zwxy, (m & 2u) != 0u);'
+        : slots === 2
+          ? 'w = select(w, w.yx, (m & 1u) != 0u);'
+          : '';
+    return loop(`    let m = ${MASK};
+    var w = v; ${swaps}
+    let o = subgroupShuffle(w, sg ^ (m >> ${Math.log2(slots)}u));`);
+  }
+  const pick =
+    slots === 1
+      ? 'f'
+      : slots === 2
+        ? 'select(f.x, f.y, i == 1u)'
+        : 'select(select(f.x, f.y, i == 1u), select(f.z, f.w, i == 3u), i >= 2u)';
+  return `  let base = sg & ~31u;
+${loop(`    var o: V;
+${list(
+  slots,
+  (s) => {
+    const e = slot('e', s, slots);
+    return `    { let f = subgroupShuffle(v, base | (((${e} >> 16u) & 127u) / SLOTS)); let i = (${e} >> 16u) & ${slots - 1}u; ${slot('o', s, slots)} = ${pick}; }`;
+  },
   '\n',
-)}`;
+)}`)}`;
 }
 
 /** Normalises chunks of 32 channels to |x| ≤ 1 and writes them with their factor and sum. */

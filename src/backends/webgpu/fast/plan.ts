@@ -190,7 +190,7 @@ export class DecodePlan {
         factors,
       };
       push(
-        gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [
+        gpu.prepare(kernel, buffers, { channels, eps: model.eps, krot: group.krot }, [
           activationGroups(channels, group.rotationGroup),
           batch,
           count,
