@@ -24,7 +24,7 @@ const reason = existsSync(executable)
   : `no Chromium at ${executable} (install it, or set CHROMIUM_PATH)`;
 /** In CI a missing browser fails. */
 const missing = inCi ? undefined : reason;
-const TOKENS = 24;
+const TOKENS = 8;
 
 /** What `complete` of the page returns. */
 interface Completion {
@@ -120,7 +120,7 @@ describe.skipIf(missing)(`WebGPU in a browser${missing ? `: skipped, ${missing}`
         { ids: [...prompt], maxTokens: TOKENS },
       );
       expect(found.info.name).toBe('webgpu');
-      expect(found.ids.length).toBeGreaterThan(4);
+      expect(found.ids.length).toBeGreaterThan(1);
       expect(found.ids).toEqual([...expected.ids]);
     } finally {
       await page.close();

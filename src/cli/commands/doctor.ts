@@ -46,7 +46,10 @@ function report(finding: BackendFinding, { colors }: CommandContext): string {
   const mark = available ? colors.green('✓') : colors.red('✗');
   const title = `${mark} ${colors.bold(name)}  ${available ? description : reason}`;
   if (!available) return `${title}\n  ${remedy}`;
-  const fields: [string, string][] = Object.entries(details).map(([key, value]) => [`  ${key}`, show(key, value)]);
+  const fields: [string, string][] = Object.entries(details)
+    // Most of an adapter's features are about drawing; the ones that matter have lines of their own.
+    .filter(([key]) => key !== 'features')
+    .map(([key, value]) => [`  ${key}`, show(key, value)]);
   if (copyBytesPerSecond !== undefined) fields.push(['  copy bandwidth', `${formatBytes(copyBytesPerSecond)}/s`]);
   return `${title}\n${formatFields(fields)}`;
 }
