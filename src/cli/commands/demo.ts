@@ -114,6 +114,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
       ...CALIBRATION,
       seed: options.seed,
       threads: options.threads ?? availableParallelism(),
+      device,
       signal: context.signal,
       onProgress: progress.listener,
     }),
