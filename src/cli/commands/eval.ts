@@ -84,7 +84,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
       const texts = (await Promise.all((options.text ?? []).map(readTexts))).flat();
       const tasks = options.tasks === undefined ? [] : parseTasks(await readInput(options.tasks), options.tasks);
       await withModel(context, model, options, (source) =>
-        withBackend(options, async (backend) => {
+        withBackend(context, source, options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
           const found = await withDecoder(
             context,

@@ -4,8 +4,17 @@ import { z } from 'zod';
 import { RECIPES } from '../../quant/recipes/index.js';
 import type { QuantizeReport } from '../../quantize.node.js';
 import { VERSION } from '../../version.js';
-import { type CommandContext } from '../context.js';
-import { jsonOption, modelOptions, modelSchema, oneOf, parseOptions, wholeNumber } from '../options.js';
+import { pickDevice, withModel, type CommandContext } from '../context.js';
+import {
+  deviceOption,
+  deviceSchema,
+  jsonOption,
+  modelOptions,
+  modelSchema,
+  oneOf,
+  parseOptions,
+  wholeNumber,
+} from '../options.js';
 import { formatBytes, formatDuration, formatFields } from '../ui/table.js';
 
 const METHODS = RECIPES.map((recipe) => recipe.name);
@@ -26,7 +35,7 @@ const schema = z.object({
   calibSamples: wholeNumber(1, 1_000_000),
   seqLen: wholeNumber(2, 1_000_000),
   threads: wholeNumber(1, 1024).optional(),
-  device: oneOf(['cpu']),
+  ...deviceSchema,
   resume: z.boolean().default(false),
   dryRun: z.boolean().default(false),
 });
@@ -52,11 +61,10 @@ export function quantizeCommand(context: CommandContext): Command {
     )
     .option('--calib-samples <n>', 'calibration sequences', '64')
     .option('--seq-len <n>', 'tokens per calibration sequence', '512')
-    .option('--device <name>', 'cpu', 'cpu')
     .option('--threads <n>', 'CPU threads (default: all cores); the result does not depend on it')
     .option('--resume', 'go on with a run that was stopped')
     .option('--dry-run', 'print the plan and stop');
-  for (const option of [...modelOptions(), jsonOption()]) command.addOption(option);
+  for (const option of [deviceOption(), ...modelOptions(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
       'after',
@@ -76,9 +84,14 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n
       const { print, progress, signal } = context;
       // Loaded when asked for: help and wrong command lines stay quick.
       const { quantizeCheckpoint } = await import('../../quantize.node.js');
+      // A dry run needs no device, and a plan is the same on all of them.
+      const device = options.dryRun
+        ? undefined
+        : (await withModel(context, model, options, (source) => pickDevice(context, source, options))).name;
       const report = await quantizeCheckpoint({
         model,
         ...options,
+        device,
         signal,
         onProgress: progress.listener,
         onPlan: (plan) => {
