@@ -134,13 +134,16 @@ function overview(source: ModelSource, summary: ModelSummary, fingerprint: strin
 }
 
 function quantizationLine(quantization: NonNullable<ModelSource['quantization']>): string {
-  const { method, recipe, bits, groupSize, krot, modulesToNotConvert, groupSizeOverrides } = quantization;
+  const { method, recipe, bits, groupSize, krot, modulesToNotConvert, groupSizeOverrides, online } = quantization;
   const parts = [
     `${method} layout${recipe ? ` (${recipe})` : ''}`,
     `${bits} bits`,
     groupSize === -1 ? 'per channel' : `groups of ${groupSize}`,
   ];
   if (krot > 0) parts.push(`${krot} rotations`);
+  for (const { at, order } of online?.hadamard ?? []) parts.push(`Hadamard ${order} at ${at}`);
+  if (online?.activations) parts.push(`${online.activations.bits}-bit activations`);
+  if (online?.kvCache) parts.push(`${online.kvCache.bits}-bit cache`);
   const others = Object.keys(groupSizeOverrides).length;
   if (others > 0) parts.push(`${others} linears with other groups`);
   if (modulesToNotConvert.length > 0) parts.push(`${modulesToNotConvert.length} modules in 16 bits`);
