@@ -190,7 +190,7 @@ export class BlockQuantizer {
     }
     const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
     backend.release(turn);
-    const quantizedParts = await this.#group(group, parts, { ...finished, sample: sample?.rows() });
+    const quantizedParts = await this.#group(group, parts, { ...finished, sample: sample?.rows({ extremes: false }) });
     backend.free(finished.gram, finished.cross);
     const quantized = await LinearGroup.load(backend, quantizedParts, { before, activations });
     return new StagedGroup(backend, quantized, reference, kept);

@@ -1,6 +1,6 @@
 // A sample of a linear group's inputs: every channel's peak over all rows seen, and some of the rows: drawn evenly, and those
 // with the largest peaks, for the few tokens that carry massive activations decide over smoothing.
-import { hostTensor } from '../../core/tensor.js';
+import { hostTensor, type HostTensor } from '../../core/tensor.js';
 import { createRng, type Rng } from '../../core/rng.js';
 import type { Backend, Tensor } from '../../ops/backend.js';
 
@@ -52,9 +52,9 @@ export class InputSample {
     return this.#peaks ?? new Float64Array(0);
   }
 
-  /** The sample [rows, channels], as f32. */
-  rows(): ReturnType<typeof hostTensor> {
-    const rows = [...this.#drawn, ...this.#extreme.map(({ row }) => row)];
+  /** The sample [rows, channels], as f32; without `extremes` only the rows drawn evenly. */
+  rows(options: { extremes?: boolean } = {}): HostTensor {
+    const rows = [...this.#drawn, ...(options.extremes === false ? [] : this.#extreme.map(({ row }) => row))];
     const n = this.#peaks?.length ?? 0;
     const out = new Float32Array(rows.length * n);
     rows.forEach((row, r) => out.set(row, r * n));

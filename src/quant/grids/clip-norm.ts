@@ -9,7 +9,7 @@ export interface ClipNormOptions {
   readonly exponent?: number;
   /** Smallest ratio tried; default 0.5. */
   readonly minimum?: number;
-  /** Ratios tried between 1 and the minimum; default 20. */
+  /** Ratios tried between 1 and the minimum; default 12. */
   readonly steps?: number;
 }
 
@@ -23,7 +23,7 @@ export async function searchClipNorm(
   grid: GridSpec,
   options: ClipNormOptions = {},
 ): Promise<Float32Array> {
-  const { exponent = 2.4, minimum = 0.5, steps = 20 } = options;
+  const { exponent = 2.4, minimum = 0.5, steps = 12 } = options;
   const [channels, cols] = w.shape;
   const size = (channels / grid.groupSize) * cols;
   const best = new Float32Array(size).fill(1);
