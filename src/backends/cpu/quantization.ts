@@ -171,7 +171,7 @@ export class CpuQuantization implements QuantizationOps {
     const errors = new Float64Array(cols);
     for (const ratio of ratios) {
       const clip = new Float32Array(groups * cols).fill(ratio);
-      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip);
+      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip, { values: true }, grid.symmetric);
       addScaled(values, data, -1, difference);
       for (let g = 0; g < groups; g++) {
         const d = difference.subarray(g * size * cols, (g + 1) * size * cols);
