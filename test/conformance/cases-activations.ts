@@ -7,6 +7,7 @@ import type {
   GridSpec,
   KvGrid,
   LinearSource,
+  QuantizedWeight,
   RoundedWeight,
   Tensor,
 } from '../../src/ops/backend.js';
@@ -140,12 +141,18 @@ function quantizeRowsCases(): ConformanceCase[] {
   ];
 }
 
+/** Symmetric 8-bit activations meet symmetric 8-bit weights: backends may multiply their codes as signed bytes. */
+function centred(weight: QuantizedWeight, grid: ActivationGrid): QuantizedWeight {
+  return weight.bits === 8 && grid.symmetric ? { ...weight, zeros: weight.zeros.map(() => 128) } : weight;
+}
+
 /** As linear, with x̂ = Q(x) in x's place and 4u more for its scale: λ·(√(n + 2) + 8)·u·(Σ|x̂·w| + …), and int16 where allowed. */
 function linearCases(): ConformanceCase[] {
   const shapes = [
     [172, 24, 4, 172, true, { bits: 8, symmetric: true, groupSize: -1, clip: 1 }],
     [384, 33, 4, 128, false, { bits: 4, symmetric: true, groupSize: -1, clip: 0.9 }],
     [384, 40, 8, 384, true, { bits: 8, symmetric: false, groupSize: -1, clip: 1 }],
+    [384, 48, 8, 384, false, { bits: 8, symmetric: true, groupSize: -1, clip: 1 }],
     [352, 16, 'dense', 352, true, { bits: 8, symmetric: true, groupSize: 32, clip: 1 }],
   ] as const;
   return shapes.map(([inFeatures, outFeatures, bits, groupSize, bias, grid]) => ({
@@ -163,7 +170,7 @@ function linearCases(): ConformanceCase[] {
             }
           : {
               kind: 'quantized',
-              weight: randomQuantized(outFeatures, inFeatures, bits, groupSize, duo.rng),
+              weight: centred(randomQuantized(outFeatures, inFeatures, bits, groupSize, duo.rng), grid),
               ...common,
             };
       const handle = await duo.subject.loadLinear(source);

@@ -36,6 +36,7 @@ import {
   type Floats,
   type KernelPool,
 } from './kernels.js';
+import { fitsIntegers, IntegerProduct } from './integer-product.js';
 import type { Int8Linear, OrtKernels } from './ort.js';
 import { CpuTensor, own, type TensorPool } from './tensor.js';
 
@@ -54,6 +55,9 @@ class CpuLinear implements LinearHandle {
   readonly bias: Float32Array | undefined;
   /** Inputs are rounded onto it. */
   readonly activations: ActivationGrid | undefined;
+  /** Scales of the outputs' grids, when the product can run in integers. */
+  readonly outputScales: Float32Array | undefined;
+  integers: IntegerProduct | undefined;
 
   constructor(
     weight: PackedLinear | Int8Linear,
@@ -65,6 +69,8 @@ class CpuLinear implements LinearHandle {
     this.weight = weight;
     this.bias = source.bias;
     this.activations = source.activations;
+    if (source.kind === 'quantized' && source.activations && fitsIntegers(source.weight, source.activations))
+      this.outputScales = source.weight.scales;
   }
 
   get bytes(): number {
@@ -162,6 +168,7 @@ export class CpuInference implements InferenceOps {
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
     for (const handle of handles) {
       if (handle instanceof CpuLinear) {
+        void handle.integers?.release();
         if (handle.weight instanceof PackedLinear) handle.weight.free();
         else void handle.weight.release();
       } else if (RESIDENT.some((kind) => handle instanceof kind)) {
@@ -217,6 +224,13 @@ export class CpuInference implements InferenceOps {
       () => `a linear of ${handle.inFeatures} inputs was given ${cols}`,
     );
     if (!handle.activations) return this.#apply(handle, own(x), residual);
+    const integers = rows > MAX_GEMV_ROWS ? this.#integers(handle) : undefined;
+    if (integers) {
+      const y = this.#tensors.make([rows, handle.outFeatures]);
+      await integers.run(own(x).data, rows, handle.activations, y.data);
+      finish(y.data, handle.bias, residual && this.#pool.arena.view(own(residual).floats));
+      return y;
+    }
     const rounded = this.quantizeRows(x, handle.activations);
     const y = await this.#apply(handle, own(rounded), residual);
     this.#tensors.free(rounded);
@@ -237,12 +251,15 @@ export class CpuInference implements InferenceOps {
     const out = this.#tensors.make([rows, handle.outFeatures]);
     if (handle.weight instanceof PackedLinear) await this.#product(data, rows, handle.weight, out.data);
     else await handle.weight.run(data, rows, out.data);
-    if (handle.bias) addBias(out.data, handle.bias);
-    if (residual) {
-      const add = arena.view(own(residual).floats);
-      for (let i = 0; i < add.length; i++) out.data[i] += add[i];
-    }
+    finish(out.data, handle.bias, residual && arena.view(own(residual).floats));
     return out;
+  }
+
+  /** The linear's product in integers, where its grids allow one; made when first asked for. */
+  #integers(handle: CpuLinear): IntegerProduct | undefined {
+    const { weight, outputScales } = handle;
+    if (!outputScales || !(weight instanceof PackedLinear)) return undefined;
+    return (handle.integers ??= new IntegerProduct(this.#ort, this.#pool, weight, outputScales));
   }
 
   /** x [rows, in] · Wᵀ with W decoded in slices of output rows. */
@@ -418,6 +435,12 @@ function pastOf(cache: KvCache | undefined, tokens: number): { k: Float32Array; 
 
 function foreign(): GyreError {
   return new GyreError('backend', 'a handle of another backend was given to the CPU backend');
+}
+
+/** Bias and residual added to y. */
+function finish(y: Float32Array, bias: Float32Array | undefined, residual: Float32Array | undefined): void {
+  if (bias) addBias(y, bias);
+  if (residual) for (let i = 0; i < residual.length; i++) y[i] += residual[i];
 }
 
 /** Rows of y plus bias. */

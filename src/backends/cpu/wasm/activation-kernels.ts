@@ -89,6 +89,32 @@ export function quantizeRows(pool: KernelPool, x: Floats, channels: number, grid
   });
 }
 
+/** Codes of a symmetric per-token grid as unsigned bytes, code + 128 [rows, channels], and the scale of each row. */
+export function encodeRows(
+  pool: KernelPool,
+  x: Float32Array,
+  channels: number,
+  { bits, clip }: ActivationGrid,
+): { codes: Uint8Array; scales: Float32Array } {
+  const rows = x.length / channels;
+  const result = { codes: new Uint8Array(x.length), scales: new Float32Array(rows) };
+  const { arena } = pool;
+  arena.scoped(() => {
+    const from = arena.pushF32(x);
+    const codes = arena.scratch(x.length);
+    const scales = arena.scratch(rows * 4);
+    pool.run(
+      'encodeRows',
+      rows,
+      [from, codes, scales, channels, 2 ** bits - 1, clip],
+      Math.ceil(LIGHT_WORK / channels),
+    );
+    result.codes.set(arena.u8.subarray(codes, codes + x.length));
+    arena.readF32(scales, result.scales);
+  });
+  return result;
+}
+
 /** Throws unless rows of n channels can be rounded onto the grid. */
 export function checkActivationGrid({ bits, groupSize, clip }: ActivationGrid, n: number): void {
   ensure(bits === 4 || bits === 8, 'usage', () => `activations have 4 or 8 bits, found ${String(bits)}`);

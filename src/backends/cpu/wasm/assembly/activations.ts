@@ -83,6 +83,38 @@ export function quantizeRows(
   }
 }
 
+/**
+ * Symmetric codes of groups of `size` floats as unsigned bytes, code + 128, and their scales; units are groups. `levels` as in
+ * quantizeRows.
+ */
+export function encodeRows(
+  begin: u32, end: u32, scratch: usize, x: usize, codes: usize, scales: usize, size: u32, levels: f32, clip: f32,
+): void {
+  const top: f32 = (levels - 1) / 2;
+  for (let unit = begin; unit < end; unit++) {
+    const from = x + ((<usize>unit * size) << 2);
+    const to = codes + <usize>unit * size;
+    const scale: f32 = clip * max<f32>(largest(from, size), -smallest(from, size)) / top;
+    store<f32>(scales + (<usize>unit << 2), scale);
+    if (!(scale > 0)) {
+      memory.fill(to, 128, size);
+      continue;
+    }
+    const s = f32x4.splat(scale), least = f32x4.splat(-top - 1), most = f32x4.splat(top), zero = i32x4.splat(128);
+    let i: u32 = 0;
+    for (; i + 4 <= size; i += 4) {
+      const q = f32x4.pmin(f32x4.pmax(f32x4.nearest(f32x4.div(v128.load(from + (<usize>i << 2)), s)), least), most);
+      const n = i32x4.add(i32x4.trunc_sat_f32x4_s(q), zero);
+      const h = i16x8.narrow_i32x4_s(n, n);
+      v128.store32_lane(to + i, i8x16.narrow_i16x8_u(h, h), 0);
+    }
+    for (; i < size; i++) {
+      const q = min<f32>(max<f32>(nearest<f32>(load<f32>(from + (<usize>i << 2)) / scale), -top - 1), top);
+      store<u8>(to + i, <u8>(<i32>q + 128));
+    }
+  }
+}
+
 /** Bytes of one head's codes of one token. */
 // @ts-ignore: decorator
 @inline

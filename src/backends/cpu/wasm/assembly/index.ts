@@ -10,7 +10,7 @@ export { cholesky, solveLowerTransposed, invertLower, transpose } from './linalg
 export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
 export { attention, appendCache } from './attention';
 export { hadamardRows } from './hadamard';
-export { quantizeRows, appendQuantized, decodeCache, attentionQuantized } from './activations';
+export { quantizeRows, encodeRows, appendQuantized, decodeCache, attentionQuantized } from './activations';
 export {
   quantizeActivations, gemvNibbles, gemvBytes, packBytes, packNibbles, dequantizeBytes, dequantizeNibbles, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
