@@ -6,6 +6,7 @@ import type { QuantizeReport } from '../../quantize.node.js';
 import { VERSION } from '../../version.js';
 import { pickDevice, withModel, type CommandContext } from '../context.js';
 import {
+  decimalNumber,
   deviceOption,
   deviceSchema,
   jsonOption,
@@ -23,14 +24,19 @@ const schema = z.object({
   ...modelSchema,
   out: z.string().min(1),
   method: oneOf(METHODS),
-  bits: oneOf([2, 3, 4, 8]),
-  groupSize: oneOf([32, 64, 128, -1]),
+  bits: oneOf([2, 3, 4, 8]).optional(),
+  groupSize: oneOf([32, 64, 128, -1]).optional(),
   krot: wholeNumber(0, 31),
   scales: z.boolean(),
   share: z.boolean(),
   rounding: oneOf(['rtn', 'gptq']).optional(),
   steps: wholeNumber(0, 100_000),
   seed: wholeNumber(0),
+  actBits: oneOf([4, 8, 16]).optional(),
+  kvBits: oneOf([4, 8, 16]).optional(),
+  rotate: z.boolean().optional(),
+  smooth: oneOf(['none', 'down', 'all']).optional(),
+  alpha: decimalNumber({ min: 0, max: 1 }).optional(),
   calib: z.array(z.string()).optional(),
   calibSamples: wholeNumber(1, 1_000_000),
   seqLen: wholeNumber(2, 1_000_000),
@@ -47,13 +53,28 @@ export function quantizeCommand(context: CommandContext): Command {
     .argument('<model>', 'folder or hub id')
     .requiredOption('--out <dir>', 'folder to write; must be new, empty, or of the same run')
     .option('--method <name>', METHODS.join(', '), 'paroquant')
-    .option('--bits <n>', '2, 3, 4 or 8', '4')
-    .option('--group-size <n>', 'input channels per scale: 32, 64, 128, or -1 for one scale per output channel', '128')
+    .option('--bits <n>', '2, 3, 4 or 8 (default: 4, 8 with smoothquant)')
+    .option(
+      '--group-size <n>',
+      'input channels per scale: 32, 64, 128, or -1 for one scale per output channel (default: 128, -1 with smoothquant, quarot, smoothrot)',
+    )
     .option('--krot <n>', 'rotations per group (paroquant); 0 learns scales alone', '8')
     .option('--no-scales', 'learn no channel scales (paroquant)')
     .option('--no-share', 'a transform for each linear instead of one per linear group (paroquant)')
     .option('--rounding <how>', "rtn or gptq (default: the method's own)")
     .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
+    .option(
+      '--act-bits <n>',
+      "bits of the linears' inputs, rounded token by token: 4, 8 or 16 (default: the method's own)",
+    )
+    .option('--kv-bits <n>', "bits of the key/value cache: 4, 8 or 16 (default: the method's own)")
+    .option('--rotate', 'fold Hadamard rotations into the model first (quarot and smoothrot do)')
+    .option('--no-rotate', 'no Hadamard rotations')
+    .option(
+      '--smooth <where>',
+      "scale activation outliers into the weights: none, down or all (default: the method's own)",
+    )
+    .option('--alpha <x>', 'exponent of the smoothing scales, 0 to 1 (default: searched block by block)')
     .option('--seed <n>', 'of everything random', '0')
     .option(
       '--calib <files...>',
@@ -74,10 +95,12 @@ Examples:
   $ gyre quantize Qwen/Qwen3-0.6B --out qwen3-w4 --calib book.txt chats.jsonl --calib-samples 128
   $ gyre quantize ./my-model --out my-model-w3 --bits 3 --group-size 64
   $ gyre quantize ./my-model --out my-model-awq --method awq --dry-run
+  $ gyre quantize ./my-model --out my-model-w4a4 --method smoothrot
+  $ gyre quantize ./my-model --out my-model-w4a8 --act-bits 8 --kv-bits 8
   $ gyre quantize ./my-model --out my-model-w4 --resume    # after Ctrl-C or a power cut
 
 Methods:
-${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n')}`,
+${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n')}`,
     )
     .action(async (model: string, raw: unknown) => {
       const options = parseOptions(schema, raw);

@@ -4,10 +4,13 @@ import type { Recipe } from '../types.js';
 import { awq } from './awq.js';
 import { gptq } from './gptq.js';
 import { paroquant } from './paroquant.js';
+import { quarot } from './quarot.js';
 import { rtn } from './rtn.js';
+import { smoothquant } from './smoothquant.js';
+import { smoothrot } from './smoothrot.js';
 
 /** Every recipe by name. */
-export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant];
+export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant, smoothquant, quarot, smoothrot];
 
 /** @throws GyreError `usage` naming the recipes there are. */
 export function findRecipe(name: string): Recipe {

@@ -2,7 +2,7 @@
 import { exp4, sumLanes } from './math';
 
 /** Positions whose values are summed at a time, for every query: with the next ones, which are being asked for, they fit in an L1 cache. */
-const BLOCK: u32 = 16;
+export const BLOCK: u32 = 16;
 
 /** Loads one word of every line of `rows` rows, so that their misses are in flight together; see touch in products.ts. */
 // @ts-ignore: decorator
@@ -17,7 +17,7 @@ function touchRows(from: usize, step: usize, first: u32, last: u32, bytes: usize
 }
 
 /** Σ a·b of n floats. */
-function dot1(a: usize, b: usize, n: u32): f32 {
+export function dot1(a: usize, b: usize, n: u32): f32 {
   let s = f32x4.splat(0);
   let i: u32 = 0;
   for (; i + 4 <= n; i += 4) s = f32x4.add(s, f32x4.mul(v128.load(a + (<usize>i << 2)), v128.load(b + (<usize>i << 2))));
@@ -27,7 +27,7 @@ function dot1(a: usize, b: usize, n: u32): f32 {
 }
 
 /** Four keys at once (`step` bytes apart), n a multiple of 4. */
-function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
+export function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
   let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
   const k1 = key + step, k2 = k1 + step, k3 = k2 + step;
   for (let at: usize = 0; at < <usize>n << 2; at += 16) {
@@ -51,7 +51,7 @@ function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32):
 }
 
 /** x ← e^(x − max x) over n floats (4 may be written past the end); returns the sum. */
-function softmaxParts(x: usize, n: u32): f32 {
+export function softmaxParts(x: usize, n: u32): f32 {
   let top: f32 = -Infinity;
   for (let i: u32 = 0; i < n; i++) top = max<f32>(top, load<f32>(x + (<usize>i << 2)));
   const shift = f32x4.splat(top);
@@ -71,7 +71,7 @@ function softmaxParts(x: usize, n: u32): f32 {
 }
 
 /** to += Σ_p weights[p] · values[p], over n floats. */
-function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
+export function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
   let at: usize = 0;
   const bytes = <usize>n << 2;
   for (; at + 64 <= bytes; at += 64) {
