@@ -60,8 +60,7 @@ export function gemm(gpu: GpuDevice, call: GemmCall): void {
   const tile = call.tile ?? (tiles(128) >= BUSY / 2 ? 128 : 64);
   const slices = batch
     ? 1
-    : (call.slices ??
-      Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile)))));
+    : (call.slices ?? Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile)))));
   const ldc = call.ldc ?? n;
   const shape = {
     m,

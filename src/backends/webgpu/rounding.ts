@@ -26,6 +26,11 @@ export function gridShape(w: GpuTensor, grid: GridSpec): { groups: number; slots
   return { groups, slots: groups * cols, levels: 2 ** grid.bits - 1 };
 }
 
+/** 1 for grids symmetric around zero. */
+function isSymmetric(grid: GridSpec & { readonly symmetric?: boolean }): number {
+  return Number(grid.symmetric ?? false);
+}
+
 /** Which grids to set, and how much of each range to keep. */
 interface GridChoice {
   readonly clip?: GPUBuffer;
@@ -54,6 +59,7 @@ export function setGrids(
       groupSize: grid.groupSize,
       group0: firstGroup,
       levels: gridShape(w, grid).levels,
+      symmetric: isSymmetric(grid),
       clipped: Number(clip !== undefined),
       ratio,
     },
@@ -184,6 +190,7 @@ export async function gptq(
         rows,
         groupSize,
         levels,
+        symmetric: isSymmetric(grid),
         clipped: Number(grids.clip !== undefined),
         ownGrids: Number(ownGrids),
       },

@@ -25,6 +25,12 @@ fn gridOf(lo: f32, hi: f32, levels: f32) -> vec2<f32> {
   if (scale < MIN_SCALE) { scale = max(rangeScale(0.0, max(abs(lo), abs(hi)), levels), MIN_SCALE); }
   return vec2<f32>(scale, clamp(round(quotient(-lo, scale)), 0.0, levels));
 }
+/** The same, or symmetric around zero: then codes are from −(levels + 1)/2 to (levels − 1)/2. */
+fn gridFor(lo: f32, hi: f32, levels: f32, symmetric: u32) -> vec2<f32> {
+  if (symmetric == 0u) { return gridOf(lo, hi, levels); }
+  let peak = max(abs(lo), abs(hi));
+  return vec2<f32>(max(roundF16(quotient(peak, (levels - 1.0) / 2.0)), MIN_SCALE), (levels + 1.0) / 2.0);
+}
 /** code − zero. */
 fn snap(x: f32, grid: vec2<f32>, levels: f32) -> f32 {
   return clamp(round(quotient(x, grid.x)), -grid.y, levels - grid.y);
@@ -36,7 +42,15 @@ const GREATEST = '3.4028234663852886e38';
 export const rangeKernel = defineKernel({
   name: 'gridRange',
   buffers: { w: read('f32'), clip: read('f32'), scales: write('f32'), zeros: write('f32') },
-  params: { cols: 'u32', groupSize: 'u32', group0: 'u32', levels: 'f32', clipped: 'u32', ratio: 'f32' },
+  params: {
+    cols: 'u32',
+    groupSize: 'u32',
+    group0: 'u32',
+    levels: 'f32',
+    symmetric: 'u32',
+    clipped: 'u32',
+    ratio: 'f32',
+  },
   body: /* wgsl */ `${GRID_ARITHMETIC}
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
@@ -54,7 +68,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let slot = group * params.cols + col;
   var factor = params.ratio;
   if (params.clipped != 0u) { factor = clip[slot]; }
-  let grid = gridOf(lo * factor, hi * factor, params.levels);
+  let grid = gridFor(lo * factor, hi * factor, params.levels, params.symmetric);
   scales[slot] = grid.x;
   zeros[slot] = grid.y;
 }`,
