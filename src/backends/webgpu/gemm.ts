@@ -45,7 +45,7 @@ export interface GemmCall {
 /** Workgroups that keep a large GPU busy. */
 const BUSY = 256;
 /** Shortest slice of k worth a workgroup of its own. */
-const MIN_SLICE = 256;
+const MIN_SLICE = 128;
 const MAX_SLICES = 32;
 /** Multiply-adds per dispatch: under a second on a GPU of 0.5 TFLOP/s. */
 const DISPATCH_WORK = 2e11;

@@ -5,7 +5,7 @@ import type { GridSpec, RoundedWeight } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
 import { gemm } from './gemm.js';
 import { addScaledKernel, strided } from './kernels/elementwise.js';
-import { fakeQuantizeKernel, packBytesKernel, packCodesKernel, rangeKernel } from './kernels/grid.js';
+import { fakeQuantizeKernel, GRID_COLUMNS, packBytesKernel, packCodesKernel, rangeKernel } from './kernels/grid.js';
 import { BLOCK, BLOCK_COLUMNS, descentBlockKernel, gptqBlockKernel } from './kernels/rounding.js';
 import { freeTensor, makeTensor, own, type GpuTensor } from './tensor.js';
 
@@ -63,7 +63,7 @@ export function setGrids(
       clipped: Number(clip !== undefined),
       ratio,
     },
-    [Math.ceil(cols / 64), groups],
+    [Math.ceil(cols / GRID_COLUMNS), groups],
   );
   if (!clip) gpu.release(unused);
 }
