@@ -231,7 +231,7 @@ async function dense(out: number, inFeatures: number): Promise<void> {
     [4, 8],
     [1, 8],
   ] as const) {
-    const variant = { f16, shuffle, rows, teams, batch: 1 };
+    const variant = { f16, shuffle, rows, teams, batch: 1, weights: 'f16' as const };
     const kernel = denseGemvKernel(variant);
     const dispatch = gpu.prepare(kernel, { w, x, factors, y }, { words: inFeatures / 8, outFeatures: out }, [
       Math.ceil(out / denseRowsPerGroup(variant)),
