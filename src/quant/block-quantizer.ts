@@ -12,6 +12,7 @@ import { groupModules, groupShape, readLinear } from '../models/load.js';
 import type { Backend, RopeHandle, Tensor } from '../ops/backend.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
+import { divideBy, groupRanges, InputSample } from './ranges.js';
 import { InputStatistics } from './statistics.js';
 import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
 
@@ -149,6 +150,7 @@ export class BlockQuantizer {
     const parts = await this.#readParts(group);
     const reference = await LinearGroup.load(backend, parts);
     const statistics = new InputStatistics(backend);
+    const sample = new InputSample(backend);
     const kept: Tensor[] = [];
     for (const [i, chunk] of this.#chunks.entries()) {
       this.#hooks.checkAborted();
@@ -157,6 +159,7 @@ export class BlockQuantizer {
       await this.#hooks.timed('statistics', () =>
         statistics.add(x.quantized, this.#twoPaths && x.reference !== x.quantized ? x.reference : undefined),
       );
+      await sample.add(x.quantized);
       if (keep) {
         if (this.#twoPaths) {
           const next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
@@ -170,7 +173,7 @@ export class BlockQuantizer {
       if (x.reference !== x.quantized) backend.free(x.reference);
     }
     const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
-    const quantizedParts = await this.#group(group, parts, finished);
+    const quantizedParts = await this.#group(group, parts, { ...finished, inputs: sample.values() });
     backend.free(finished.gram, finished.cross);
     const quantized = await LinearGroup.load(backend, quantizedParts);
     return new StagedGroup(backend, quantized, reference, kept);
@@ -201,7 +204,7 @@ export class BlockQuantizer {
   async #group(
     group: GroupName,
     parts?: LinearPart[],
-    statistics?: { gram: Tensor; cross: Tensor | undefined },
+    statistics?: { gram: Tensor; cross: Tensor | undefined; inputs: Float32Array | undefined },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
     const decision = plan.decisions[group];
@@ -249,12 +252,13 @@ export class BlockQuantizer {
       seconds: (performance.now() - start) / 1000,
       stats: result.stats,
       curve: result.curve,
+      ranges: await groupRanges(backend, task, result, statistics?.inputs),
     });
     // Until the shard is written, folded scales act at the group itself: the same product, inputs as they are now.
     const { foldedScales } = result;
     return result.parts.map((part, i) => ({
       source: { kind: 'quantized', weight: part.weight, bias: read[i].source.bias },
-      transform: foldedScales ? inverseScaling(foldedScales) : part.transform,
+      transform: foldedScales ? divideBy(foldedScales) : part.transform,
     }));
   }
 
@@ -393,15 +397,4 @@ class StagedGroup {
     this.quantized.release();
     this.reference.release();
   }
-}
-
-function inverseScaling(scales: Float32Array): LinearPart['transform'] {
-  return {
-    channels: scales.length,
-    groupSize: scales.length,
-    krot: 0,
-    pairs: new Int16Array(0),
-    theta: new Float32Array(0),
-    channelScales: scales.map((s) => 1 / s),
-  };
 }
