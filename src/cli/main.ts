@@ -7,6 +7,7 @@ import { evalCommand } from './commands/eval.js';
 import { generateCommand } from './commands/generate.js';
 import { inspectCommand } from './commands/inspect.js';
 import { quantizeCommand } from './commands/quantize.js';
+import { reportCommand } from './commands/report.js';
 import { createContext, type CommandContext } from './context.js';
 import { colorsFor } from './ui/colors.js';
 import { describeError, errorJson, EXIT, formatError, stacks } from './ui/errors.js';
@@ -78,7 +79,7 @@ Examples:
 A model is a folder in Hugging Face layout or an id on the hub. Every command takes --json and has its own --help.
 Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped by Ctrl-C. GYRE_DEBUG=1 prints stacks of errors.`,
     );
-  const commands = [quantizeCommand, evalCommand, generateCommand, inspectCommand, demoCommand];
+  const commands = [quantizeCommand, evalCommand, generateCommand, inspectCommand, reportCommand, demoCommand];
   for (const command of commands) program.addCommand(command(context));
   for (const command of [program, ...program.commands]) {
     // Errors are thrown and printed in one place; help goes to stdout as it is.

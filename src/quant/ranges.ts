@@ -66,7 +66,7 @@ export async function groupRanges(
   };
   const every = transforms.every((transform) => transform !== undefined);
   const weightsAfter = every
-    ? concat(await Promise.all(samples.map((w, i) => transformed(w, transforms[i] as PairwiseTransform, 'weight'))))
+    ? concat(await Promise.all(samples.map((w, i) => transformed(w, transforms[i], 'weight'))))
     : undefined;
   // With a transform for each linear, the inputs are shown under the first one's.
   const [first] = transforms;

@@ -49,7 +49,10 @@ export const groupRecordSchema = z.object({
   modules: z.array(z.string()),
   /** The recipe's numbers. `error`: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs. */
   stats: z.record(z.string(), z.number()),
-  /** Loss per optimiser step, 0 without any error, when something was learned. */
+  /**
+   * Loss per optimiser step, when something was learned: squared error of the outputs as a share of ‖WX‖², up to a
+   * constant of the group.
+   */
   curve: z.array(z.number()).optional(),
   ranges: groupRangesSchema.optional(),
 });

@@ -3,27 +3,36 @@ import { html } from './html.js';
 import type { ReportInput } from './inputs.js';
 import { joinInputs, type ReportData } from './models.js';
 import { drawFigures, renderPage } from './page.js';
-import { standalone } from './render.js';
+import { standalone, type Drawing } from './render.js';
 import { openingOf } from './sections/headline.js';
 import { lossSections } from './sections/losses.js';
+import { driftSections } from './sections/drift.js';
+import { layerSections } from './sections/layers.js';
+import { provenanceSections } from './sections/provenance.js';
+import { rangeSections } from './sections/ranges.js';
+import { taskSections } from './sections/tasks.js';
+import { speedSections } from './sections/speed.js';
 import type { Section } from './sections/section.js';
 
 export { INPUT_KINDS, MAX_INPUT_BYTES, readInput, type ReportInput } from './inputs.js';
 
 /** Sections in reading order; each makes none where its data is missing. */
-const SECTIONS: readonly ((data: ReportData) => readonly Section[])[] = [lossSections];
+const SECTIONS: readonly ((data: ReportData) => readonly Section[])[] = [
+  lossSections,
+  taskSections,
+  driftSections,
+  rangeSections,
+  layerSections,
+  speedSections,
+  provenanceSections,
+];
 
 /** A finished report. */
 export interface Report {
   readonly title: string;
   readonly html: string;
   /** Each chart as an SVG file. */
-  readonly charts: readonly {
-    readonly name: string;
-    readonly title: string;
-    readonly svg: string;
-    readonly width: number;
-  }[];
+  readonly charts: readonly (Drawing & { readonly name: string; readonly title: string })[];
   readonly sections: readonly string[];
 }
 
@@ -49,8 +58,7 @@ export async function renderReport(inputs: readonly ReportInput[], options: Repo
     charts: [...drawn.values()].map(({ figure, wide }) => ({
       name: figure.id,
       title: figure.title,
-      svg: standalone(wide, figure.key),
-      width: wide.width,
+      ...standalone(wide, figure.key),
     })),
     sections: sections.map(({ id }) => id),
   };

@@ -80,7 +80,7 @@ export async function draw(figure: Figure, layoutName: keyof typeof LAYOUTS): Pr
 }
 
 /** A drawing as a file of its own, with its theme inside and the key below. */
-export function standalone(drawing: Drawing, key: readonly KeyItem[] = []): string {
+export function standalone(drawing: Drawing, key: readonly KeyItem[] = []): Drawing {
   const rows = layOutKey(key, drawing.width);
   const height = drawing.height + rows.length * KEY_LINE;
   const legend = rows.flatMap((row, r) =>
@@ -96,11 +96,12 @@ export function standalone(drawing: Drawing, key: readonly KeyItem[] = []): stri
   const dark = recolour('', (name) => PALETTE[name].dark);
   const style = `<style>@media (prefers-color-scheme:dark){${dark}}</style>`;
   const paper = `<rect width="100%" height="100%" fill="${PALETTE.paper.light}"/>`;
-  return `${drawing.svg
+  const svg = `${drawing.svg
     .replace(`viewBox="0 0 ${drawing.width} ${drawing.height}"`, `viewBox="0 0 ${drawing.width} ${height}"`)
     .replace(` height="${drawing.height}"`, ` height="${height}"`)
     .replace('</desc>', `</desc>${style}${paper}`)
     .replace(/<\/svg>\s*$/, `${legend.join('')}</svg>`)}\n`;
+  return { svg, width: drawing.width, height };
 }
 
 const KEY_LINE = 22;

@@ -26,7 +26,10 @@ export function studentT95(degrees: number): number {
 }
 
 /** Mean of weighted items with its interval from their spread (a ratio estimator when weights differ). */
-export function weightedMean(values: readonly number[], weights?: readonly number[]): Estimate {
+export function weightedMean(
+  values: readonly number[],
+  weights?: readonly number[],
+): Estimate & { readonly standardError: number | null } {
   const n = values.length;
   const w = (i: number): number => weights?.[i] ?? 1;
   let total = 0;
@@ -36,11 +39,12 @@ export function weightedMean(values: readonly number[], weights?: readonly numbe
     sum += w(i) * values[i];
   }
   const value = sum / total;
-  if (n < 2) return { value, low: null, high: null, n };
+  if (n < 2) return { value, low: null, high: null, standardError: null, n };
   let squares = 0;
   for (let i = 0; i < n; i++) squares += (w(i) * (values[i] - value)) ** 2;
-  const error = (Math.sqrt((n / (n - 1)) * squares) / total) * studentT95(n - 1);
-  return { value, low: value - error, high: value + error, n };
+  const standardError = Math.sqrt((n / (n - 1)) * squares) / total;
+  const error = standardError * studentT95(n - 1);
+  return { value, low: value - error, high: value + error, standardError, n };
 }
 
 /** Mean of the differences a − b of paired items. */

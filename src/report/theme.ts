@@ -74,14 +74,8 @@ export const CONFIG: Config = {
     ticks: false,
     tickCount: 5,
   },
-  header: {
-    labelColor: color('ink'),
-    titleColor: color('muted'),
-    labelFontSize: 13,
-    labelFontWeight: 'bold',
-    labelAnchor: 'start',
-    labelPadding: 6,
-  },
+  // Labels at the ends stay inside, so that titles of neighbouring panels stand at one height.
+  axisYQuantitative: { labelFlush: true },
   text: { color: color('ink'), fontSize: 12 },
   line: { strokeWidth: 2 },
   rule: { color: color('muted') },

@@ -2,12 +2,14 @@
 import type { TopLevelSpec } from 'vega-lite';
 import { bytes, fixed, html, interval, measure, significant, type Table } from '../html.js';
 import { estimateOf, perplexityIncrease, type Measurement, type ReportData, type ReportModel } from '../models.js';
-import type { Figure, Layout } from '../render.js';
+import type { Figure } from '../render.js';
 import type { Estimate } from '../statistics.js';
 import { color } from '../theme.js';
 import {
+  domainFromZero,
   modelColors,
   modelShapes,
+  panelTitle,
   panelWidth,
   stack,
   type Layer,
@@ -59,8 +61,7 @@ export function lossSections(data: ReportData): Section[] {
   const intro = html`<p>
     KL divergence compares the whole distribution over the next token with the original’s, at every position of the
     text; 0 means that nothing changed. It is measured on the same tokens for every model, and so is the change in
-    perplexity, which is compared window by window: how hard the text is cancels out. Bars and brackets are 95%
-    intervals.
+    perplexity, which is compared window by window: how hard the text is cancels out. Bars are 95% intervals.
   </p>`;
   return [{ id: 'quality', title: 'Size and quality', parts: [{ kind: 'text', html: intro }, ...parts] }];
 }
@@ -97,36 +98,39 @@ function sizeFigure(data: ReportData, texts: readonly Measurement[]): Figure | u
     alt: `Scatter plot of ${rows.length} models: bits per weight against ${loss.title}. ${least.model.label} has the least loss, ${significant(loss.scale * least.estimate.value)} at ${fixed(least.model.linearBitsPerWeight, 2)} bits, ${most.model.label} the most, ${significant(loss.scale * most.estimate.value)} at ${fixed(most.model.linearBitsPerWeight, 2)} bits.`,
     caption: html`Lower left is better. Size is in stored bits per weight of the linear layers (scales, zero points and
       transforms included; 16 in the original); the loss is the ${loss.title.replace(/,.*/, '')} from the original on
-      <em>${text.name}</em>, with its 95% interval.`,
-    spec: (layout): TopLevelSpec => ({
-      width: layout.width - 70,
-      height: layout.narrow ? 260 : 320,
-      data: { values },
-      encoding: {
-        x: {
-          field: 'bits',
-          type: 'quantitative',
-          scale: { domain, nice: false, zero: false },
-          title: 'bits per weight in the linear layers',
+      <em>${text.name}</em>, with its 95% interval. Models of equal size stand side by side.`,
+    spec: (layout): TopLevelSpec => {
+      const plot = { width: layout.width - 70, height: layout.narrow ? 260 : 320, domain, top: 1.08 * top };
+      const longest = Math.max(...models.map((model) => model.label.length));
+      const places = placeScatter(values, plot, longest);
+      const perPixel = (domain[1] - domain[0]) / plot.width;
+      const shape = { field: 'model', type: 'nominal', legend: null, scale: modelShapes(models) } as const;
+      return {
+        width: plot.width,
+        height: plot.height,
+        data: { values: values.map((row, i) => ({ ...row, bits: row.bits + perPixel * places[i].dx })) },
+        encoding: {
+          x: {
+            field: 'bits',
+            type: 'quantitative',
+            scale: { domain, nice: false, zero: false },
+            title: 'bits per weight in the linear layers',
+          },
+          y: { field: 'value', type: 'quantitative', scale: { domain: [0, plot.top], nice: false }, title: null },
+          color: { field: 'model', type: 'nominal', legend: null, scale: modelColors(models) },
         },
-        y: {
-          field: 'value',
-          type: 'quantitative',
-          scale: { domain: [0, 1.08 * top] },
-          title: null,
-        },
-        color: { field: 'model', type: 'nominal', legend: null, scale: modelColors(models) },
-      },
-      title: panelTitle(loss.title),
-      layer: [
-        { mark: { type: 'rule', strokeWidth: 2 }, encoding: { y: { field: 'low' }, y2: { field: 'high' } } },
-        {
-          mark: { type: 'point', filled: true, size: 110, opacity: 1 },
-          encoding: { shape: { field: 'model', type: 'nominal', legend: null, scale: modelShapes(models) } },
-        },
-        ...labelLayers(values, layout, domain, top),
-      ],
-    }),
+        title: panelTitle(loss.title),
+        layer: [
+          { mark: { type: 'rule', strokeWidth: 2 }, encoding: { y: { field: 'low' }, y2: { field: 'high' } } },
+          { mark: { type: 'point', filled: true, size: 110, opacity: 1 }, encoding: { shape } },
+          ...places.map(({ label: { x, y, align } }, i): Layer => ({
+            transform: [{ filter: { field: 'model', equal: values[i].model } }],
+            mark: { type: 'text', align, fontSize: 13, fontWeight: i === 0 ? 'bold' : 'normal' },
+            encoding: { x: { value: x }, y: { value: y }, text: { field: 'model' } },
+          })),
+        ],
+      };
+    },
     table: {
       caption: `Size and ${loss.title} on ${text.name}`,
       columns: [
@@ -145,33 +149,42 @@ function sizeFigure(data: ReportData, texts: readonly Measurement[]): Figure | u
   };
 }
 
-/** Names beside their points, to the side where there is room; points close above each other take turns. */
-function labelLayers(
-  values: readonly { model: string; bits: number; value: number }[],
-  layout: Layout,
-  domain: readonly number[],
-  top: number,
-): Layer[] {
-  const x = (bits: number): number => ((bits - domain[0]) / (domain[1] - domain[0])) * (layout.width - 70);
-  const y = (value: number): number => (value / (1.08 * top)) * (layout.narrow ? 260 : 320);
-  return values.map((own, i): Layer => {
-    const crowded = values.some(
-      (other, j) => j < i && Math.abs(x(other.bits) - x(own.bits)) < 90 && Math.abs(y(other.value) - y(own.value)) < 16,
-    );
-    const right = x(own.bits) + 20 + 8 * own.model.length < layout.width - 70;
-    const left = crowded ? right : !right;
-    return {
-      transform: [{ filter: { field: 'model', equal: own.model } }],
-      mark: {
-        type: 'text',
-        align: left ? 'right' : 'left',
-        dx: left ? -12 : 12,
-        fontSize: 13,
-        fontWeight: i === 0 ? 'bold' : 'normal',
-      },
-      encoding: { text: { field: 'model' } },
-    };
-  });
+/** How far a point is moved aside, and where its name stands, in pixels. */
+interface ScatterPlace {
+  dx: number;
+  label: { x: number; y: number; align: 'left' | 'right' };
+}
+
+/** Points of one size side by side, and their names in a column beside them, far enough apart to be read. */
+function placeScatter(
+  points: readonly { bits: number; value: number }[],
+  plot: { width: number; height: number; domain: readonly number[]; top: number },
+  longest: number,
+): ScatterPlace[] {
+  const x = (bits: number): number => ((bits - plot.domain[0]) / (plot.domain[1] - plot.domain[0])) * plot.width;
+  const y = (value: number): number => plot.height * (1 - value / plot.top);
+  const placed = points.map(({ bits }): ScatterPlace => ({ dx: 0, label: { x: x(bits), y: 0, align: 'left' } }));
+  const left = new Set(points.keys());
+  while (left.size > 0) {
+    const [seed] = left;
+    const cluster = [...left].filter((i) => Math.abs(x(points[i].bits) - x(points[seed].bits)) < 24);
+    for (const i of cluster) left.delete(i);
+    // From the top of the chart down.
+    cluster.sort((a, b) => points[b].value - points[a].value);
+    const middle = (cluster.length - 1) / 2;
+    const edge = Math.max(...cluster.map((i, n) => x(points[i].bits) + 11 * (n - middle)));
+    const right = edge + 14 + 8 * longest < plot.width;
+    const begin = Math.min(...cluster.map((i, n) => x(points[i].bits) + 11 * (n - middle)));
+    let above = -Infinity;
+    cluster.forEach((i, n) => {
+      above = Math.max(y(points[i].value), above + 17);
+      placed[i] = {
+        dx: 11 * (n - middle),
+        label: { x: right ? edge + 14 : begin - 14, y: above, align: right ? 'left' : 'right' },
+      };
+    });
+  }
+  return placed;
 }
 
 function lossFigure(data: ReportData, text: Measurement, index: number): Figure | undefined {
@@ -226,7 +239,7 @@ function lossFigure(data: ReportData, text: Measurement, index: number): Figure 
           x: {
             field: 'value',
             type: 'quantitative',
-            scale: { zero: true },
+            scale: { domain: extent(loss.name), nice: false },
             title: null,
             axis: { tickCount: 4, grid: false },
           },

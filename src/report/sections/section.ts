@@ -73,15 +73,36 @@ export function modelShapes(models: readonly ReportModel[]): { domain: string[];
   return { domain: models.map((model) => model.label), range: models.map((model) => model.style.shape) };
 }
 
-/** Linear groups in the order data flows, with names for people. */
+/** Linear groups in the order data flows: above a panel, and in a sentence. */
 export const GROUPS = [
-  ['qkv', 'q, k, v'],
-  ['o', 'attention output'],
-  ['gateUp', 'gate, up'],
-  ['down', 'down'],
+  ['qkv', 'q, k, v', 'q, k and v'],
+  ['o', 'attention output', 'the attention output'],
+  ['gateUp', 'gate, up', 'gate and up'],
+  ['down', 'down', 'the down projection'],
 ] as const;
 
-/** A group's name for people. */
+/** A group's name above a panel. */
 export function groupTitle(group: string): string {
   return GROUPS.find(([name]) => name === group)?.[1] ?? group;
+}
+
+/** `the down projection of block 7`. */
+export function groupPhrase(group: string, layer: number): string {
+  return `${GROUPS.find(([name]) => name === group)?.[2] ?? group} of block ${layer}`;
+}
+
+/** An axis of powers of ten with lines and labels at 1, 2 and 5 times each, or fewer where there would be many. */
+export function logAxis([low, high]: readonly [number, number]): { values: number[]; labelExpr: string } {
+  const ticks = (steps: readonly number[]): number[] => {
+    const found: number[] = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+      for (const step of steps) {
+        const tick = Number((step * 10 ** power).toPrecision(1));
+        if (tick >= low * 0.999 && tick <= high * 1.001) found.push(tick);
+      }
+    return found;
+  };
+  const values = [[1, 2, 5], [1, 3], [1]].map(ticks).find((candidate) => candidate.length <= 6) ?? ticks([1]);
+  const labelExpr = "datum.value < 0.0005 ? format(datum.value, '.0e') : format(datum.value, '~g')";
+  return { values, labelExpr };
 }

@@ -1,0 +1,105 @@
+// Speed: benchmark rows as bars. What a row measured is told by the names of its numbers.
+import type { TopLevelSpec } from 'vega-lite';
+import { html, significant } from '../html.js';
+import type { Benchmark } from '../inputs.js';
+import { baseName, type ReportData } from '../models.js';
+import type { Figure } from '../render.js';
+import { color } from '../theme.js';
+import { panelTitle, type Section } from './section.js';
+
+/** Fields that are a speed or a time, the one to draw first. */
+const MEASURES = [
+  { field: 'tokensPerSecond', title: 'tokens per second', more: true },
+  { field: 'gigabytesPerSecond', title: 'GB of weights per second', more: true },
+  { field: 'teraflops', title: 'TFLOP/s', more: true },
+  { field: 'gflops', title: 'GFLOP/s', more: true },
+  { field: 'gflops1', title: 'GFLOP/s in one thread', more: true },
+  { field: 'microseconds', title: 'µs', more: false },
+  { field: 'milliseconds', title: 'ms', more: false },
+] as const;
+
+/** Fields that say what was measured when several rows differ in them. */
+const WORDS = ['kernel', 'variant', 'op', 'shape', 'weights', 'threads', 'rows', 'bits', 'batch', 'context', 'tokens'];
+
+/** Bars of one chart at most. */
+const MAX_ROWS = 48;
+
+/** Benchmarks that have a speed in them. */
+export function speedSections(data: ReportData): Section[] {
+  const figures: Figure[] = [];
+  for (const input of data.inputs) {
+    const figure = input.kind === 'benchmark' && speedFigure(input.file, input.result, figures.length);
+    if (figure) figures.push(figure);
+  }
+  return figures.length === 0
+    ? []
+    : [{ id: 'speed', title: 'Speed', parts: figures.map((figure) => ({ kind: 'figure' as const, figure })) }];
+}
+
+function speedFigure(file: string, benchmark: Benchmark, index: number): Figure | undefined {
+  const rows = benchmark.rows ?? benchmark.results ?? [];
+  const measure = MEASURES.find(({ field }) => rows.some((row) => typeof row[field] === 'number'));
+  if (!measure) return undefined;
+  const words = WORDS.filter((word) => new Set(rows.map((row) => row[word])).size > 1 || rows.length === 1);
+  const values = rows
+    .flatMap((row) => {
+      const value = row[measure.field];
+      if (typeof value !== 'number') return [];
+      const label = words.flatMap((word) => describe(word, row[word])).join(', ');
+      return [{ label: label === '' ? measure.title : label, value }];
+    })
+    .slice(0, MAX_ROWS);
+  const name = baseName(file).replace(/\.json$/, '');
+  const best = values.reduce((a, b) => (b.value > a.value === measure.more ? b : a));
+  const longest = Math.max(...values.map(({ label }) => label.length));
+  return {
+    id: `speed-${index + 1}`,
+    title: `${name}: ${measure.title}`,
+    alt: `Bar chart of ${values.length} measurements in ${measure.title}; the best is ${best.label} with ${significant(best.value)}.`,
+    caption: html`${measure.more ? 'More is better' : 'Less is better'}. ${machineOf(benchmark)}`,
+    spec: (layout): TopLevelSpec => {
+      const labels = Math.min(layout.narrow ? 150 : 330, 16 + 7.2 * longest);
+      return {
+        data: { values },
+        width: layout.width - labels - 60,
+        height: { step: 22 },
+        title: panelTitle(measure.title),
+        encoding: {
+          y: {
+            field: 'label',
+            type: 'nominal',
+            sort: null,
+            title: null,
+            // Vega estimates widths generously where it has no canvas.
+            axis: { labelColor: color('ink'), labelLimit: layout.narrow ? 1.15 * labels : 0 },
+          },
+          x: { field: 'value', type: 'quantitative', title: null, axis: { tickCount: 4 } },
+        },
+        layer: [
+          { mark: { type: 'bar', color: color('blue'), height: 13 } },
+          {
+            transform: [{ calculate: "format(datum.value, '.3~s')", as: 'text' }],
+            mark: { type: 'text', align: 'left', dx: 5 },
+            encoding: { text: { field: 'text' } },
+          },
+        ],
+      };
+    },
+    table: {
+      caption: `${name}: ${measure.title}`,
+      columns: [{ title: 'measured' }, { title: measure.title, numeric: true }],
+      rows: values.map(({ label, value }) => [label, significant(value, 4)]),
+    },
+  };
+}
+
+function describe(word: string, value: unknown): string[] {
+  if (typeof value === 'string') return [value];
+  if (typeof value !== 'number') return [];
+  return [value === 1 ? `1 ${word.replace(/s$/, '')}` : `${value} ${word}`];
+}
+
+function machineOf({ machine }: Benchmark): string {
+  if (typeof machine === 'string') return machine;
+  return [machine?.gpu, machine?.cpu].filter((part) => part !== undefined).join(', ');
+}
