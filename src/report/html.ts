@@ -60,7 +60,7 @@ export function renderTable({ caption, columns, rows, strong = [] }: Table): Htm
   return html`<div class="table" role="region" aria-label="${caption}" tabindex="0">
     <table>
       <caption>
-        ${caption}
+        <span>${caption}</span>
       </caption>
       <thead>
         <tr>

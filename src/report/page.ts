@@ -169,6 +169,7 @@ summary{width:fit-content;padding:.2rem 0;color:var(--blue);cursor:pointer}
 details .table{margin:.5rem 0;max-height:26rem;overflow:auto}
 table{border-collapse:collapse;min-width:100%;font-size:.875rem;line-height:1.4}
 caption{padding-bottom:.5rem;text-align:left;color:var(--muted)}
+caption span{display:block;position:sticky;left:0;max-width:min(44rem,100vw - 2rem)}
 th,td{padding:.4rem .75rem;text-align:left;vertical-align:baseline;font-weight:400}
 th:first-child{padding-left:0}th:last-child,td:last-child{padding-right:0}
 thead th{border-bottom:1.5px solid var(--ink);font-weight:600;vertical-align:bottom}
@@ -193,6 +194,7 @@ footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--faint);font-s
  header{padding-top:0}h2{margin-top:1.75rem;break-after:avoid}
  .chart.wide{display:block!important}.chart.narrow{display:none!important}
  .table,details .table{overflow:visible;max-height:none}
+ table{font-size:8pt}th,td{padding:.2rem .4rem}.n{white-space:normal}
  tr{break-inside:avoid}
  a{color:inherit;text-decoration:none}
 }`.replaceAll(/\n\s*/g, '\n');

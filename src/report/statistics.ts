@@ -8,9 +8,9 @@ export interface Estimate {
   readonly n: number;
 }
 
-const SMALL_T = [12.706, 4.303, 3.182, 2.776] as const;
+const SMALL_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365] as const;
 
-/** Two-sided 95% quantile of Student's t: by table up to 4 degrees of freedom, then Cornish–Fisher (error < 0.002). */
+/** Two-sided 95% quantile of Student's t: by table up to 7 degrees of freedom, then Cornish–Fisher (error < 0.001). */
 export function studentT95(degrees: number): number {
   if (degrees < 1) return Infinity;
   if (degrees <= SMALL_T.length) return SMALL_T[Math.ceil(degrees) - 1];

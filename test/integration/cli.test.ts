@@ -48,14 +48,17 @@ afterAll(async () => {
 });
 
 describe('help', () => {
-  it.each(['quantize', 'eval', 'generate', 'inspect', 'demo'])('of %s has examples and --json', async (command) => {
-    const { code, stdout, stderr } = await gyre([command, '--help']);
-    expect(code).toBe(0);
-    expect(stderr).toBe('');
-    expect(stdout).toContain(`Usage: gyre ${command}`);
-    expect(stdout).toContain(`$ gyre ${command}`);
-    expect(stdout).toContain('--json');
-  });
+  it.each(['quantize', 'eval', 'generate', 'inspect', 'report', 'demo'])(
+    'of %s has examples and --json',
+    async (command) => {
+      const { code, stdout, stderr } = await gyre([command, '--help']);
+      expect(code).toBe(0);
+      expect(stderr).toBe('');
+      expect(stdout).toContain(`Usage: gyre ${command}`);
+      expect(stdout).toContain(`$ gyre ${command}`);
+      expect(stdout).toContain('--json');
+    },
+  );
 
   it('lists the commands, and the version', async () => {
     const help = await gyre(['--help']);

@@ -92,12 +92,13 @@ function sizeFigure(data: ReportData, texts: readonly Measurement[]): Figure | u
   const span = Math.max(0.4, Math.max(...sizes) - Math.min(...sizes));
   const domain = [Math.min(...sizes) - 0.3 * span, Math.max(...sizes) + 0.3 * span];
   const top = Math.max(...values.map(({ high }) => high));
+  const original = data.reference ? `; ${fixed(data.reference.model.linearBitsPerWeight, 0)} in the original` : '';
   return {
     id: 'size-quality',
     title: `Size against quality on ${text.name}`,
     alt: `Scatter plot of ${rows.length} models: bits per weight against ${loss.title}. ${least.model.label} has the least loss, ${significant(loss.scale * least.estimate.value)} at ${fixed(least.model.linearBitsPerWeight, 2)} bits, ${most.model.label} the most, ${significant(loss.scale * most.estimate.value)} at ${fixed(most.model.linearBitsPerWeight, 2)} bits.`,
     caption: html`Lower left is better. Size is in stored bits per weight of the linear layers (scales, zero points and
-      transforms included; 16 in the original); the loss is the ${loss.title.replace(/,.*/, '')} from the original on
+      transforms included${original}); the loss is the ${loss.title.replace(/,.*/, '')} from the original on
       <em>${text.name}</em>, with its 95% interval. Models of equal size stand side by side.`,
     spec: (layout): TopLevelSpec => {
       const plot = { width: layout.width - 70, height: layout.narrow ? 260 : 320, domain, top: 1.08 * top };

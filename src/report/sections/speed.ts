@@ -58,11 +58,14 @@ function speedFigure(file: string, benchmark: Benchmark, index: number): Figure 
     alt: `Bar chart of ${values.length} measurements in ${measure.title}; the best is ${best.label} with ${significant(best.value)}.`,
     caption: html`${measure.more ? 'More is better' : 'Less is better'}. ${machineOf(benchmark)}`,
     spec: (layout): TopLevelSpec => {
-      const labels = Math.min(layout.narrow ? 150 : 330, 16 + 7.2 * longest);
+      // On a phone names stand above their bars; beside them there is no room. Vega estimates widths generously where
+      // it has no canvas, hence no limit on labels.
+      const labels = layout.narrow ? 0 : Math.min(330, 16 + 7.2 * longest);
+      const name = { labelColor: color('ink'), labelLimit: 0 };
       return {
         data: { values },
         width: layout.width - labels - 60,
-        height: { step: 22 },
+        height: { step: layout.narrow ? 38 : 22 },
         title: panelTitle(measure.title),
         encoding: {
           y: {
@@ -70,18 +73,25 @@ function speedFigure(file: string, benchmark: Benchmark, index: number): Figure 
             type: 'nominal',
             sort: null,
             title: null,
-            // Vega estimates widths generously where it has no canvas.
-            axis: { labelColor: color('ink'), labelLimit: layout.narrow ? 1.15 * labels : 0 },
+            axis: layout.narrow ? null : name,
           },
           x: { field: 'value', type: 'quantitative', title: null, axis: { tickCount: 4 } },
         },
         layer: [
-          { mark: { type: 'bar', color: color('blue'), height: 13 } },
+          { mark: { type: 'bar', color: color('blue'), height: 13, yOffset: layout.narrow ? 7 : 0 } },
           {
             transform: [{ calculate: "format(datum.value, '.3~s')", as: 'text' }],
-            mark: { type: 'text', align: 'left', dx: 5 },
+            mark: { type: 'text', align: 'left', dx: 5, dy: layout.narrow ? 7 : 0 },
             encoding: { text: { field: 'text' } },
           },
+          ...(layout.narrow
+            ? [
+                {
+                  mark: { type: 'text' as const, align: 'left' as const, dy: -9 },
+                  encoding: { x: { value: 0 }, text: { field: 'label' } },
+                },
+              ]
+            : []),
         ],
       };
     },
