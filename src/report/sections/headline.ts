@@ -86,11 +86,12 @@ function rest(data: ReportData, text: Measurement | undefined, best: ReportModel
   const gap = text && next ? difference(text, 'kl', next, best) : undefined;
   if (!next || !gap || gap.low === null || gap.high === null) return html``;
   const range = interval(gap.low, gap.high, (end) => significant(end, 2));
+  const size = `${fixed(next.linearBitsPerWeight, 2)} bits`;
   return gap.low > 0
-    ? html` That is less than every other ${String(best.bits)}-bit model here: ${next.label}, the next, loses
-      ${significant(gap.value, 2)} nats more (${range}, paired by window).`
-    : html` ${next.label} comes close: the difference of ${significant(gap.value, 2)} nats (${range}, paired by window)
-      is within chance.`;
+    ? html` That KL is lower than ${next.label}’s, the next best of this width (${size}), by
+      ${significant(gap.value, 2)} nats (${range}, paired by window).`
+    : html` ${next.label} (${size}) comes close: the difference in KL of ${significant(gap.value, 2)} nats (${range},
+      paired by window) is within chance.`;
 }
 
 function tilesOf(data: ReportData, text: Measurement | undefined, best: ReportModel): Opening['tiles'][number][] {

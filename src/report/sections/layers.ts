@@ -30,7 +30,11 @@ export function layerSections(data: ReportData): Section[] {
     model.record && model.record.groups.length > 0 ? [{ model, groups: model.record.groups }] : [],
   );
   const errors = errorFigure(recorded);
-  const curves = recorded.flatMap((one, i) => curveFigure(one, i + 1) ?? []);
+  const curves: Figure[] = [];
+  for (const one of recorded) {
+    const figure = curveFigure(one, curves.length + 1);
+    if (figure) curves.push(figure);
+  }
   return [
     ...(errors
       ? [{ id: 'layers', title: 'Error by layer', parts: [{ kind: 'figure' as const, figure: errors }] }]
