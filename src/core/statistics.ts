@@ -27,7 +27,7 @@ export function valueStatistics(values: ArrayLike<number>, channels: number): Va
       const value = values[begin + channel];
       const magnitude = Math.abs(value);
       if (magnitude > channelMax[channel]) channelMax[channel] = magnitude;
-      const square = (value - mean) ** 2;
+      const square = (value - mean) * (value - mean);
       second += square;
       fourth += square * square;
     }

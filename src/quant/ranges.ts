@@ -7,9 +7,9 @@ import type { GroupRanges, Range } from './results.js';
 import type { GroupResult, GroupTask } from './types.js';
 
 /** Rows of the stacked weights looked at, spread evenly over the outputs. */
-const WEIGHT_ROWS = 1024;
+const WEIGHT_ROWS = 384;
 /** Rows of inputs looked at: from each chunk the first ones of its first sequence and its very last. */
-const INPUT_ROWS = { perChunk: 64, total: 512 } as const;
+const INPUT_ROWS = { perChunk: 64, total: 256 } as const;
 /** Channels are drawn in at most this many runs. */
 const CHANNEL_BINS = 128;
 const HISTOGRAM_BINS = 81;
@@ -107,8 +107,8 @@ function beforeAfter(before: Float32Array, after: Float32Array | undefined, chan
 function histogram(values: Float32Array, limit: number): number[] {
   const counts = new Array<number>(HISTOGRAM_BINS).fill(0);
   const scale = HISTOGRAM_BINS / (2 * limit);
-  for (const value of values) {
-    counts[Math.min(HISTOGRAM_BINS - 1, Math.max(0, Math.floor((value + limit) * scale)))]++;
+  for (let i = 0; i < values.length; i++) {
+    counts[Math.min(HISTOGRAM_BINS - 1, Math.max(0, Math.floor((values[i] + limit) * scale)))]++;
   }
   return counts;
 }
