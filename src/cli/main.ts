@@ -8,6 +8,7 @@ import { evalCommand } from './commands/eval.js';
 import { generateCommand } from './commands/generate.js';
 import { inspectCommand } from './commands/inspect.js';
 import { quantizeCommand } from './commands/quantize.js';
+import { reportCommand } from './commands/report.js';
 import { stressCommand } from './commands/stress.js';
 import { createContext, type CommandContext } from './context.js';
 import { colorsFor } from './ui/colors.js';
@@ -86,6 +87,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped by Ctrl-C. GYRE_
     generateCommand,
     inspectCommand,
     stressCommand,
+    reportCommand,
     demoCommand,
     doctorCommand,
   ];

@@ -60,6 +60,17 @@ export interface EvaluateOptions {
   readonly signal?: AbortSignal;
 }
 
+/** Scores of one window: means over its tokens. */
+export interface WindowScore {
+  /** Tokens scored. */
+  readonly tokens: number;
+  readonly nll: number;
+  /** Present with a reference, like the next two. */
+  readonly kl?: number;
+  readonly agree?: number;
+  readonly referenceNll?: number;
+}
+
 /** What {@link evaluateText} measures. Standard errors are over windows, null when there is only one. */
 export interface TextEvaluation {
   readonly perplexity: number;
@@ -82,6 +93,8 @@ export interface TextEvaluation {
   readonly seconds: number;
   /** Tokens scored per second, the reference's work included. */
   readonly tokensPerSecond: number;
+  /** Every window's own means, in the order of the text. */
+  readonly scores: readonly WindowScore[];
 }
 
 /**
@@ -106,6 +119,7 @@ export async function evaluateText(
   const kl: number[] = [];
   const agree: number[] = [];
   const referenceNll: number[] = [];
+  const windowScores: WindowScore[] = [];
   const breathe = createBreath();
   for (let begin = 0; begin < windows.length; begin += perPass) {
     await breathe();
@@ -114,6 +128,7 @@ export async function evaluateText(
     const batch = windows.slice(begin, begin + perPass);
     const scores = await scoreWindows(decoder, reference, batch, rowsPerLogits);
     for (const window of scores) {
+      windowScores.push(window);
       ensure(
         Number.isFinite(window.nll) && !(window.kl !== undefined && !Number.isFinite(window.kl)),
         'non-finite',
@@ -152,6 +167,7 @@ export async function evaluateText(
     referencePerplexity: reference ? Math.exp(mean(referenceNll)) : null,
     seconds,
     tokensPerSecond: scored / seconds,
+    scores: windowScores,
   };
 }
 
@@ -178,13 +194,6 @@ export function cutWindows(
     window.set(tokens.subarray(begin, begin + length), opening);
     return window;
   });
-}
-
-interface WindowScore {
-  readonly nll: number;
-  readonly kl?: number;
-  readonly agree?: number;
-  readonly referenceNll?: number;
 }
 
 /** Mean scores of each window of a batch of windows of one length. */
@@ -223,7 +232,9 @@ async function scoreWindows(
     }
     const n = width - 1;
     scores.push(
-      reference ? { nll: nll / n, kl: kl / n, agree: agree / n, referenceNll: referenceNll / n } : { nll: nll / n },
+      reference
+        ? { tokens: n, nll: nll / n, kl: kl / n, agree: agree / n, referenceNll: referenceNll / n }
+        : { tokens: n, nll: nll / n },
     );
   }
   backend.free(hidden, referenceHidden);

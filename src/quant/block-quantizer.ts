@@ -14,6 +14,7 @@ import type { Backend, RopeHandle, Tensor, TransformHandle } from '../ops/backen
 import { InputSample } from './calibration/sample.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
+import { divideBy, groupRanges, RangeSample } from './ranges.js';
 import { InputStatistics } from './statistics.js';
 import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
 
@@ -158,6 +159,7 @@ export class BlockQuantizer {
     const reference = await LinearGroup.load(backend, parts, { before });
     const turn = before && (await backend.loadTransform(before));
     const statistics = new InputStatistics(backend);
+    const ranges = new RangeSample(backend);
     // A transform that is learned comes between these inputs and their grid: then the recipe rounds a sample of them itself.
     const learned = this.#run.recipe.layout === 'paroquant';
     const sample = activations && learned ? new InputSample(backend, this.#run.settings.seed) : undefined;
@@ -173,6 +175,7 @@ export class BlockQuantizer {
         const wanted = two && x.reference !== x.quantized ? await this.#asSeen(x.reference, turn) : exact;
         await statistics.add(seen, two ? wanted : undefined);
         await sample?.add(exact);
+        await ranges.add(exact);
         for (const made of new Set([exact, seen, wanted]))
           if (made !== x.quantized && made !== x.reference) backend.free(made);
       });
@@ -190,7 +193,11 @@ export class BlockQuantizer {
     }
     const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
     backend.release(turn);
-    const quantizedParts = await this.#group(group, parts, { ...finished, sample: sample?.rows({ extremes: false }) });
+    const quantizedParts = await this.#group(group, parts, {
+      ...finished,
+      sample: sample?.rows({ extremes: false }),
+      ranges: ranges.values(),
+    });
     backend.free(finished.gram, finished.cross);
     const quantized = await LinearGroup.load(backend, quantizedParts, { before, activations });
     return new StagedGroup(backend, quantized, reference, kept);
@@ -226,7 +233,7 @@ export class BlockQuantizer {
   async #group(
     group: GroupName,
     parts?: LinearPart[],
-    statistics?: { gram: Tensor; cross: Tensor | undefined; sample?: HostTensor },
+    statistics?: { gram: Tensor; cross: Tensor | undefined; sample?: HostTensor; ranges: Float32Array | undefined },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
     const decision = plan.decisions[group];
@@ -276,12 +283,13 @@ export class BlockQuantizer {
       seconds: (performance.now() - start) / 1000,
       stats: result.stats,
       curve: result.curve,
+      ranges: await groupRanges(backend, task, result, statistics?.ranges),
     });
     // Until the shard is written, folded scales act at the group itself: the same product, inputs as they are now.
     const { foldedScales } = result;
     return result.parts.map((part, i) => ({
       source: { kind: 'quantized', weight: part.weight, bias: read[i].source.bias },
-      transform: foldedScales ? inverseScaling(foldedScales) : part.transform,
+      transform: foldedScales ? divideBy(foldedScales) : part.transform,
     }));
   }
 
@@ -422,15 +430,4 @@ class StagedGroup {
     this.quantized.release();
     this.reference.release();
   }
-}
-
-function inverseScaling(scales: Float32Array): LinearPart['transform'] {
-  return {
-    channels: scales.length,
-    groupSize: scales.length,
-    krot: 0,
-    pairs: new Int16Array(0),
-    theta: new Float32Array(0),
-    channelScales: scales.map((s) => 1 / s),
-  };
 }

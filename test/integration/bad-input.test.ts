@@ -705,7 +705,7 @@ describe('a full disk', () => {
     await expectRefused(run, 'disk-full', /out-\d+\.partial\/model-00002/, { keeps: true, remedy: /space/ });
     expect(existsSync(out)).toBe(false);
     const kept = (await readdir(`${out}.partial`)).sort();
-    expect(kept).toEqual(['gyre.json', 'model-00001-of-00003.safetensors']);
+    expect(kept).toEqual(['gyre.json', 'model-00001-of-00003.record.json', 'model-00001-of-00003.safetensors']);
     spy.mockRestore();
     await run({ resume: true });
     const resumed = await folderBytes(out);

@@ -48,7 +48,7 @@ afterAll(async () => {
 });
 
 describe('help', () => {
-  it.each(['quantize', 'eval', 'generate', 'inspect', 'stress', 'demo', 'doctor'])(
+  it.each(['quantize', 'eval', 'generate', 'inspect', 'stress', 'report', 'demo', 'doctor'])(
     'of %s has examples and --json',
     async (command) => {
       const { code, stdout, stderr } = await gyre([command, '--help']);
