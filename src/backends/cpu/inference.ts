@@ -13,10 +13,12 @@ import type {
   LinearSource,
   RopeHandle,
   RowScores,
+  SequenceCopy,
   SplitHeadsOptions,
   Tensor,
   TransformHandle,
 } from '../../ops/backend.js';
+import { checkCopies, startsOf } from '../../ops/sequences.js';
 import {
   attention,
   KvCache,
@@ -165,6 +167,17 @@ export class CpuInference implements InferenceOps {
     return grid ? new QuantizedKvCache(this.#pool, { ...shape, grid }) : new KvCache(this.#pool, shape);
   }
 
+  copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): void {
+    if (!(from instanceof KvCache) || !(to instanceof KvCache)) throw foreign();
+    ensure(
+      from.kvHeads === to.kvHeads && from.headDim === to.headDim,
+      'tensor-shape',
+      'sequences can only be copied between caches of the same heads',
+    );
+    checkCopies(from, to, copies);
+    for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+  }
+
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
     for (const handle of handles) {
       if (handle instanceof CpuLinear) {
@@ -296,7 +309,7 @@ export class CpuInference implements InferenceOps {
       kvHeads,
       headDim,
       batch,
-      start,
+      starts: startsOf(start, batch),
       eps,
       rope,
       qkv: own(qkv).floats,
@@ -319,7 +332,8 @@ export class CpuInference implements InferenceOps {
   }
 
   async attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Promise<Tensor> {
-    const { heads, kvHeads, headDim, batch, start, scale, window, cache } = options;
+    const { heads, kvHeads, headDim, batch, scale, window, cache } = options;
+    const starts = startsOf(options.start, batch);
     const { rows, cols } = own(q).size;
     const tokens = rows / batch;
     if (cache && !(cache instanceof KvCache || cache instanceof QuantizedKvCache)) throw foreign();
@@ -333,7 +347,7 @@ export class CpuInference implements InferenceOps {
     if (tokens <= FEW_QUERY_ROWS) {
       const out = this.#make(rows, cols);
       const [kNew, vNew]: Floats[] = [own(k).floats, own(v).floats];
-      cache?.append(kNew, vNew, start);
+      cache?.append(kNew, vNew, starts);
       const source = cache ?? { k: kNew, v: vNew };
       attention(this.#pool, {
         q: own(q).floats,
@@ -344,7 +358,7 @@ export class CpuInference implements InferenceOps {
         headDim,
         scale,
         window,
-        start,
+        starts,
         source,
       });
       return out;
@@ -352,16 +366,15 @@ export class CpuInference implements InferenceOps {
     const [data, keys, values] = [own(q).data, own(k).data, own(v).data];
     const out = this.#tensors.make([rows, cols]);
     const kernel = { heads, kvHeads, headDim, scale, window };
-    const past = pastOf(cache, start);
     // ONNX Runtime takes a past for one sequence at a time.
-    const together = start > 0 ? 1 : batch;
+    const together = starts.some((start) => start > 0) ? 1 : batch;
     for (let first = 0; first < batch; first += together) {
       const part = (values: Float32Array): Float32Array =>
         values.subarray((first / batch) * values.length, ((first + together) / batch) * values.length);
-      const before = { tokens: start, k: part(past.k), v: part(past.v) };
+      const before = pastOf(cache, first, starts[first]);
       await this.#ort.attention(kernel, together, tokens, part(data), part(keys), part(values), before, part(out.data));
     }
-    cache?.append(keys, values, start);
+    cache?.append(keys, values, starts);
     return out;
   }
 
@@ -419,18 +432,21 @@ function ownLinear(handle: LinearHandle): CpuLinear {
   throw foreign();
 }
 
-/** The first `tokens` cached keys and values, [batch, kvHeads, tokens, headDim]. */
-function pastOf(cache: KvCache | undefined, tokens: number): { k: Float32Array; v: Float32Array } {
-  if (!cache || tokens === 0) return { k: new Float32Array(0), v: new Float32Array(0) };
-  const { batch, kvHeads, headDim } = cache;
+/** The first `tokens` cached keys and values of a sequence, [1, kvHeads, tokens, headDim]. */
+function pastOf(
+  cache: KvCache | undefined,
+  sequence: number,
+  tokens: number,
+): { tokens: number; k: Float32Array; v: Float32Array } {
+  if (!cache || tokens === 0) return { tokens: 0, k: new Float32Array(0), v: new Float32Array(0) };
+  const { kvHeads, headDim } = cache;
   const size = tokens * headDim;
-  const [k, v] = [new Float32Array(batch * kvHeads * size), new Float32Array(batch * kvHeads * size)];
-  for (let i = 0; i < batch * kvHeads; i++) {
-    const [sequence, head] = [Math.floor(i / kvHeads), i % kvHeads];
-    cache.read('keys', sequence, head, tokens, k.subarray(i * size, (i + 1) * size));
-    cache.read('values', sequence, head, tokens, v.subarray(i * size, (i + 1) * size));
+  const [k, v] = [new Float32Array(kvHeads * size), new Float32Array(kvHeads * size)];
+  for (let head = 0; head < kvHeads; head++) {
+    cache.read('keys', sequence, head, tokens, k.subarray(head * size, (head + 1) * size));
+    cache.read('values', sequence, head, tokens, v.subarray(head * size, (head + 1) * size));
   }
-  return { k, v };
+  return { tokens, k, v };
 }
 
 function foreign(): GyreError {
