@@ -370,7 +370,7 @@ export class CpuInference implements InferenceOps {
     const together = starts.some((start) => start > 0) ? 1 : batch;
     for (let first = 0; first < batch; first += together) {
       const part = (values: Float32Array): Float32Array =>
-        values.subarray((first / batch) * values.length, ((first + together) / batch) * values.length);
+        values.subarray((first * values.length) / batch, ((first + together) * values.length) / batch);
       const before = pastOf(cache, first, starts[first]);
       await this.#ort.attention(kernel, together, tokens, part(data), part(keys), part(values), before, part(out.data));
     }
