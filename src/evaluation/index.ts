@@ -8,13 +8,14 @@ export {
   type ModelSummary,
 } from './inspect.js';
 export {
-  cutWindows,
   evaluateText,
   remembering,
   type EvaluateOptions,
   type Predictor,
   type TextEvaluation,
+  type WindowScore,
 } from './perplexity.js';
+export { cutWindows, type ProtocolOptions, type StartPlacement, type TextWindow } from './windows.js';
 export * from './tasks/index.js';
 export {
   evaluateTasks,
