@@ -124,12 +124,15 @@ export async function evaluateText(
     if (signal?.aborted)
       throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again.' });
     // Neighbours of one length run together; only a text's last window differs.
-    const width = windows[begin].ids.length - 1;
+    const { length } = windows[begin].ids;
     let end = begin + 1;
-    const most = Math.max(1, Math.floor(ROWS_PER_PASS / width));
-    while (end < windows.length && end - begin < most && windows[end].ids.length - 1 === width) end++;
+    const most = Math.max(1, Math.floor(ROWS_PER_PASS / length));
+    while (end < windows.length && end - begin < most && windows[end].ids.length === length) end++;
     const batch = windows.slice(begin, end);
-    for (const [i, score] of (await scoreWindows(decoder, reference, batch, rowsPerLogits)).entries()) {
+    // A window's last token is only predicted. It is fed all the same where it fits, as papers have it: dynamic RoPE
+    // scaling depends on the length.
+    const width = Math.min(length, seqLen);
+    for (const [i, score] of (await scoreWindows(decoder, reference, batch, width, rowsPerLogits)).entries()) {
       ensure(
         Number.isFinite(score.nll) && !(score.kl !== undefined && !Number.isFinite(score.kl)),
         'non-finite',
@@ -184,11 +187,11 @@ async function scoreWindows(
   decoder: Predictor,
   reference: Predictor | undefined,
   batch: readonly TextWindow[],
+  width: number,
   rowsPerLogits: number,
 ): Promise<Omit<WindowScore, 'document'>[]> {
   const { backend } = decoder;
-  // The last token of a window is only predicted.
-  const width = batch[0].ids.length - 1;
+  const scored = batch[0].ids.length - 1;
   const rows = batch.length * width;
   const ids = new Int32Array(rows);
   const targets = new Int32Array(rows);
@@ -200,7 +203,7 @@ async function scoreWindows(
   const referenceHidden = await reference?.hidden(ids, { batch: batch.length });
   const found = { nll: new Float64Array(rows), kl: new Float64Array(rows), agree: new Uint8Array(rows) };
   const referenceNll = new Float64Array(rows);
-  for (const [from, to] of scoredRows(batch, width)) {
+  for (const [from, to] of scoredRows(batch, width, scored)) {
     for (let begin = from; begin < to; begin += rowsPerLogits) {
       const end = Math.min(begin + rowsPerLogits, to);
       const part = targets.slice(begin, end);
@@ -219,7 +222,7 @@ async function scoreWindows(
   }
   backend.free(hidden, referenceHidden);
   return batch.map(({ first }, i) => {
-    const [begin, end] = [i * width + first - 1, (i + 1) * width];
+    const [begin, end] = [i * width + first - 1, i * width + scored];
     const mean = (values: Float64Array | Uint8Array): number => sum(values.subarray(begin, end)) / (end - begin);
     const own = { tokens: end - begin, nll: mean(found.nll) };
     return reference
@@ -229,12 +232,13 @@ async function scoreWindows(
 }
 
 /** Ranges of rows that are scored, neighbours joined. */
-function scoredRows(batch: readonly TextWindow[], width: number): [from: number, to: number][] {
+function scoredRows(batch: readonly TextWindow[], width: number, scored: number): [from: number, to: number][] {
   const ranges: [number, number][] = [];
   for (const [i, { first }] of batch.entries()) {
-    const [from, to] = [i * width + first - 1, (i + 1) * width];
+    const [from, to] = [i * width + first - 1, i * width + scored];
     const last = ranges.at(-1);
-    if (last?.[1] === from) last[1] = to;
+    // A row between two windows is cheaper to score than a pass of its own.
+    if (last && from - last[1] <= 1) last[1] = to;
     else ranges.push([from, to]);
   }
   return ranges;
