@@ -2,7 +2,7 @@
 import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
-import { GyreError } from '../core/errors.js';
+import { GyreError, unreachable } from '../core/errors.js';
 import { evaluateChoices } from '../evaluation/choices.js';
 import { loadRows, loadTask, type LoadedRows } from '../evaluation/data.node.js';
 import type { TaskDefinition, TextTask } from '../evaluation/definition.js';
@@ -224,6 +224,8 @@ export async function evaluateTask(run: EvaluationContext, prepared: PreparedTas
           transcripts: await keepTranscripts(options.out, task.name, transcripts),
         };
       }
+      default:
+        return unreachable(task);
     }
   } finally {
     await cache?.close();

@@ -92,7 +92,7 @@ export async function loadRows(task: TaskDefinition, split: string, options: Loa
   const names = localNames(task, split);
   if (source.dataset === null || source.revision === null) {
     throw new GyreError('file-missing', `the data of ${task.name} is not on the hub and was not found${options.data === undefined ? '' : ` in ${options.data}`}`, {
-      remedy: `Give the folder that holds ${names[0]} with --data.`,
+      remedy: `Give the folder that holds ${names.at(-1) ?? names[0]} with --data.`,
     });
   }
   let local = options.data !== undefined;
@@ -129,8 +129,13 @@ export async function loadRows(task: TaskDefinition, split: string, options: Loa
 
 /** Names under which a split is looked for in a folder of the user's. */
 function localNames(task: TaskDefinition, split: string): string[] {
+  const { dataset, localNames: further, splits } = task.source;
   const stems = [`${task.name}-${split}`, `${task.name}-test`, task.name];
-  return [...stems.flatMap((stem) => DATA_ENDINGS.map((ending) => stem + ending)), ...(task.source.localNames[split] ?? [])];
+  return [
+    ...stems.flatMap((stem) => DATA_ENDINGS.map((ending) => stem + ending)),
+    ...(further[split] ?? []),
+    ...(dataset === null ? (splits[split] ?? []).map((file) => file.path) : []),
+  ];
 }
 
 async function localFile(task: TaskDefinition, split: string, data: string | undefined): Promise<string | undefined> {

@@ -211,7 +211,7 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
   const question = ({ row, where, variables }: Rendered) => {
     if (task.prompt !== undefined && task.choices !== undefined) {
       const choices = renderer.choices(task.choices, row, variables, where);
-      const prompt = renderer.render(task.prompt, { ...variables, choices }, where);
+      const prompt = renderer.render(task.prompt, variables, where);
       const answer = answerIndex(task.answer, row, choices.length, where);
       return { contexts: choices.map(() => prompt), choices, answer };
     }

@@ -101,14 +101,14 @@ started again. kl is the mean of KL(reference‖model) per token in nats; interv
         context.print(names.join('\n'));
         return;
       }
-      if (model === undefined) throw new GyreError('usage', 'no model was named', { remedy: 'Name a folder or a hub id.' });
+      if (model === undefined) throw new GyreError('usage', "missing required argument 'model'");
       await run(context, model, options);
     });
 }
 
 async function run(context: CommandContext, model: string, options: EvalOptions): Promise<void> {
   if (!options.text && options.tasks === undefined) {
-    throw new GyreError('usage', 'nothing to evaluate on', { remedy: 'Give --text, --tasks, or both.' });
+    throw new GyreError('usage', 'neither --text nor --tasks was given: nothing to measure');
   }
   // What can be refused is refused before a model is loaded.
   const texts = options.text ? await readTexts(options.text) : undefined;
