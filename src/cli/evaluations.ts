@@ -7,7 +7,14 @@ import { evaluateChoices } from '../evaluation/choices.js';
 import { loadRows, loadTask, type LoadedRows } from '../evaluation/data.node.js';
 import type { TaskDefinition, TextTask } from '../evaluation/definition.js';
 import { evaluateText, parseTextFile, tokenizeTexts } from '../evaluation/index.js';
-import { choiceItems, completionItems, fewShotCount, generationItems, taskTexts, type ItemOptions } from '../evaluation/items.js';
+import {
+  choiceItems,
+  completionItems,
+  fewShotCount,
+  generationItems,
+  taskTexts,
+  type ItemOptions,
+} from '../evaluation/items.js';
 import { evaluateReasoning, type Transcript } from '../evaluation/reasoning.js';
 import { openRequestCache, type OpenRequestCache } from '../evaluation/request-cache.node.js';
 import { hexDigest } from '../evaluation/request-cache.js';
@@ -18,7 +25,7 @@ import { writeFileAtomic } from '../formats/atomic.node.js';
 import { contextLength } from '../generate/index.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
-import type { EvalOptions } from './commands/eval.js';
+import type { EvalOptions } from './eval-options.js';
 import type { CommandContext } from './context.js';
 
 /** What every evaluation of a run shares. */
@@ -87,7 +94,9 @@ export async function prepareTask(context: CommandContext, name: string, options
     token: options.token,
     onProgress: context.progress.listener,
   };
-  const own = chains ? { ...task, source: { ...task.source, localNames: { [task.split]: [path.basename(name)] } } } : task;
+  const own = chains
+    ? { ...task, source: { ...task.source, localNames: { [task.split]: [path.basename(name)] } } }
+    : task;
   if (chains) await readInput(name);
   const data = await loadRows(own, task.split, chains ? { ...where, data: path.dirname(path.resolve(name)) } : where);
   const shots = task.type === 'choices' ? fewShotCount(task, options.fewShot) : 0;
@@ -129,9 +138,19 @@ export async function evaluateTexts(run: EvaluationContext, texts: NamedTexts): 
   const documents = apart ? texts.documents : [{ name: 'text', text: joined(texts.documents.map(({ text }) => text)) }];
   const tokens = apart
     ? documents.map(({ text }) => tokenizer.encode(text, { addSpecialTokens: false }))
-    : [tokenizeTexts(tokenizer, texts.documents.map(({ text }) => text))];
+    : [
+        tokenizeTexts(
+          tokenizer,
+          texts.documents.map(({ text }) => text),
+        ),
+      ];
   const settings = { protocol, stride: options.stride, samples: options.samples, startToken, seqLen: options.seqLen };
-  return scoreText(run, 'text', 1, documents, tokens, settings, { dataset: null, revision: null, split: null, files: [...texts.files] });
+  return scoreText(run, 'text', 1, documents, tokens, settings, {
+    dataset: null,
+    revision: null,
+    split: null,
+    files: [...texts.files],
+  });
 }
 
 const joined = (texts: readonly string[]): string => texts.map((text) => text.trim()).join('\n\n');
@@ -192,11 +211,21 @@ export async function evaluateTask(run: EvaluationContext, prepared: PreparedTas
     switch (task.type) {
       case 'choices':
       case 'completion': {
-        const items = task.type === 'choices' ? choiceItems(task, data.rows, choose) : completionItems(task, data.rows, choose);
-        const startToken = options.startToken === undefined || options.startToken === 'none' ? undefined : tokenizer.bosTokenId;
-        const { logLikelihoods: _, ...found } = await evaluateChoices(decoder, tokenizer, task, items, { ...shared, startToken });
+        const items =
+          task.type === 'choices' ? choiceItems(task, data.rows, choose) : completionItems(task, data.rows, choose);
+        const startToken =
+          options.startToken === undefined || options.startToken === 'none' ? undefined : tokenizer.bosTokenId;
+        const { logLikelihoods: _, ...found } = await evaluateChoices(decoder, tokenizer, task, items, {
+          ...shared,
+          startToken,
+        });
         const fewShot = fewShotCount(task, options.fewShot);
-        return { type: 'choices', ...head, settings: { ...limits, fewShot, startToken: startToken !== undefined }, ...found };
+        return {
+          type: 'choices',
+          ...head,
+          settings: { ...limits, fewShot, startToken: startToken !== undefined },
+          ...found,
+        };
       }
       case 'generation': {
         const items = generationItems(task, data.rows, choose);
@@ -232,7 +261,12 @@ export async function evaluateTask(run: EvaluationContext, prepared: PreparedTas
   }
 }
 
-async function textTask(run: EvaluationContext, task: TextTask, data: LoadedRows, source: Evaluation['source']): Promise<Evaluation> {
+async function textTask(
+  run: EvaluationContext,
+  task: TextTask,
+  data: LoadedRows,
+  source: Evaluation['source'],
+): Promise<Evaluation> {
   const { decoder, reference, tokenizer, options } = run;
   const { protocol = 'windows', startToken = 'once' } = options;
   const texts = taskTexts(task, data.rows);
@@ -265,7 +299,11 @@ async function openCache({ options, scope }: EvaluationContext, task: string): P
 }
 
 /** Writes what the model wrote beside the result; its path relative to the result. */
-async function keepTranscripts(out: string | undefined, task: string, transcripts: readonly Transcript[]): Promise<string | null> {
+async function keepTranscripts(
+  out: string | undefined,
+  task: string,
+  transcripts: readonly Transcript[],
+): Promise<string | null> {
   if (out === undefined) return null;
   const file = path.resolve(out);
   const folder = `${path.basename(file).replace(/\.json$/i, '')}-transcripts`;

@@ -81,7 +81,10 @@ export async function evaluateChoices(
   const names = [...new Set(items.flatMap(({ group }) => (group === null ? [] : [group])))].sort();
   return {
     primary: task.type === 'completion' ? 'acc' : task.metrics.includes('acc_norm') ? 'acc_norm' : 'acc',
-    metrics: metricsOf(columns, items.map(() => true)),
+    metrics: metricsOf(
+      columns,
+      items.map(() => true),
+    ),
     items: {
       ids: items.map(({ id }) => id),
       hashes: await Promise.all(
@@ -132,7 +135,10 @@ function completionColumns(perItem: readonly (readonly Likelihood[])[]): Record<
 }
 
 /** Metrics over the items that belong. */
-function metricsOf(columns: Readonly<Record<string, readonly number[]>>, member: readonly boolean[]): Record<string, Metric> {
+function metricsOf(
+  columns: Readonly<Record<string, readonly number[]>>,
+  member: readonly boolean[],
+): Record<string, Metric> {
   const metrics: Record<string, Metric> = {};
   for (const [column, all] of Object.entries(columns)) {
     const values = all.filter((_, i) => member[i]);

@@ -2,7 +2,14 @@
 import { GyreError, ensure } from '../core/errors.js';
 import { validate } from '../formats/huggingface-config.js';
 import { pairedBootstrap, type PairedDifference } from './intervals.js';
-import { RESULT_KIND, RESULT_LIMITS, RESULT_VERSION, resultSchema, type Evaluation, type EvaluationResult } from './results.js';
+import {
+  RESULT_KIND,
+  RESULT_LIMITS,
+  RESULT_VERSION,
+  resultSchema,
+  type Evaluation,
+  type EvaluationResult,
+} from './results.js';
 
 /** A metric of one task under a first result and another one. */
 export interface MetricComparison {
@@ -41,21 +48,33 @@ export function parseResult(text: string, name: string): EvaluationResult {
   try {
     json = JSON.parse(text);
   } catch (cause) {
-    throw new GyreError('file-corrupt', `${name} is not JSON`, { cause, remedy: 'Write it again with `gyre eval --out`.' });
+    throw new GyreError('file-corrupt', `${name} is not JSON`, {
+      cause,
+      remedy: 'Write it again with `gyre eval --out`.',
+    });
   }
   const head = typeof json === 'object' && json !== null ? (json as Record<string, unknown>) : {};
   ensure(
     head['kind'] === RESULT_KIND && head['schemaVersion'] === RESULT_VERSION,
     'config-invalid',
-    () => `${name} is no evaluation result of version ${RESULT_VERSION}: found kind ${JSON.stringify(head['kind'])}, version ${JSON.stringify(head['schemaVersion'])}`,
+    () =>
+      `${name} is no evaluation result of version ${RESULT_VERSION}: found kind ${JSON.stringify(head['kind'])}, version ${JSON.stringify(head['schemaVersion'])}`,
     'Write it with `gyre eval --out` of this version.',
   );
   return validate(resultSchema, json, name);
 }
 
 /** Compares results with the first of them. @param seed of the bootstrap; default 0. */
-export function compareResults(results: readonly { readonly name: string; readonly result: EvaluationResult }[], seed = 0): Comparison[] {
-  ensure(results.length >= 2, 'usage', 'a comparison needs at least two results', 'Name two or more files that `gyre eval --out` wrote.');
+export function compareResults(
+  results: readonly { readonly name: string; readonly result: EvaluationResult }[],
+  seed = 0,
+): Comparison[] {
+  ensure(
+    results.length >= 2,
+    'usage',
+    'a comparison needs at least two results',
+    'Name two or more files that `gyre eval --out` wrote.',
+  );
   const [first, ...others] = results;
   return others.map((other) => ({
     first: first.name,
@@ -64,7 +83,11 @@ export function compareResults(results: readonly { readonly name: string; readon
   }));
 }
 
-function compareTwo(first: EvaluationResult, second: EvaluationResult, seed: number): Pick<Comparison, 'metrics' | 'missing'> {
+function compareTwo(
+  first: EvaluationResult,
+  second: EvaluationResult,
+  seed: number,
+): Pick<Comparison, 'metrics' | 'missing'> {
   const names = (result: EvaluationResult): string[] => result.evaluations.map(({ name }) => name);
   const metrics = first.evaluations.flatMap((a) => {
     const b = second.evaluations.find(({ name, type }) => name === a.name && type === a.type);
@@ -80,7 +103,9 @@ const FREE_SETTINGS = new Set(['limit']);
 /** Why two evaluations can't be compared at all. */
 function differentDefinition(a: Evaluation, b: Evaluation): string | undefined {
   if (a.version !== b.version) return `versions ${a.version} and ${b.version} of the task`;
-  const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])].filter((key) => !FREE_SETTINGS.has(key));
+  const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])].filter(
+    (key) => !FREE_SETTINGS.has(key),
+  );
   const unlike = keys.filter((key) => a.settings[key] !== b.settings[key]);
   if (unlike.length === 0) return undefined;
   return `different settings: ${unlike.map((key) => `${key} ${String(a.settings[key])} and ${String(b.settings[key])}`).join(', ')}`;

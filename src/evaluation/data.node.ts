@@ -18,7 +18,10 @@ const PACKAGE_ROOT = fileURLToPath(new URL('../..', import.meta.url));
 /** Names of the tasks that come with gyre, sorted. */
 export async function taskNames(): Promise<string[]> {
   const files = await readdir(TASKS_FOLDER);
-  return files.filter((file) => file.endsWith('.json')).map((file) => file.slice(0, -5)).sort();
+  return files
+    .filter((file) => file.endsWith('.json'))
+    .map((file) => file.slice(0, -5))
+    .sort();
 }
 
 /**
@@ -79,7 +82,11 @@ export interface LoadRowsOptions {
  * @throws GyreError `file-missing` saying what was looked for, `file-corrupt` for a wrong checksum; as `readRows`; as
  * `datasetFile`.
  */
-export async function loadRows(task: TaskDefinition, split: string, options: LoadRowsOptions = {}): Promise<LoadedRows> {
+export async function loadRows(
+  task: TaskDefinition,
+  split: string,
+  options: LoadRowsOptions = {},
+): Promise<LoadedRows> {
   const { source } = task;
   const entries = source.splits[split] ?? [];
   const found = await localFile(task, split, options.data);
@@ -91,9 +98,13 @@ export async function loadRows(task: TaskDefinition, split: string, options: Loa
   }
   const names = localNames(task, split);
   if (source.dataset === null || source.revision === null) {
-    throw new GyreError('file-missing', `the data of ${task.name} is not on the hub and was not found${options.data === undefined ? '' : ` in ${options.data}`}`, {
-      remedy: `Give the folder that holds ${names.at(-1) ?? names[0]} with --data.`,
-    });
+    throw new GyreError(
+      'file-missing',
+      `the data of ${task.name} is not on the hub and was not found${options.data === undefined ? '' : ` in ${options.data}`}`,
+      {
+        remedy: `Give the folder that holds ${names.at(-1) ?? names[0]} with --data.`,
+      },
+    );
   }
   let local = options.data !== undefined;
   for (const entry of entries) {
@@ -140,7 +151,9 @@ function localNames(task: TaskDefinition, split: string): string[] {
 
 async function localFile(task: TaskDefinition, split: string, data: string | undefined): Promise<string | undefined> {
   // Files for another split must not stand in for examples.
-  const names = localNames(task, split).filter((name) => split === task.split || name.startsWith(`${task.name}-${split}.`) || !name.startsWith(task.name));
+  const names = localNames(task, split).filter(
+    (name) => split === task.split || name.startsWith(`${task.name}-${split}.`) || !name.startsWith(task.name),
+  );
   if (data !== undefined && !(await stat(data).catch(() => undefined))?.isDirectory()) {
     throw new GyreError('not-found', `there is no folder ${data}`, { remedy: 'Check --data.' });
   }

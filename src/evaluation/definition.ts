@@ -22,7 +22,9 @@ const name = z.string().regex(/^[a-z0-9][a-z0-9_-]{0,63}$/, 'expected lower-case
 /** Jinja over the columns of a row, as in chat templates and in lm-evaluation-harness. */
 const template = z.string().max(20_000);
 /** A column, or a field inside one: `choices.text`. */
-const column = z.string().regex(/^[^.\s][^.]*(\.[^.]+)*$/, 'expected a column, or a field inside one as in choices.text');
+const column = z
+  .string()
+  .regex(/^[^.\s][^.]*(\.[^.]+)*$/, 'expected a column, or a field inside one as in choices.text');
 const relativePath = z
   .string()
   .min(1)
@@ -44,7 +46,15 @@ const sourceSchema = z.strictObject({
   splits: z.record(
     z.string(),
     z
-      .array(z.strictObject({ path: relativePath, sha256: z.string().regex(/^[0-9a-f]{64}$/).optional() }))
+      .array(
+        z.strictObject({
+          path: relativePath,
+          sha256: z
+            .string()
+            .regex(/^[0-9a-f]{64}$/)
+            .optional(),
+        }),
+      )
       .min(1)
       .max(256),
   ),
@@ -190,7 +200,8 @@ export const taskSchema = z
     const contexts = task.contexts !== undefined && task.continuation !== undefined;
     if (plain === contexts) issue('prompt', 'expected either prompt and choices, or contexts and continuation');
     if (contexts && task.metrics.includes('acc_norm')) issue('metrics', 'acc_norm needs choices that differ in length');
-    if (task.fewShot && !splits.includes(task.fewShot.split)) issue('fewShot', `source.splits has no '${task.fewShot.split}'`);
+    if (task.fewShot && !splits.includes(task.fewShot.split))
+      issue('fewShot', `source.splits has no '${task.fewShot.split}'`);
   });
 
 /** A task as its file says, defaults filled in. */
@@ -207,9 +218,13 @@ export type GenerationTask = Extract<TaskDefinition, { type: 'generation' }>;
  */
 export function parseTaskDefinition(text: string, file: string): TaskDefinition {
   if (text.length > TASK_LIMITS.definitionBytes) {
-    throw new GyreError('limit-exceeded', `${file} has ${text.length} characters, over ${TASK_LIMITS.definitionBytes}`, {
-      remedy: 'A task file holds the definition alone; the questions are data.',
-    });
+    throw new GyreError(
+      'limit-exceeded',
+      `${file} has ${text.length} characters, over ${TASK_LIMITS.definitionBytes}`,
+      {
+        remedy: 'A task file holds the definition alone; the questions are data.',
+      },
+    );
   }
   let json: unknown;
   try {

@@ -33,7 +33,14 @@ export { evaluateChoices, type ChoicesEvaluation, type EvaluateChoicesOptions } 
 export { compareResults, parseResult, type Comparison, type MetricComparison } from './compare.js';
 export { parseTaskDefinition, TASK_LIMITS, type TaskDefinition } from './definition.js';
 export { metric, pairedBootstrap, type PairedDifference } from './intervals.js';
-export { choiceItems, completionItems, generationItems, taskTexts, type ChoiceItem, type GenerationItem } from './items.js';
+export {
+  choiceItems,
+  completionItems,
+  generationItems,
+  taskTexts,
+  type ChoiceItem,
+  type GenerationItem,
+} from './items.js';
 export { judgeText, type Verdict } from './judge.js';
 export { encodePair, scoreContinuations, type Likelihood, type LikelihoodRequest } from './likelihood.js';
 export { evaluateReasoning, type EvaluateReasoningOptions, type Transcript } from './reasoning.js';

@@ -175,7 +175,11 @@ export function pairedBootstrap(
 ): PairedDifference {
   const { weights, transform = 'identity', resamples = 10_000, seed = 0 } = options;
   const n = first.length;
-  ensure(n >= 2 && second.length === n, 'usage', () => `a paired comparison needs the same two or more items, found ${n} and ${second.length}`);
+  ensure(
+    n >= 2 && second.length === n,
+    'usage',
+    () => `a paired comparison needs the same two or more items, found ${n} and ${second.length}`,
+  );
   const map = TRANSFORMS[transform];
   const weight = (i: number): number => (weights ? weights[i] : 1);
   const difference = (pick: (i: number) => number): number => {

@@ -2,7 +2,14 @@
 import { Template } from '@huggingface/jinja';
 import { GyreError, ensure } from '../core/errors.js';
 import { createRng } from '../core/rng.js';
-import { TASK_LIMITS, type ChoicesTask, type CompletionTask, type GenerationTask, type TaskDefinition, type TextTask } from './definition.js';
+import {
+  TASK_LIMITS,
+  type ChoicesTask,
+  type CompletionTask,
+  type GenerationTask,
+  type TaskDefinition,
+  type TextTask,
+} from './definition.js';
 import type { Row } from './rows.js';
 
 /** What every question has. */
@@ -69,7 +76,8 @@ class Renderer {
       );
     }
     const variables: Record<string, unknown> = { ...row, letters: LETTERS };
-    for (const [key, source] of Object.entries(this.#task.variables)) variables[key] = this.render(source, variables, where);
+    for (const [key, source] of Object.entries(this.#task.variables))
+      variables[key] = this.render(source, variables, where);
     return variables;
   }
 
@@ -98,7 +106,12 @@ class Renderer {
     return text;
   }
 
-  choices(spec: NonNullable<ChoicesTask['choices']>, row: Row, variables: Record<string, unknown>, where: string): string[] {
+  choices(
+    spec: NonNullable<ChoicesTask['choices']>,
+    row: Row,
+    variables: Record<string, unknown>,
+    where: string,
+  ): string[] {
     if (Array.isArray(spec)) {
       return spec.map((choice) =>
         typeof choice === 'string'
@@ -108,7 +121,10 @@ class Renderer {
     }
     const list = valueAt(row, spec.column);
     ensure(
-      Array.isArray(list) && list.length > 0 && list.length <= TASK_LIMITS.choices && list.every((c) => typeof c === 'string'),
+      Array.isArray(list) &&
+        list.length > 0 &&
+        list.length <= TASK_LIMITS.choices &&
+        list.every((c) => typeof c === 'string'),
       'config-invalid',
       () => `${where}: '${spec.column}' is no list of 1 to ${TASK_LIMITS.choices} texts`,
     );
@@ -138,7 +154,8 @@ function answerIndex(spec: ChoicesTask['answer'], row: Row, count: number, where
   ensure(
     index >= 0 && index < count,
     'config-invalid',
-    () => `${where}: the answer ${typeof spec === 'number' ? spec : JSON.stringify(valueAt(row, spec.column))} names none of ${count} choices`,
+    () =>
+      `${where}: the answer ${typeof spec === 'number' ? spec : JSON.stringify(valueAt(row, spec.column))} names none of ${count} choices`,
     'Splits published without answers (test splits often are) cannot be measured.',
   );
   return index;
@@ -217,7 +234,11 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
     }
     const contexts = (task.contexts ?? []).map((source) => renderer.render(source, variables, where));
     const ending = renderer.render(task.continuation ?? '', variables, where);
-    return { contexts, choices: contexts.map(() => ending), answer: answerIndex(task.answer, row, contexts.length, where) };
+    return {
+      contexts,
+      choices: contexts.map(() => ending),
+      answer: answerIndex(task.answer, row, contexts.length, where),
+    };
   };
   const encoder = new TextEncoder();
   return prepare(task, renderer, rows, options.limit ?? Infinity).map((rendered, i) => {
@@ -231,10 +252,17 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
         () => `${rendered.where}: ${shots} examples were asked for, the split has ${own.length}`,
         'Ask for fewer with --few-shot.',
       );
-      const drawn = task.fewShot.sampler === 'first' ? own.slice(0, shots) : rng.fork(i).shuffle([...own]).slice(0, shots);
+      const drawn =
+        task.fewShot.sampler === 'first'
+          ? own.slice(0, shots)
+          : rng
+              .fork(i)
+              .shuffle([...own])
+              .slice(0, shots);
       for (const other of drawn) {
         const example = question(other);
-        before += example.contexts[example.answer] + task.delimiter + example.choices[example.answer] + task.fewShot.separator;
+        before +=
+          example.contexts[example.answer] + task.delimiter + example.choices[example.answer] + task.fewShot.separator;
       }
     }
     return {
@@ -265,7 +293,11 @@ export function completionItems(task: CompletionTask, rows: readonly Row[], opti
 }
 
 /** Questions of a generation task. */
-export function generationItems(task: GenerationTask, rows: readonly Row[], options: ItemOptions = {}): GenerationItem[] {
+export function generationItems(
+  task: GenerationTask,
+  rows: readonly Row[],
+  options: ItemOptions = {},
+): GenerationItem[] {
   const renderer = new Renderer(task);
   const rng = createRng(options.seed ?? 0).fork(task.name);
   return prepare(task, renderer, rows, options.limit ?? Infinity).map((rendered, i) => {

@@ -22,15 +22,29 @@ const JUDGES: Readonly<Record<GenerationTask['judge'], Judge>> = {
   math: (text, item) => verdict(extractMath(text), (answer) => equivalent(item.answer, answer)),
   /** The same, and the answer must be a whole number. */
   integer: (text, item) =>
-    verdict(extractMath(text), (answer) => /^\s*\$?\s*0*\d/.test(answer) && equivalent(item.answer.replace(/^0+(?=\d)/, ''), answer)),
+    verdict(
+      extractMath(text),
+      (answer) => /^\s*\$?\s*0*\d/.test(answer) && equivalent(item.answer.replace(/^0+(?=\d)/, ''), answer),
+    ),
   /** The letter of a choice. */
   letter: (text, item) => verdict(extractLetter(text, item.letters), (answer) => answer === item.answer),
   /** The bundled chains: what follows the thinking, whole numbers and lists of them. */
   chain: (text, item) =>
-    verdict(extractAnswer(text), (answer) => answer.trim().replace(/\.$/, '').replaceAll(/\s*,\s*/g, ',') === item.answer),
+    verdict(
+      extractAnswer(text),
+      (answer) =>
+        answer
+          .trim()
+          .replace(/\.$/, '')
+          .replaceAll(/\s*,\s*/g, ',') === item.answer,
+    ),
 };
 
 /** Judges a text by a task's judge. */
-export function judgeText(judge: GenerationTask['judge'], text: string, item: Pick<GenerationItem, 'answer' | 'letters'>): Verdict {
+export function judgeText(
+  judge: GenerationTask['judge'],
+  text: string,
+  item: Pick<GenerationItem, 'answer' | 'letters'>,
+): Verdict {
   return JUDGES[judge](text, item);
 }

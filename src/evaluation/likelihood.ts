@@ -11,6 +11,8 @@ import type { Tokenizer } from '../tokenizer/index.js';
 
 /** Rows of one forward pass. */
 const ROWS_PER_PASS = 1024;
+/** Rows from which a pass is worth less padding rather than more rows. */
+const SMALL_PASS = 192;
 /** Bytes of keys and values held at a time. */
 const CACHE_BYTES = 768 * 1024 * 1024;
 /** Bytes of logits held at a time. */
@@ -111,7 +113,10 @@ export async function scoreContinuations(
   const breathe = createBreath();
   const pass = new Passes(decoder, async () => {
     await breathe();
-    if (signal?.aborted) throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again: what is done is kept.' });
+    if (signal?.aborted)
+      throw new GyreError('interrupted', 'the evaluation was interrupted', {
+        remedy: 'Run it again: what is done is kept.',
+      });
   });
   let done = 0;
   for (const batch of batches(decoder, groupByContext(requests))) {
@@ -179,6 +184,22 @@ function* batches(decoder: Decoder, groups: readonly Group[]): Generator<Group[]
   if (batch.length > 0) yield batch;
 }
 
+/**
+ * How many sequences, longest first, make a pass: at most so many, and once the pass is large enough, while padding stays
+ * below a tenth.
+ */
+function countTogether(length: (i: number) => number, most: number): number {
+  const width = length(0);
+  let tokens = width;
+  let count = 1;
+  for (; count < most && length(count) > 0; count++) {
+    tokens += length(count);
+    const rows = width * (count + 1);
+    if (rows > SMALL_PASS && tokens < 0.9 * rows) break;
+  }
+  return count;
+}
+
 /** Tokens at the front that all sequences share, one less than the shortest at most. */
 function commonPrefix(sequences: readonly Int32Array[]): number {
   const [first] = sequences;
@@ -218,12 +239,10 @@ class Passes {
         .flatMap((group, sequence) => group.jobs.map((job) => ({ ...job, sequence })))
         .sort((a, b) => b.continuation.length - a.continuation.length || a.index - b.index);
       const room = Math.max(1, Math.floor(CACHE_BYTES / 2 / cacheBytesPerToken(decoder)));
-      for (let begin = 0; begin < jobs.length; ) {
+      for (let begin = 0; begin < jobs.length;) {
         const width = jobs[begin].continuation.length;
-        const count = Math.max(
-          1,
-          Math.min(Math.floor(ROWS_PER_PASS / width), Math.floor(room / (longest + width)), jobs.length - begin),
-        );
+        const most = Math.min(Math.floor(ROWS_PER_PASS / width), Math.floor(room / (longest + width)));
+        const count = countTogether((i) => jobs[begin + i]?.continuation.length ?? 0, most);
         const part = jobs.slice(begin, begin + count);
         begin += count;
         await this.#check();
@@ -270,9 +289,12 @@ class Passes {
       }
     }
     // Pieces of the batch, each through a cache of its own size: rows of one pass are limited.
-    for (let begin = 0; begin < contexts.length && contexts[begin].length > header; ) {
+    for (let begin = 0; begin < contexts.length && contexts[begin].length > header;) {
       const width = contexts[begin].length - header;
-      const count = Math.max(1, Math.min(Math.floor(ROWS_PER_PASS / width), contexts.length - begin));
+      const count = countTogether(
+        (i) => (contexts[begin + i]?.length ?? 0) - header,
+        Math.floor(ROWS_PER_PASS / width),
+      );
       const rests = contexts.slice(begin, begin + count).map((context) => context.subarray(header));
       if (count === contexts.length) {
         await this.#feed(rests, header, cache);

@@ -119,7 +119,7 @@ export async function evaluateText(
   const breathe = createBreath();
   let running = 0;
   let tokens = 0;
-  for (let begin = 0; begin < windows.length; ) {
+  for (let begin = 0; begin < windows.length;) {
     await breathe();
     if (signal?.aborted)
       throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again.' });
@@ -225,9 +225,7 @@ async function scoreWindows(
     const [begin, end] = [i * width + first - 1, i * width + scored];
     const mean = (values: Float64Array | Uint8Array): number => sum(values.subarray(begin, end)) / (end - begin);
     const own = { tokens: end - begin, nll: mean(found.nll) };
-    return reference
-      ? { ...own, kl: mean(found.kl), agree: mean(found.agree), referenceNll: mean(referenceNll) }
-      : own;
+    return reference ? { ...own, kl: mean(found.kl), agree: mean(found.agree), referenceNll: mean(referenceNll) } : own;
   });
 }
 

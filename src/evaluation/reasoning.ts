@@ -87,8 +87,14 @@ export async function evaluateReasoning(
   const context = contextLength(decoder.config);
   const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
   const prompts = items.map((item) => {
-    const messages = [...(item.system === null ? [] : [{ role: 'system', content: item.system }]), { role: 'user', content: item.prompt }];
-    const text = tokenizer.applyChatTemplate(messages, { addGenerationPrompt: true, variables: { enable_thinking: thinking } });
+    const messages = [
+      ...(item.system === null ? [] : [{ role: 'system', content: item.system }]),
+      { role: 'user', content: item.prompt },
+    ];
+    const text = tokenizer.applyChatTemplate(messages, {
+      addGenerationPrompt: true,
+      variables: { enable_thinking: thinking },
+    });
     const ids = tokenizer.encode(text, { addSpecialTokens: false });
     ensure(
       ids.length + MIN_ANSWER_TOKENS <= context,
@@ -104,7 +110,18 @@ export async function evaluateReasoning(
   );
   const keys = await Promise.all(
     requests.map(({ prompt, stream }) =>
-      requestKey('text', cacheScope, sampling.temperature, sampling.topP, sampling.topK, maxTokens, seed, stream, stopIds, prompt),
+      requestKey(
+        'text',
+        cacheScope,
+        sampling.temperature,
+        sampling.topP,
+        sampling.topK,
+        maxTokens,
+        seed,
+        stream,
+        stopIds,
+        prompt,
+      ),
     ),
   );
   const found = keys.map((key) => cachedSchema.safeParse(cache.get(key)).data);
@@ -126,7 +143,11 @@ export async function evaluateReasoning(
   for (const [n, i] of missing.entries()) texts[i] = { ids: [...fresh.texts[n].ids], reason: fresh.texts[n].reason };
 
   const stopReasons: Record<string, number> = { eos: 0, length: 0 };
-  const columns: Record<'pass@1' | 'answered' | 'answer_tokens', number[]> = { 'pass@1': [], answered: [], answer_tokens: [] };
+  const columns: Record<'pass@1' | 'answered' | 'answer_tokens', number[]> = {
+    'pass@1': [],
+    answered: [],
+    answer_tokens: [],
+  };
   for (const [i, item] of items.entries()) {
     const own = texts.slice(i * samples, (i + 1) * samples);
     const verdicts: { correct: boolean; answer: string | null }[] = [];
@@ -160,7 +181,12 @@ export async function evaluateReasoning(
     return {
       'pass@1': metric({ column: 'pass@1', values: of('pass@1'), ...share }),
       answered: metric({ column: 'answered', values: of('answered'), ...share }),
-      answer_tokens: metric({ column: 'answer_tokens', values: of('answer_tokens'), better: 'neither', unit: 'tokens' }),
+      answer_tokens: metric({
+        column: 'answer_tokens',
+        values: of('answer_tokens'),
+        better: 'neither',
+        unit: 'tokens',
+      }),
     };
   };
   const names = [...new Set(items.flatMap(({ group }) => (group === null ? [] : [group])))].sort();

@@ -12,8 +12,12 @@ export interface RequestCache {
 export const noCache: RequestCache = { get: () => undefined, add: () => Promise.resolve() };
 
 /** Key of a request: SHA-256 over its parts, 32 hexadecimal digits. */
-export async function requestKey(...parts: readonly (string | number | boolean | null | ArrayLike<number>)[]): Promise<string> {
-  const text = JSON.stringify(parts.map((part) => (typeof part === 'object' && part !== null ? Array.from(part) : part)));
+export async function requestKey(
+  ...parts: readonly (string | number | boolean | null | ArrayLike<number>)[]
+): Promise<string> {
+  const text = JSON.stringify(
+    parts.map((part) => (typeof part === 'object' && part !== null ? Array.from(part) : part)),
+  );
   return hexDigest(text, 16);
 }
 

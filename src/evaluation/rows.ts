@@ -19,7 +19,17 @@ const READERS: readonly (readonly [endings: RegExp, read: Reader])[] = [
 ];
 
 /** Endings that {@link readRows} knows, for messages and for looking in folders. */
-export const DATA_ENDINGS = ['.parquet', '.jsonl', '.json', '.csv', '.jsonl.gz', '.json.gz', '.txt', '.raw', '.tokens'] as const;
+export const DATA_ENDINGS = [
+  '.parquet',
+  '.jsonl',
+  '.json',
+  '.csv',
+  '.jsonl.gz',
+  '.json.gz',
+  '.txt',
+  '.raw',
+  '.tokens',
+] as const;
 
 /**
  * Rows of a data file; its name decides the format.

@@ -110,7 +110,12 @@ function columnsOf(
   return columns;
 }
 
-type Row = readonly [name: string, column: string, weight: string, rest: Pick<MetricSpec, 'transform' | 'better' | 'unit'>];
+type Row = readonly [
+  name: string,
+  column: string,
+  weight: string,
+  rest: Pick<MetricSpec, 'transform' | 'better' | 'unit'>,
+];
 
 const METRICS: readonly Row[] = [
   ['perplexity', 'nll', 'tokens', { transform: 'exp', better: 'lower' }],

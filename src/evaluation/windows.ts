@@ -109,7 +109,7 @@ function rollingWindows(tokens: Int32Array, { seqLen, bosTokenId }: Cut): TextWi
   );
   const first = Math.min(seqLen, tokens.length);
   const cut: TextWindow[] = [{ ids: opening(bosTokenId, tokens.subarray(0, first)), first: 1 }];
-  for (let at = first; at < tokens.length; ) {
+  for (let at = first; at < tokens.length;) {
     const count = Math.min(tokens.length - at, seqLen);
     const end = at + count;
     const ids = tokens.slice(end - seqLen - 1, end);

@@ -179,7 +179,13 @@ export async function datasetFile(
     const repo = { type: 'dataset' as const, name: dataset };
     const token = hub.token === undefined ? {} : { accessToken: hub.token };
     const place = path.posix.dirname(file);
-    for await (const found of listFiles({ hubUrl: hub.hubUrl, ...token, repo, revision: commit, ...(place === '.' ? {} : { path: place }) })) {
+    for await (const found of listFiles({
+      hubUrl: hub.hubUrl,
+      ...token,
+      repo,
+      revision: commit,
+      ...(place === '.' ? {} : { path: place }),
+    })) {
       const etag = found.lfs?.oid ?? found.oid ?? '';
       if (found.path !== file || !/^[0-9a-f]{40,64}$/.test(etag)) continue;
       entry = { path: file, size: found.lfs?.size ?? found.size, etag, sha256: found.lfs?.oid };

@@ -130,14 +130,22 @@ export async function generateContinuously(
   const report = (): void => {
     const seconds = (performance.now() - begun) / 1000;
     const speed = (batch.generatedTokens / seconds).toFixed(0);
-    onProgress({ stage: 'generate', done: finished, total: requests.length, unit: 'texts', message: `${batch.active} at once, ${speed} tokens/s` });
+    onProgress({
+      stage: 'generate',
+      done: finished,
+      total: requests.length,
+      unit: 'texts',
+      message: `${batch.active} at once, ${speed} tokens/s`,
+    });
   };
   let reported = 0;
   try {
     while (waiting.length > 0 || batch.active > 0) {
       await breathe();
       if (options.signal?.aborted)
-        throw new GyreError('interrupted', 'generation was interrupted', { remedy: 'Run it again: what is done is kept.' });
+        throw new GyreError('interrupted', 'generation was interrupted', {
+          remedy: 'Run it again: what is done is kept.',
+        });
       await batch.admit(waiting);
       for (const [writer, reason] of await batch.step()) await finish(writer, reason);
       if (performance.now() - reported > 200) {
@@ -219,7 +227,8 @@ class Batch {
     const cache = this.#cache;
     // Compact when half the places are empty for good, grow when a text reaches the end of its place.
     const halfEmpty = waiting.length === 0 && 2 * wanted.length <= this.#places.length;
-    if (!cache || cache.batch < wanted.length || cache.capacity < width() || halfEmpty) await this.#move(wanted, width());
+    if (!cache || cache.batch < wanted.length || cache.capacity < width() || halfEmpty)
+      await this.#move(wanted, width());
     else {
       const left = [...taken];
       this.#places = this.#places.map((writer) => writer ?? left.shift());
@@ -297,7 +306,10 @@ class Batch {
     const ended: [Writer, ContinuousText['reason']][] = [];
     for (const [row, writer] of places.entries()) {
       if (!writer) continue;
-      const id = this.#sampler.sample(values.subarray(row * config.vocabSize, (row + 1) * config.vocabSize), writer.rng);
+      const id = this.#sampler.sample(
+        values.subarray(row * config.vocabSize, (row + 1) * config.vocabSize),
+        writer.rng,
+      );
       if (this.#stopIds.has(id)) ended.push([writer, 'eos']);
       else {
         writer.ids.push(id);

@@ -255,11 +255,31 @@ describe('eval', () => {
   it('measures several tasks from a folder of data; compare tells them apart', async () => {
     const data = path.join(folder, 'data');
     await mkdir(data);
-    const rows = Array.from({ length: 6 }, (_, i) => ({ goal: `open jar ${i}`, sol1: 'turn the lid', sol2: 'paint it', label: i % 2 }));
+    const rows = Array.from({ length: 6 }, (_, i) => ({
+      goal: `open jar ${i}`,
+      sol1: 'turn the lid',
+      sol2: 'paint it',
+      label: i % 2,
+    }));
     await writeFile(path.join(data, 'piqa.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
-    await writeFile(path.join(data, 'wiki.test.raw'), ' = A = \n \n It was a dark and stormy night in the town . \n'.repeat(30));
+    await writeFile(
+      path.join(data, 'wiki.test.raw'),
+      ' = A = \n \n It was a dark and stormy night in the town . \n'.repeat(30),
+    );
     const out = path.join(folder, 'both.json');
-    const args = ['eval', model, '--tasks', 'piqa,wikitext2', '--data', data, '--seq-len', '128', '--no-cache', '--out', out];
+    const args = [
+      'eval',
+      model,
+      '--tasks',
+      'piqa,wikitext2',
+      '--data',
+      data,
+      '--seq-len',
+      '128',
+      '--no-cache',
+      '--out',
+      out,
+    ];
     const run = await gyre(args);
     expect(run.code).toBe(0);
     const { evaluations } = resultSchema.parse(JSON.parse(await readFile(out, 'utf8')));

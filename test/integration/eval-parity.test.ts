@@ -82,45 +82,57 @@ describe('perplexity equals PyTorch to 1e-4', () => {
     strided: { protocol: 'strided', stride: 256, startToken: 'none' },
     rolling: { protocol: 'rolling' },
   };
-  it.each(Object.keys(fixture.prose))('of the bundled model on prose: %s', async (name) => {
-    const folder = path.join(root, 'models/gyre-14m/eval/prose');
-    const texts = readdirSync(folder)
-      .sort()
-      .map((file) => readFileSync(path.join(folder, file), 'utf8'));
-    const wanted = fixture.prose[name];
-    const ids = tokenizeTexts(tokenizer, texts).slice(0, wanted.ids);
-    expect(sha(ids.join(','))).toBe(wanted.idsHash);
-    const found = await evaluateText(decoder, ids, { seqLen: 512, bosTokenId: tokenizer.bosTokenId, ...protocols[name] });
-    expect(found.tokens).toBe(wanted.tokens);
-    expect(relative(found.perplexity, wanted.perplexity)).toBeLessThan(1e-4);
-  }, 300_000);
+  it.each(Object.keys(fixture.prose))(
+    'of the bundled model on prose: %s',
+    async (name) => {
+      const folder = path.join(root, 'models/gyre-14m/eval/prose');
+      const texts = readdirSync(folder)
+        .sort()
+        .map((file) => readFileSync(path.join(folder, file), 'utf8'));
+      const wanted = fixture.prose[name];
+      const ids = tokenizeTexts(tokenizer, texts).slice(0, wanted.ids);
+      expect(sha(ids.join(','))).toBe(wanted.idsHash);
+      const found = await evaluateText(decoder, ids, {
+        seqLen: 512,
+        bosTokenId: tokenizer.bosTokenId,
+        ...protocols[name],
+      });
+      expect(found.tokens).toBe(wanted.tokens);
+      expect(relative(found.perplexity, wanted.perplexity)).toBeLessThan(1e-4);
+    },
+    300_000,
+  );
 });
 
 const missing = evalFolder === undefined || !existsSync(path.join(evalFolder, 'commonsense'));
 describe.skipIf(missing)('choices equal PyTorch on real questions (needs ../shared/data/eval)', () => {
-  it.each(Object.keys(fixture.choices) as ChoiceSet[])('%s: log-likelihoods to 1e-3, the same answers', async (name) => {
-    const task = await loadTask(name);
-    if (task.type !== 'choices') throw new Error(`${name} is no multiple-choice task`);
-    const wanted = fixture.choices[name];
-    // The first forty here; GYRE_ALL_ITEMS=1 for all there are.
-    const count = process.env['GYRE_ALL_ITEMS'] === '1' ? wanted.items.length : Math.min(40, wanted.items.length);
-    const expected = wanted.items.slice(0, count);
-    const rows = choiceRows(evalFolder ?? '', name).slice(0, count);
-    expect(rows.map((row) => sha(JSON.stringify(row)))).toEqual(expected.map(({ hash }) => hash));
-    const items = choiceItems(task, rows);
-    expect(items.map(({ answer }) => answer)).toEqual(expected.map(({ gold }) => gold));
-    const found = await evaluateChoices(decoder, tokenizer, task, items);
-    const off = found.logLikelihoods.flatMap((scores, i) =>
-      scores.map((score, choice) => Math.abs(score - expected[i].logLikelihoods[choice])),
-    );
-    expect(Math.max(...off)).toBeLessThan(1e-3);
-    expect(found.items.columns['acc']).toEqual(expected.map(({ right }) => right));
-    if (task.metrics.includes('acc_norm')) {
-      expect(found.items.columns['acc_norm']).toEqual(expected.map(({ rightNormed }) => rightNormed));
-    }
-    if (count === wanted.items.length) {
-      expect(found.metrics['acc'].value).toBeCloseTo(wanted.acc, 12);
-      if (wanted.acc_norm !== undefined) expect(found.metrics['acc_norm'].value).toBeCloseTo(wanted.acc_norm, 12);
-    }
-  }, 300_000);
+  it.each(Object.keys(fixture.choices) as ChoiceSet[])(
+    '%s: log-likelihoods to 1e-3, the same answers',
+    async (name) => {
+      const task = await loadTask(name);
+      if (task.type !== 'choices') throw new Error(`${name} is no multiple-choice task`);
+      const wanted = fixture.choices[name];
+      // The first forty here; GYRE_ALL_ITEMS=1 for all there are.
+      const count = process.env['GYRE_ALL_ITEMS'] === '1' ? wanted.items.length : Math.min(40, wanted.items.length);
+      const expected = wanted.items.slice(0, count);
+      const rows = choiceRows(evalFolder ?? '', name).slice(0, count);
+      expect(rows.map((row) => sha(JSON.stringify(row)))).toEqual(expected.map(({ hash }) => hash));
+      const items = choiceItems(task, rows);
+      expect(items.map(({ answer }) => answer)).toEqual(expected.map(({ gold }) => gold));
+      const found = await evaluateChoices(decoder, tokenizer, task, items);
+      const off = found.logLikelihoods.flatMap((scores, i) =>
+        scores.map((score, choice) => Math.abs(score - expected[i].logLikelihoods[choice])),
+      );
+      expect(Math.max(...off)).toBeLessThan(1e-3);
+      expect(found.items.columns['acc']).toEqual(expected.map(({ right }) => right));
+      if (task.metrics.includes('acc_norm')) {
+        expect(found.items.columns['acc_norm']).toEqual(expected.map(({ rightNormed }) => rightNormed));
+      }
+      if (count === wanted.items.length) {
+        expect(found.metrics['acc'].value).toBeCloseTo(wanted.acc, 12);
+        if (wanted.acc_norm !== undefined) expect(found.metrics['acc_norm'].value).toBeCloseTo(wanted.acc_norm, 12);
+      }
+    },
+    300_000,
+  );
 });

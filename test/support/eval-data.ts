@@ -4,8 +4,8 @@ import { existsSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 
 /** The folder of evaluation sets, or undefined. */
-export const evalFolder: string | undefined = [path.join(import.meta.dirname, '../../../shared/data/eval')].find((folder) =>
-  existsSync(folder),
+export const evalFolder: string | undefined = [path.join(import.meta.dirname, '../../../shared/data/eval')].find(
+  (folder) => existsSync(folder),
 );
 
 type Entry = Readonly<{ instruction: string; answer: string }>;

@@ -36,24 +36,40 @@ describe('equivalent', () => {
 
   it('is quick on long and nested nonsense', () => {
     const begun = performance.now();
-    for (const text of ['('.repeat(1900), '1+'.repeat(900), 'x^'.repeat(900), '\\frac{1}'.repeat(200), '-'.repeat(1999), '9^{'.repeat(400), '|'.repeat(1000), '1'.repeat(5000)]) {
+    for (const text of [
+      '('.repeat(1900),
+      '1+'.repeat(900),
+      'x^'.repeat(900),
+      '\\frac{1}'.repeat(200),
+      '-'.repeat(1999),
+      '9^{'.repeat(400),
+      '|'.repeat(1000),
+      '1'.repeat(5000),
+    ]) {
       equivalent(text, '5');
       equivalent('5', text);
     }
     expect(performance.now() - begun).toBeLessThan(2000);
   });
 
-  it.skipIf(evalFolder === undefined)('knows every answer of MATH-500 as itself and as no neighbour (needs ../shared/data/eval)', () => {
-    const file = path.join(evalFolder ?? '', 'math500-test.jsonl');
-    if (!existsSync(file)) return;
-    const answers = readFileSync(file, 'utf8').trim().split('\n').map((line) => (JSON.parse(line) as { answer: string }).answer);
-    const distinct = [...new Set(answers)];
-    for (const answer of distinct) expect([answer, equivalent(answer, answer)]).toEqual([answer, true]);
-    let equal = 0;
-    for (const [i, a] of distinct.entries()) for (const b of distinct.slice(i + 1, i + 30)) if (equivalent(a, b)) equal++;
-    // Some answers of different questions are the same number written in two ways.
-    expect(equal).toBeLessThan(10);
-  });
+  it.skipIf(evalFolder === undefined)(
+    'knows every answer of MATH-500 as itself and as no neighbour (needs ../shared/data/eval)',
+    () => {
+      const file = path.join(evalFolder ?? '', 'math500-test.jsonl');
+      if (!existsSync(file)) return;
+      const answers = readFileSync(file, 'utf8')
+        .trim()
+        .split('\n')
+        .map((line) => (JSON.parse(line) as { answer: string }).answer);
+      const distinct = [...new Set(answers)];
+      for (const answer of distinct) expect([answer, equivalent(answer, answer)]).toEqual([answer, true]);
+      let equal = 0;
+      for (const [i, a] of distinct.entries())
+        for (const b of distinct.slice(i + 1, i + 30)) if (equivalent(a, b)) equal++;
+      // Some answers of different questions are the same number written in two ways.
+      expect(equal).toBeLessThan(10);
+    },
+  );
 });
 
 describe('extraction', () => {

@@ -38,7 +38,13 @@ describe('generateContinuously', () => {
     ['by sampling', { temperature: 1, topP: 0.9 }],
   ])('writes %s what each text would be alone', async (_, sampling) => {
     const stopIds = [7, 11, 13, 40, 41, 42];
-    const alone = await generateBatch(decoder, prompts, { ...sampling, maxTokens: rooms, batchSize: 1, stopIds, seed: 5 });
+    const alone = await generateBatch(decoder, prompts, {
+      ...sampling,
+      maxTokens: rooms,
+      batchSize: 1,
+      stopIds,
+      seed: 5,
+    });
     const finished: number[] = [];
     for (const slots of [1, 3, 8]) {
       finished.length = 0;
@@ -49,7 +55,9 @@ describe('generateContinuously', () => {
         seed: 5,
         onFinished: (index) => void finished.push(index),
       });
-      expect(texts.map(({ ids, reason }) => [[...ids], reason])).toEqual(alone.map(({ ids, reason }) => [[...ids], reason]));
+      expect(texts.map(({ ids, reason }) => [[...ids], reason])).toEqual(
+        alone.map(({ ids, reason }) => [[...ids], reason]),
+      );
       expect([...finished].sort((a, b) => a - b)).toEqual(prompts.map((_, i) => i));
       expect(generatedTokens).toBe(texts.reduce((sum, { ids }) => sum + ids.length, 0));
       expect(promptTokens).toBeLessThanOrEqual(lengths.reduce((sum, n) => sum + n, 0));

@@ -134,13 +134,22 @@ describe('scoreContinuations', () => {
     const context = tokenizer.encode('<|bos|><|user|>Compute 413 + 436.<|assistant|>', { addSpecialTokens: false });
     const continuation = tokenizer.encode('<think>', { addSpecialTokens: false });
     const other = tokenizer.encode('the', { addSpecialTokens: false });
-    const { results } = await scoreContinuations(decoder, [{ context, continuation }, { context, continuation: other }], { greedy: true });
+    const { results } = await scoreContinuations(
+      decoder,
+      [
+        { context, continuation },
+        { context, continuation: other },
+      ],
+      { greedy: true },
+    );
     expect(results.map(({ greedy }) => greedy)).toEqual([true, false]);
   });
 
   it('refuses what does not fit the context', async () => {
     const long = new Int32Array(2049).fill(20);
-    await expect(scoreContinuations(decoder, [{ context: long, continuation: Int32Array.of(1) }])).rejects.toMatchObject({ code: 'context-length' });
+    await expect(
+      scoreContinuations(decoder, [{ context: long, continuation: Int32Array.of(1) }]),
+    ).rejects.toMatchObject({ code: 'context-length' });
   });
 
   it('splits as the harness does', () => {
@@ -154,7 +163,12 @@ describe('scoreContinuations', () => {
 });
 
 describe('evaluateChoices', () => {
-  const rows = Array.from({ length: 12 }, (_, i) => ({ goal: `open a jar number ${i}`, sol1: 'turn the lid', sol2: 'paint it blue all over', label: i % 2 }));
+  const rows = Array.from({ length: 12 }, (_, i) => ({
+    goal: `open a jar number ${i}`,
+    sol1: 'turn the lid',
+    sol2: 'paint it blue all over',
+    label: i % 2,
+  }));
   let task: ChoicesTask;
   let items: ChoiceItem[];
   beforeAll(async () => {
@@ -220,7 +234,12 @@ describe('evaluateReasoning', () => {
     expect(transcripts).toHaveLength(6);
     expect(transcripts[0]).toMatchObject({ id: '0', sample: 0, expected: '849', stop: 'eos' });
     expect(transcripts[0].prompt).toContain('Compute 413 + 436.');
-    const again = await evaluateReasoning(decoder, tokenizer, task, items, { samples: 2, temperature: 0.3, slots: 1, cache });
+    const again = await evaluateReasoning(decoder, tokenizer, task, items, {
+      samples: 2,
+      temperature: 0.3,
+      slots: 1,
+      cache,
+    });
     expect(again.throughput.generatedTokens).toBe(0);
     expect(again.items).toEqual(found.items);
     await cache.close();
@@ -248,7 +267,16 @@ describe('compareResults', () => {
     schemaVersion: 1,
     version: '0',
     createdAt: '2026-01-01T00:00:00Z',
-    model: { name: 'm', family: 'qwen3', fingerprint: 'f', quantization: null, parameters: 1, bytes: 2, bitsPerWeight: 16, linearBitsPerWeight: 16 },
+    model: {
+      name: 'm',
+      family: 'qwen3',
+      fingerprint: 'f',
+      quantization: null,
+      parameters: 1,
+      bytes: 2,
+      bitsPerWeight: 16,
+      linearBitsPerWeight: 16,
+    },
     reference: null,
     backend: { name: 'cpu', description: '', threads: 1 },
     machine: {},
@@ -277,9 +305,14 @@ describe('compareResults', () => {
     const other = evaluation(base);
     const renamed: Evaluation = { ...other, items: { ...other.items, hashes: other.items.ids.map(() => 'x') } };
     expect(compare(evaluation(base), renamed).metrics[0]).toMatchObject({ verdict: 'not compared', difference: null });
-    expect(compare(evaluation(base, { fewShot: 0 }), evaluation(base, { fewShot: 5 })).metrics[0].unpaired).toContain('fewShot 0 and 5');
+    expect(compare(evaluation(base, { fewShot: 0 }), evaluation(base, { fewShot: 5 })).metrics[0].unpaired).toContain(
+      'fewShot 0 and 5',
+    );
     expect(compare(evaluation(base), { ...evaluation(base), version: 2 }).metrics[0].unpaired).toContain('versions');
-    expect(compare(evaluation(base), { ...evaluation(base), name: 'arc' })).toMatchObject({ metrics: [], missing: ['piqa', 'arc'] });
+    expect(compare(evaluation(base), { ...evaluation(base), name: 'arc' })).toMatchObject({
+      metrics: [],
+      missing: ['piqa', 'arc'],
+    });
   });
 
   it('reads result files, and nothing else', () => {

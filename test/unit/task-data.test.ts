@@ -45,7 +45,10 @@ describe('task files', () => {
   });
 
   it('may lie anywhere: one file is a task', async () => {
-    const own = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<string, unknown>;
+    const own = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<
+      string,
+      unknown
+    >;
     const file = path.join(folder, 'mine.json');
     await writeFile(file, JSON.stringify({ ...own, name: 'mine' }));
     expect((await loadTask(file)).name).toBe('mine');
@@ -59,17 +62,32 @@ describe('task files', () => {
     ['an unknown metric', (t) => (t['metrics'] = ['f1']), /metrics/],
     ['an unknown kind', (t) => (t['type'] = 'ranking'), /type/],
     ['neither prompt nor contexts', (t) => delete t['prompt'], /prompt and choices/],
-    ['a path that climbs', (t) => ((t['source'] as { splits: Record<string, unknown> }).splits = { validation: [{ path: '../../etc/passwd' }] }), /relative path/],
+    [
+      'a path that climbs',
+      (t) =>
+        ((t['source'] as { splits: Record<string, unknown> }).splits = { validation: [{ path: '../../etc/passwd' }] }),
+      /relative path/,
+    ],
   ])('are refused with %s', (_, change, message) => {
-    const task = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<string, unknown>;
+    const task = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<
+      string,
+      unknown
+    >;
     change(task);
     expect(() => parseTaskDefinition(JSON.stringify(task), 'piqa.json')).toThrow(message);
   });
 
   it('name what is there when there is none of the name', async () => {
-    await expect(loadTask('arc_hard')).rejects.toMatchObject({ code: 'not-found', remedy: expect.stringContaining('arc_easy') as string });
-    expect(() => parseTaskDefinition('{"schemaVersion": 1', 'x.json')).toThrow(expect.objectContaining({ code: 'file-corrupt' }));
-    expect(() => parseTaskDefinition('x'.repeat(300_000), 'x.json')).toThrow(expect.objectContaining({ code: 'limit-exceeded' }));
+    await expect(loadTask('arc_hard')).rejects.toMatchObject({
+      code: 'not-found',
+      remedy: expect.stringContaining('arc_easy') as string,
+    });
+    expect(() => parseTaskDefinition('{"schemaVersion": 1', 'x.json')).toThrow(
+      expect.objectContaining({ code: 'file-corrupt' }),
+    );
+    expect(() => parseTaskDefinition('x'.repeat(300_000), 'x.json')).toThrow(
+      expect.objectContaining({ code: 'limit-exceeded' }),
+    );
   });
 });
 
@@ -82,7 +100,11 @@ describe('readRows', () => {
     ['x.jsonl', bytes(`${JSON.stringify(rows[0])}\n\n${JSON.stringify(rows[1])}\n`), rows],
     ['x.json', bytes(JSON.stringify(rows)), rows],
     ['x.json.gz', gzipSync(rows.map((row) => JSON.stringify(row)).join('\n')), rows],
-    ['x.csv', bytes('question,answer\r\n"a, ""b""\nc",1\r\nd,2\r\n'), rows.map((row) => ({ ...row, answer: String(row.answer) }))],
+    [
+      'x.csv',
+      bytes('question,answer\r\n"a, ""b""\nc",1\r\nd,2\r\n'),
+      rows.map((row) => ({ ...row, answer: String(row.answer) })),
+    ],
     ['x.raw', bytes(' = Title = \n \n text\n'), [{ text: ' = Title = \n' }, { text: '' }, { text: ' text\n' }]],
   ])('reads %s', async (name, content, wanted) => {
     expect(await readRows(content, name)).toEqual(wanted);
@@ -114,7 +136,12 @@ describe('readRows', () => {
 
 describe('questions', () => {
   it('of ARC are put as in lm-evaluation-harness', async () => {
-    const row = { id: 'q7', question: 'What is wet?', choices: { text: ['Sand', 'Wäter'], label: ['A', 'B'] }, answerKey: 'B' };
+    const row = {
+      id: 'q7',
+      question: 'What is wet?',
+      choices: { text: ['Sand', 'Wäter'], label: ['A', 'B'] },
+      answerKey: 'B',
+    };
     const [item] = choiceItems(await choices('arc_easy'), [row]);
     expect(item).toEqual({
       id: 'q7',
@@ -127,7 +154,12 @@ describe('questions', () => {
   });
 
   it('of WinoGrande differ before the gap and end alike', async () => {
-    const row = { sentence: 'The cup was in the bag because _ was small, a_b.', option1: 'cup', option2: 'bag', answer: '2' };
+    const row = {
+      sentence: 'The cup was in the bag because _ was small, a_b.',
+      option1: 'cup',
+      option2: 'bag',
+      answer: '2',
+    };
     const [item] = choiceItems(await choices('winogrande'), [row]);
     expect(item.contexts).toEqual(['The cup was in the bag because cup', 'The cup was in the bag because bag']);
     expect(item.continuations).toEqual([' was small, a_b.', ' was small, a_b.']);
@@ -135,7 +167,14 @@ describe('questions', () => {
   });
 
   it('of HellaSwag are cleaned', async () => {
-    const row = { ind: 3, activity_label: 'Baking', ctx_a: 'A man bakes.', ctx_b: 'he Then', endings: ['[header] eats [title] Bread', 'runs'], label: '0' };
+    const row = {
+      ind: 3,
+      activity_label: 'Baking',
+      ctx_a: 'A man bakes.',
+      ctx_b: 'he Then',
+      endings: ['[header] eats [title] Bread', 'runs'],
+      label: '0',
+    };
     const [item] = choiceItems(await choices('hellaswag'), [row]);
     expect(item.contexts[0]).toBe('Baking: A man bakes. He then');
     expect(item.continuations).toEqual(['  eats. Bread', ' runs']);
@@ -150,9 +189,18 @@ describe('questions', () => {
 
   it('of BoolQ and MMLU take labels and subjects', async () => {
     const [boolq] = choiceItems(await choices('boolq'), [{ passage: 'P.', question: 'is it', answer: true }]);
-    expect([boolq.contexts[0], boolq.continuations, boolq.answer]).toEqual(['P.\nQuestion: is it?\nAnswer:', [' no', ' yes'], 1]);
+    expect([boolq.contexts[0], boolq.continuations, boolq.answer]).toEqual([
+      'P.\nQuestion: is it?\nAnswer:',
+      [' no', ' yes'],
+      1,
+    ]);
     const task = await choices('mmlu');
-    const row = (subject: string, n: number): Row => ({ question: ` ${subject} ${n}? `, subject, choices: ['w', 'x', 'y', 'z'], answer: n % 4 });
+    const row = (subject: string, n: number): Row => ({
+      question: ` ${subject} ${n}? `,
+      subject,
+      choices: ['w', 'x', 'y', 'z'],
+      answer: n % 4,
+    });
     const examples = ['some_subject', 'other'].flatMap((subject) => [0, 1, 2].map((n) => row(subject, n)));
     const [item] = choiceItems(task, [row('some_subject', 9)], { fewShot: 2, examples });
     expect(item.group).toBe('some_subject');
@@ -167,7 +215,14 @@ describe('questions', () => {
 
   it('of GPQA are shuffled by seed, and the letter follows', async () => {
     const task = await generation('gpqa_diamond');
-    const row = { 'Record ID': 'r', Question: ' Why? ', 'Correct Answer': 'right\n', 'Incorrect Answer 1': 'w1', 'Incorrect Answer 2': 'w2', 'Incorrect Answer 3': 'w3' };
+    const row = {
+      'Record ID': 'r',
+      Question: ' Why? ',
+      'Correct Answer': 'right\n',
+      'Incorrect Answer 1': 'w1',
+      'Incorrect Answer 2': 'w2',
+      'Incorrect Answer 3': 'w3',
+    };
     const rows = Array.from({ length: 40 }, () => row);
     const items = generationItems(task, rows, { seed: 3 });
     expect(new Set(items.map(({ answer }) => answer))).toEqual(new Set(['A', 'B', 'C', 'D']));
@@ -180,7 +235,9 @@ describe('questions', () => {
   it('say which row lacks a column or an answer', async () => {
     const task = await choices('piqa');
     const good = { goal: 'g', sol1: 'a', sol2: 'b', label: 0 };
-    expect(() => choiceItems(task, [good, { goal: 'g', sol1: 'a', label: 1 }])).toThrow(/piqa, row 2: no column 'sol2'/);
+    expect(() => choiceItems(task, [good, { goal: 'g', sol1: 'a', label: 1 }])).toThrow(
+      /piqa, row 2: no column 'sol2'/,
+    );
     expect(() => choiceItems(task, [{ ...good, label: -1 }])).toThrow(/names none of 2 choices/);
     expect(() => choiceItems(task, [])).toThrow(/no questions/);
     expect(() => fewShotCount({ ...task, fewShot: undefined }, 3)).toThrow(/no split/);
@@ -189,7 +246,8 @@ describe('questions', () => {
   it('draw examples by seed, never the question itself', async () => {
     const task = await choices('piqa');
     const rows = Array.from({ length: 9 }, (_, i) => ({ goal: `g${i}`, sol1: 'a', sol2: 'b', label: 0 }));
-    const contexts = (seed: number): string[] => choiceItems(task, rows, { fewShot: 3, examples: rows, seed }).map((item) => item.contexts[0]);
+    const contexts = (seed: number): string[] =>
+      choiceItems(task, rows, { fewShot: 3, examples: rows, seed }).map((item) => item.contexts[0]);
     expect(contexts(1)).toEqual(contexts(1));
     expect(contexts(1)).not.toEqual(contexts(2));
     contexts(1).forEach((context, i) => {
@@ -211,7 +269,9 @@ describe('loadRows', () => {
     if (ptb.type !== 'text') throw new Error('no text');
     expect(taskTexts(ptb, (await loadRows(ptb, 'test', { data })).rows).join(ptb.join)).toBe('no it was yes');
     await expect(loadRows(ptb, 'test')).rejects.toMatchObject({ code: 'file-missing' });
-    await expect(loadRows(ptb, 'test', { data: path.join(folder, 'nowhere') })).rejects.toMatchObject({ code: 'not-found' });
+    await expect(loadRows(ptb, 'test', { data: path.join(folder, 'nowhere') })).rejects.toMatchObject({
+      code: 'not-found',
+    });
     // The pinned file under its own path keeps its checksum.
     await writeFile(path.join(data, 'allenai/openbookqa/main/test-00000-of-00001.parquet'), 'something else');
     await expect(loadRows(await loadTask('openbookqa'), 'test', { data })).rejects.toMatchObject({
@@ -235,7 +295,13 @@ describe('loadRows', () => {
         requests++;
         if (request.url?.startsWith('/api/datasets/me/set/tree/')) {
           const oid = createHash('sha256').update(content).digest('hex');
-          const file = { type: 'file', path: 'data/test.jsonl', size: content.length, oid: 'a'.repeat(40), lfs: { oid, size: content.length, pointerSize: 10 } };
+          const file = {
+            type: 'file',
+            path: 'data/test.jsonl',
+            size: content.length,
+            oid: 'a'.repeat(40),
+            lfs: { oid, size: content.length, pointerSize: 10 },
+          };
           response.setHeader('content-type', 'application/json').end(JSON.stringify([file]));
         } else if (request.url === `/datasets/me/set/resolve/${'1'.repeat(40)}/data/test.jsonl`) response.end(content);
         else response.writeHead(404).end();
@@ -253,7 +319,11 @@ describe('loadRows', () => {
           title: 'Mine',
           version: 0,
           type: 'text',
-          source: { dataset: 'me/set', revision: '1'.repeat(40), splits: { test: [{ path: 'data/test.jsonl', ...(sha256 && { sha256 }) }] } },
+          source: {
+            dataset: 'me/set',
+            revision: '1'.repeat(40),
+            splits: { test: [{ path: 'data/test.jsonl', ...(sha256 && { sha256 }) }] },
+          },
           split: 'test',
           columns: ['text'],
           text: '{{ text }}',
@@ -265,11 +335,19 @@ describe('loadRows', () => {
     it('fetches a pinned file once and checks it', async () => {
       const cacheDir = path.join(folder, 'hub');
       const found = await loadRows(task(), 'test', { hubUrl, cacheDir });
-      expect(found).toMatchObject({ local: false, rows: [{ text: 'It was a dark night' }], files: [{ name: 'data/test.jsonl' }] });
+      expect(found).toMatchObject({
+        local: false,
+        rows: [{ text: 'It was a dark night' }],
+        files: [{ name: 'data/test.jsonl' }],
+      });
       const before = requests;
-      expect((await loadRows(task(found.files[0].sha256), 'test', { hubUrl, cacheDir, offline: true })).rows).toHaveLength(1);
+      expect(
+        (await loadRows(task(found.files[0].sha256), 'test', { hubUrl, cacheDir, offline: true })).rows,
+      ).toHaveLength(1);
       expect(requests).toBe(before);
-      await expect(loadRows(task('0'.repeat(64)), 'test', { hubUrl, cacheDir })).rejects.toMatchObject({ code: 'file-corrupt' });
+      await expect(loadRows(task('0'.repeat(64)), 'test', { hubUrl, cacheDir })).rejects.toMatchObject({
+        code: 'file-corrupt',
+      });
     });
 
     it('says how to go on without it', async () => {

@@ -4,7 +4,13 @@ import path from 'node:path';
 import { Command } from 'commander';
 import { z } from 'zod';
 import { GyreError } from '../../core/errors.js';
-import { compareResults, parseResult, type Comparison, type EvaluationResult, type Metric } from '../../evaluation/index.js';
+import {
+  compareResults,
+  parseResult,
+  type Comparison,
+  type EvaluationResult,
+  type Metric,
+} from '../../evaluation/index.js';
 import type { CommandContext } from '../context.js';
 import { jsonOption, parseOptions, wholeNumber } from '../options.js';
 import { formatValue } from '../ui/metrics.js';
@@ -42,7 +48,11 @@ or worse only when its 95% interval leaves 0 out.`,
       }
       const comparisons = compareResults(results, seed);
       context.result({ comparisons });
-      const units = new Map(results[0].result.evaluations.flatMap((e) => Object.entries(e.metrics).map(([name, { unit }]) => [`${e.name} ${name}`, unit] as const)));
+      const units = new Map(
+        results[0].result.evaluations.flatMap((e) =>
+          Object.entries(e.metrics).map(([name, { unit }]) => [`${e.name} ${name}`, unit] as const),
+        ),
+      );
       context.print(comparisons.map((comparison) => report(comparison, units)).join('\n\n'));
     });
 }
@@ -54,7 +64,15 @@ function report({ first, second, metrics, missing }: Comparison, units: Readonly
     const shown = difference
       ? `${signed(difference.difference)} [${signed(difference.low)}, ${signed(difference.high)}]`
       : (unpaired ?? '');
-    return [task, metric, formatValue(first, unit), formatValue(second, unit), shown, difference ? String(difference.n) : '', verdict];
+    return [
+      task,
+      metric,
+      formatValue(first, unit),
+      formatValue(second, unit),
+      shown,
+      difference ? String(difference.n) : '',
+      verdict,
+    ];
   });
   const table = formatTable(
     [

@@ -1,7 +1,6 @@
 // gyre eval: perplexity and KL of texts, benchmark tasks by likelihood and by generation; one result file.
 import path from 'node:path';
 import { Command } from 'commander';
-import { z } from 'zod';
 import { GyreError } from '../../core/errors.js';
 import { modelFingerprint, summarizeModel, type EvaluationResult, type ModelResult } from '../../evaluation/index.js';
 import { RESULT_KIND, RESULT_VERSION, type Evaluation } from '../../evaluation/results.js';
@@ -12,42 +11,19 @@ import type { Decoder } from '../../models/decoder.js';
 import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer } from '../../tokenizer/index.js';
 import { VERSION } from '../../version.js';
+import { evalSchema, type EvalOptions } from '../eval-options.js';
 import { machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
-import { evaluateTask, evaluateTexts, prepareTask, readTexts, type EvaluationContext, type PreparedTask } from '../evaluations.js';
-import { decimalNumber, jsonOption, modelOptions, modelSchema, oneOf, parseOptions, runtimeOptions, runtimeSchema, wholeNumber } from '../options.js';
+import {
+  evaluateTask,
+  evaluateTexts,
+  prepareTask,
+  readTexts,
+  type EvaluationContext,
+  type PreparedTask,
+} from '../evaluations.js';
+import { jsonOption, modelOptions, parseOptions, runtimeOptions } from '../options.js';
 import { formatDuration, formatFields, formatTable } from '../ui/table.js';
 import { formatMetric } from '../ui/metrics.js';
-
-const schema = z.object({
-  ...modelSchema,
-  ...runtimeSchema,
-  text: z.array(z.string()).optional(),
-  reference: z.string().optional(),
-  seqLen: wholeNumber(2, 10_000_000).optional(),
-  samples: wholeNumber(1).optional(),
-  protocol: oneOf(['windows', 'strided', 'rolling']).optional(),
-  stride: wholeNumber(1).optional(),
-  startToken: oneOf(['none', 'once', 'each']).optional(),
-  perDocument: z.boolean().optional(),
-  tasks: z.string().optional(),
-  listTasks: z.boolean().optional(),
-  data: z.string().optional(),
-  limit: wholeNumber(1).optional(),
-  fewShot: wholeNumber(0, 256).optional(),
-  nSamples: wholeNumber(1, 1024).optional(),
-  maxTokens: wholeNumber(1).optional(),
-  temperature: decimalNumber({ min: 0 }).optional(),
-  topP: decimalNumber({ above: 0, max: 1 }).optional(),
-  topK: wholeNumber(0).optional(),
-  thinking: z.boolean(),
-  batchSize: wholeNumber(1, 4096),
-  seed: wholeNumber(0),
-  out: z.string().optional(),
-  cache: z.union([z.string(), z.literal(false)]),
-});
-
-/** Options of the command, checked. */
-export type EvalOptions = z.output<typeof schema>;
 
 /** The command. */
 export function evalCommand(context: CommandContext): Command {
@@ -76,7 +52,11 @@ export function evalCommand(context: CommandContext): Command {
     .option('--batch-size <n>', 'answers written at a time', '32')
     .option('--seed <n>', 'of samples, drawn examples and shuffled choices', '0')
     .option('--out <file>', 'write the result as JSON, and what the model wrote beside it')
-    .option('--cache <folder>', 'where answers to single requests are kept, for runs that are stopped', evaluationCacheDir())
+    .option(
+      '--cache <folder>',
+      'where answers to single requests are kept, for runs that are stopped',
+      evaluationCacheDir(),
+    )
     .option('--no-cache', 'keep no answers and use none that were kept');
   for (const option of [...runtimeOptions(), ...modelOptions(), jsonOption()]) command.addOption(option);
   return command
@@ -94,7 +74,7 @@ Data comes from the hub at pinned commits, or from --data. A run that was stoppe
 started again. kl is the mean of KL(reference‖model) per token in nats; intervals are 95%.`,
     )
     .action(async (model: string | undefined, raw: unknown) => {
-      const options = parseOptions(schema, raw);
+      const options = parseOptions(evalSchema, raw);
       if (options.listTasks) {
         const names = await taskNames();
         context.result({ tasks: names });
@@ -108,7 +88,9 @@ started again. kl is the mean of KL(reference‖model) per token in nats; interv
 
 async function run(context: CommandContext, model: string, options: EvalOptions): Promise<void> {
   if (!options.text && options.tasks === undefined) {
-    throw new GyreError('usage', 'neither --text nor --tasks was given: nothing to measure');
+    throw new GyreError('usage', 'nothing to evaluate on: neither --text nor --tasks was given', {
+      remedy: `add --text <file>, e.g. gyre eval ${model} --text book.txt`,
+    });
   }
   // What can be refused is refused before a model is loaded.
   const texts = options.text ? await readTexts(options.text) : undefined;
@@ -128,31 +110,48 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
         backend,
         source,
         (decoder) =>
-          withReference(context, decoder, needsText ? options : { ...options, reference: undefined }, async (reference) => {
-            const scope = JSON.stringify([described.fingerprint, backend.info.name, options.activations, options.headBits]);
-            const surroundings: EvaluationContext = { context, decoder, tokenizer, options, scope, reference: reference?.decoder };
-            const evaluations: Evaluation[] = [];
-            if (texts) evaluations.push(await evaluateTexts(surroundings, texts));
-            for (const task of tasks) evaluations.push(await evaluateTask(surroundings, task));
-            context.progress.clear();
-            const result: EvaluationResult = {
-              kind: RESULT_KIND,
-              schemaVersion: RESULT_VERSION,
-              version: VERSION,
-              createdAt: new Date().toISOString(),
-              model: described,
-              reference: reference?.described ?? null,
-              backend: backend.info,
-              machine: machineInfo(),
-              settings: { activations: options.activations, headBits: options.headBits },
-              evaluations,
-            };
-            if (options.out !== undefined) {
-              await writeFileAtomic(path.resolve(options.out), `${JSON.stringify(result, null, 1)}\n`);
-            }
-            context.result(result);
-            context.print(report(result));
-          }),
+          withReference(
+            context,
+            decoder,
+            needsText ? options : { ...options, reference: undefined },
+            async (reference) => {
+              const scope = JSON.stringify([
+                described.fingerprint,
+                backend.info.name,
+                options.activations,
+                options.headBits,
+              ]);
+              const surroundings: EvaluationContext = {
+                context,
+                decoder,
+                tokenizer,
+                options,
+                scope,
+                reference: reference?.decoder,
+              };
+              const evaluations: Evaluation[] = [];
+              if (texts) evaluations.push(await evaluateTexts(surroundings, texts));
+              for (const task of tasks) evaluations.push(await evaluateTask(surroundings, task));
+              context.progress.clear();
+              const result: EvaluationResult = {
+                kind: RESULT_KIND,
+                schemaVersion: RESULT_VERSION,
+                version: VERSION,
+                createdAt: new Date().toISOString(),
+                model: described,
+                reference: reference?.described ?? null,
+                backend: backend.info,
+                machine: machineInfo(),
+                settings: { activations: options.activations, headBits: options.headBits },
+                evaluations,
+              };
+              if (options.out !== undefined) {
+                await writeFileAtomic(path.resolve(options.out), `${JSON.stringify(result, null, 1)}\n`);
+              }
+              context.result(result);
+              context.print(report(result));
+            },
+          ),
         options,
       );
     }),
@@ -192,16 +191,33 @@ async function describe(source: ModelSource): Promise<ModelResult> {
 /** The result for people. */
 function report({ model, reference, evaluations }: EvaluationResult): string {
   const quantization = model.quantization;
-  const kind = quantization ? `${String(quantization['method'])} ${String(quantization['bits'])} bits` : 'not quantized';
+  const kind = quantization
+    ? `${String(quantization['method'])} ${String(quantization['bits'])} bits`
+    : 'not quantized';
   const fields: [string, string][] = [['model', `${model.name} (${model.family}, ${kind})`]];
   if (reference) fields.push(['reference', reference.name]);
   const rows = evaluations.flatMap((evaluation) => {
     const { name, metrics, throughput, items } = evaluation;
     const speed = `${formatDuration(throughput.seconds)}, ${throughput.tokensPerSecond.toFixed(0)} tokens/s`;
-    const count = evaluation.type === 'text' ? `${evaluation.tokens} tokens in ${evaluation.windows} windows` : String(items.ids.length);
-    return Object.entries(metrics).map(([metric, value], i) => [i === 0 ? name : '', metric, formatMetric(value), i === 0 ? count : '', i === 0 ? speed : '']);
+    const count =
+      evaluation.type === 'text'
+        ? `${evaluation.tokens} tokens in ${evaluation.windows} windows`
+        : String(items.ids.length);
+    return Object.entries(metrics).map(([metric, value], i) => [
+      i === 0 ? name : '',
+      metric,
+      formatMetric(value),
+      i === 0 ? count : '',
+      i === 0 ? speed : '',
+    ]);
   });
-  const columns = [{ title: 'task' }, { title: 'metric' }, { title: 'value [95% interval]' }, { title: 'of' }, { title: 'time' }];
+  const columns = [
+    { title: 'task' },
+    { title: 'metric' },
+    { title: 'value [95% interval]' },
+    { title: 'of' },
+    { title: 'time' },
+  ];
   const groups = evaluations.flatMap((evaluation) => {
     const parts = evaluation.type === 'text' ? evaluation.documents : evaluation.groups;
     if (parts.length === 0) return [];

@@ -66,7 +66,12 @@ function sameMatrix(a: Value, b: Value): boolean {
   const [matrix, other] = a.kind === 'matrix' ? [a, b] : [b, a];
   if (matrix.kind !== 'matrix' || other.kind !== 'list' || !['(', 'langle'].includes(other.open)) return false;
   if (other.close !== { '(': ')', langle: 'rangle' }[other.open]) return false;
-  const vector = matrix.rows.length === 1 ? matrix.rows[0] : matrix.rows.every((row) => row.length === 1) ? matrix.rows.flat() : undefined;
+  const vector =
+    matrix.rows.length === 1
+      ? matrix.rows[0]
+      : matrix.rows.every((row) => row.length === 1)
+        ? matrix.rows.flat()
+        : undefined;
   return vector !== undefined && sameItems(vector, other.items);
 }
 
@@ -94,7 +99,8 @@ function sameWords(a: Value, b: Value): boolean {
     // A choice: C, (C).
     if (value.kind === 'expression' && value.unit === null && !value.percent) {
       if (value.node.kind === 'variable') return plainWords(value.node.name);
-      if (value.node.kind === 'constant' && (value.node.name === 'e' || value.node.name === 'i')) return value.node.name;
+      if (value.node.kind === 'constant' && (value.node.name === 'e' || value.node.name === 'i'))
+        return value.node.name;
     }
     return undefined;
   };
@@ -109,7 +115,12 @@ function sameExpression(a: ExpressionValue, b: ExpressionValue): boolean {
   if (a.percent && b.percent) return sameNumber(a.node, b.node);
   if (a.percent || b.percent) {
     const [share, other] = a.percent ? [a.node, b.node] : [b.node, a.node];
-    const hundredth: Expression = { kind: 'binary', op: '/', left: share, right: { kind: 'number', value: { n: 100n, d: 1n } } };
+    const hundredth: Expression = {
+      kind: 'binary',
+      op: '/',
+      left: share,
+      right: { kind: 'number', value: { n: 100n, d: 1n } },
+    };
     return sameNumber(share, other) || sameNumber(hundredth, other);
   }
   return sameNumber(a.node, b.node);
@@ -203,7 +214,9 @@ function sameEquation(a: Value, b: Value): boolean {
 /** Whether the two differences of sides vanish together: one is a multiple of the other. */
 function proportional(a: Extract<Value, { kind: 'equation' }>, b: Extract<Value, { kind: 'equation' }>): boolean {
   const difference = ({ left, right }: typeof a): Expression | undefined =>
-    left.kind === 'expression' && right.kind === 'expression' ? { kind: 'binary', op: '-', left: left.node, right: right.node } : undefined;
+    left.kind === 'expression' && right.kind === 'expression'
+      ? { kind: 'binary', op: '-', left: left.node, right: right.node }
+      : undefined;
   const [first, second] = [difference(a), difference(b)];
   if (!first || !second) return false;
   const names = [...variablesOf(first)].sort();

@@ -5,7 +5,12 @@ export type Expression =
   | { readonly kind: 'number'; readonly value: Rational }
   | { readonly kind: 'constant'; readonly name: 'pi' | 'e' | 'i' | 'infty' }
   | { readonly kind: 'variable'; readonly name: string }
-  | { readonly kind: 'binary'; readonly op: '+' | '-' | '*' | '/' | '^'; readonly left: Expression; readonly right: Expression }
+  | {
+      readonly kind: 'binary';
+      readonly op: '+' | '-' | '*' | '/' | '^';
+      readonly left: Expression;
+      readonly right: Expression;
+    }
   | { readonly kind: 'call'; readonly name: FunctionName; readonly args: readonly Expression[] };
 
 /** A ratio of whole numbers in lowest terms; the denominator is positive. */
@@ -28,7 +33,10 @@ export type FunctionName = keyof typeof FUNCTIONS;
 const real = (re: number): Complex => ({ re, im: 0 });
 const add = (a: Complex, b: Complex): Complex => ({ re: a.re + b.re, im: a.im + b.im });
 const negate = (a: Complex): Complex => ({ re: -a.re, im: -a.im });
-const multiply = (a: Complex, b: Complex): Complex => ({ re: a.re * b.re - a.im * b.im, im: a.re * b.im + a.im * b.re });
+const multiply = (a: Complex, b: Complex): Complex => ({
+  re: a.re * b.re - a.im * b.im,
+  im: a.re * b.im + a.im * b.re,
+});
 const divide = (a: Complex, b: Complex): Complex => {
   const size = b.re * b.re + b.im * b.im;
   return { re: (a.re * b.re + a.im * b.im) / size, im: (a.im * b.re - a.re * b.im) / size };
@@ -194,7 +202,8 @@ function exactRoot({ n, d }: Rational): Rational | undefined {
     if (x < 0n) return undefined;
     let guess = BigInt(Math.floor(Math.sqrt(Number(x))));
     for (let i = 0; i < 4; i++) if (guess > 0n) guess = (guess + x / guess) / 2n;
-    for (const candidate of [guess - 1n, guess, guess + 1n]) if (candidate >= 0n && candidate * candidate === x) return candidate;
+    for (const candidate of [guess - 1n, guess, guess + 1n])
+      if (candidate >= 0n && candidate * candidate === x) return candidate;
     return undefined;
   };
   const [top, bottom] = [root(n), root(d)];

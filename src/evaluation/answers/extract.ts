@@ -9,7 +9,7 @@ export function afterThinking(text: string): string | undefined {
 
 /** Content of the last \boxed{…} or \fbox{…} that is closed, braces balanced. */
 export function lastBoxed(text: string): string | undefined {
-  for (let at = text.length; at >= 0; ) {
+  for (let at = text.length; at >= 0;) {
     const found = Math.max(text.lastIndexOf('\\boxed', at), text.lastIndexOf('\\fbox', at));
     if (found < 0) return undefined;
     at = found - 1;
@@ -68,7 +68,9 @@ export function extractLetter(text: string, letters: string): string | undefined
     const bare = boxed.replaceAll(/\\(?:text|textbf|mathrm|mathbf)\s*\{|[{}$()*\s]/g, '');
     return new RegExp(`^${one}(?![A-Za-z])`, 'i').exec(bare)?.[1].toUpperCase();
   }
-  const named = [...said.matchAll(new RegExp(`(?:answer|choice|option)\\s*(?:is|:)?\\s*[*$(\\s]*${one}(?![A-Za-z])`, 'gi'))].at(-1);
+  const named = [
+    ...said.matchAll(new RegExp(`(?:answer|choice|option)\\s*(?:is|:)?\\s*[*$(\\s]*${one}(?![A-Za-z])`, 'gi')),
+  ].at(-1);
   if (named) return named[1].toUpperCase();
   return new RegExp(`(?:^|\\n)\\s*[*$(]*${one}[*$).]*\\s*$`).exec(said.trimEnd())?.[1];
 }

@@ -57,7 +57,10 @@ function is(token: Token | undefined, text: string): boolean {
 const isCommand = (token: Token | undefined, name: string): boolean => token?.type === 'command' && token.text === name;
 
 /** Parts between separators outside brackets. */
-function split(tokens: readonly Token[], separates: (token: Token) => boolean): { parts: Token[][]; separators: Token[] } {
+function split(
+  tokens: readonly Token[],
+  separates: (token: Token) => boolean,
+): { parts: Token[][]; separators: Token[] } {
   const parts: Token[][] = [[]];
   const separators: Token[] = [];
   let depth = 0;
@@ -96,13 +99,25 @@ function alternatives(tokens: readonly Token[]): (readonly Token[])[] {
   );
 }
 
-const RELATIONS: Readonly<Record<string, string>> = { '=': '=', '<': '<', '>': '>', le: '<=', ge: '>=', lt: '<', gt: '>', equiv: '=' };
+const RELATIONS: Readonly<Record<string, string>> = {
+  '=': '=',
+  '<': '<',
+  '>': '>',
+  le: '<=',
+  ge: '>=',
+  lt: '<',
+  gt: '>',
+  equiv: '=',
+};
 
 function parseItem(tokens: readonly Token[], depth: number): Value {
   if (depth > MAX_DEPTH) throw new NotMathematics();
   const membership = split(tokens, (token) => isCommand(token, 'in'));
   if (membership.parts.length === 2) return parseItem(membership.parts[1], depth + 1);
-  const relation = split(tokens, (token) => token.type !== 'words' && token.type !== 'number' && Object.hasOwn(RELATIONS, token.text));
+  const relation = split(
+    tokens,
+    (token) => token.type !== 'words' && token.type !== 'number' && Object.hasOwn(RELATIONS, token.text),
+  );
   if (relation.separators.length > 0) {
     return parseRelation(
       relation.parts,
@@ -128,7 +143,8 @@ function parseRelation(parts: readonly Token[][], signs: readonly string[], dept
     return parts.length > 2 && !isName(left) ? right : { kind: 'equation', left, right };
   }
   // Inequalities of one variable are intervals.
-  const infinite = (sign: '+' | '-'): Value => expression({ kind: 'binary', op: sign, left: integer(0), right: { kind: 'constant', name: 'infty' } });
+  const infinite = (sign: '+' | '-'): Value =>
+    expression({ kind: 'binary', op: sign, left: integer(0), right: { kind: 'constant', name: 'infty' } });
   const interval = (low: Value, lowOpen: boolean, high: Value, highOpen: boolean): Value => ({
     kind: 'list',
     open: lowOpen ? '(' : '[',
@@ -141,7 +157,9 @@ function parseRelation(parts: readonly Token[][], signs: readonly string[], dept
   const down = signs.every((sign) => sign.startsWith('>'));
   if (!up && !down) throw new NotMathematics();
   if (values.length === 3 && isName(values[1])) {
-    return up ? interval(values[0], strict[0], values[2], strict[1]) : interval(values[2], strict[1], values[0], strict[0]);
+    return up
+      ? interval(values[0], strict[0], values[2], strict[1])
+      : interval(values[2], strict[1], values[0], strict[0]);
   }
   if (values.length !== 2) throw new NotMathematics();
   const [left, right] = values;
@@ -227,21 +245,41 @@ function parseExpressionOrWords(tokens: readonly Token[]): Value {
   } catch (error) {
     if (!(error instanceof NotMathematics)) throw error;
     const wordy = tokens.some((token) => token.type === 'words');
-    const other = tokens.some((token) => token.type === 'command' || (token.type === 'sign' && !/^[-().,'"&?!]$/.test(token.text)));
+    const other = tokens.some(
+      (token) => token.type === 'command' || (token.type === 'sign' && !/^[-().,'"&?!]$/.test(token.text)),
+    );
     if (!wordy || other) throw error;
     return { kind: 'words', text: tokens.map(({ text }) => text).join(' ') };
   }
 }
 
 const integer = (n: number): Expression => ({ kind: 'number', value: { n: BigInt(n), d: 1n } });
-const binary = (op: '+' | '-' | '*' | '/' | '^', left: Expression, right: Expression): Expression => ({ kind: 'binary', op, left, right });
+const binary = (op: '+' | '-' | '*' | '/' | '^', left: Expression, right: Expression): Expression => ({
+  kind: 'binary',
+  op,
+  left,
+  right,
+});
 const call = (name: FunctionName, ...args: Expression[]): Expression => ({ kind: 'call', name, args });
 
 function expression(node: Expression, unit: string | null = null, percent = false): Value {
   return { kind: 'expression', node, unit, percent };
 }
 
-const SIMPLE_FUNCTIONS = new Set(['sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan', 'ln', 'exp', 'abs']);
+const SIMPLE_FUNCTIONS = new Set([
+  'sin',
+  'cos',
+  'tan',
+  'cot',
+  'sec',
+  'csc',
+  'arcsin',
+  'arccos',
+  'arctan',
+  'ln',
+  'exp',
+  'abs',
+]);
 const INVERSES: Readonly<Record<string, FunctionName>> = { sin: 'arcsin', cos: 'arccos', tan: 'arctan' };
 
 /** Recursive descent over the tokens of one expression. */
@@ -267,7 +305,9 @@ class ExpressionParser {
     const rest = this.#tokens.slice(this.#at);
     if (rest.length === 0) return expression(node, null, percent);
     if (rest[0].type !== 'words') throw new NotMathematics();
-    const plain = rest.every((token) => token.type !== 'command' && (token.type !== 'sign' || /^[\^/{}.()-]$/.test(token.text)));
+    const plain = rest.every(
+      (token) => token.type !== 'command' && (token.type !== 'sign' || /^[\^/{}.()-]$/.test(token.text)),
+    );
     if (!plain) throw new NotMathematics();
     const text = rest
       .map(({ text }) => text)
@@ -352,7 +392,9 @@ class ExpressionParser {
       case 'command':
         return !/^(?:r?angle|rangle|end|cup|cap|in|to|le|ge|ne|pm|mp)$/.test(token.text);
       case 'sign':
-        return token.text === '(' || token.text === '{' || token.text === '[' || (token.text === '|' && this.#bars === 0);
+        return (
+          token.text === '(' || token.text === '{' || token.text === '[' || (token.text === '|' && this.#bars === 0)
+        );
     }
   }
 
@@ -532,7 +574,11 @@ class ExpressionParser {
       const value = call(name as FunctionName, this.#operand());
       return power ? binary('^', value, power) : value;
     }
-    if (/^(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|Delta|Gamma|Lambda|Omega|Phi|Psi|Sigma|Theta|ell)$/.test(name))
+    if (
+      /^(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|Delta|Gamma|Lambda|Omega|Phi|Psi|Sigma|Theta|ell)$/.test(
+        name,
+      )
+    )
       return { kind: 'variable', name: name + this.#index() };
     throw new NotMathematics();
   }

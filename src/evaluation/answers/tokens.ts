@@ -48,7 +48,10 @@ const UNICODE: readonly (readonly [from: RegExp, to: string])[] = [
 const LATEX: readonly (readonly [from: RegExp, to: string])[] = [
   // Thousands: 10,\!080  10{,}080  10\,080
   [/(\d)(?:,\\!\s*|\{,\}\s*|\\,\s*)(?=\d{3}(?!\d))/g, '$1'],
-  [/\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|biggl?|biggr?|displaystyle|textstyle|limits)(?![a-zA-Z])\s*\.?(?=[^a-zA-Z]|$|\\)/g, ''],
+  [
+    /\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|biggl?|biggr?|displaystyle|textstyle|limits)(?![a-zA-Z])\s*\.?(?=[^a-zA-Z]|$|\\)/g,
+    '',
+  ],
   [/(?<!\\)\\[()[\]]/g, ' '],
   [/(?<!\\)\\[!,;:> ]|~|\\q?quad(?![a-zA-Z])/g, ' '],
   [/\\[dtc]frac(?![a-zA-Z])/g, '\\frac'],
@@ -102,7 +105,9 @@ const PLAIN_NAMES: Readonly<Record<string, string>> = {
 
 /** Units that are short enough to be taken for products of variables. */
 const SHORT_UNITS: ReadonlySet<string> = new Set(
-  'cm mm km nm kg mg lb lbs oz ft in yd mi hr hrs min sec ms mph km kmh kph ml mL kW Hz am pm AM PM cc sq cu rad deg'.split(' '),
+  'cm mm km nm kg mg lb lbs oz ft in yd mi hr hrs min sec ms mph km kmh kph ml mL kW Hz am pm AM PM cc sq cu rad deg'.split(
+    ' ',
+  ),
 );
 
 /** Words of two letters that answers are made of. */
@@ -180,7 +185,9 @@ function pushLetters(tokens: Token[], letters: string): void {
   // \alpha and \sqrt were commands already; here plain names and runs of variables are told apart.
   if (/^(?:or|and)$/.test(letters)) tokens.push({ type: 'sign', text: ',' });
   else if (Object.hasOwn(PLAIN_NAMES, letters)) tokens.push({ type: 'command', text: PLAIN_NAMES[letters] });
-  else if (letters === 'U' && last?.type === 'sign' && /[)\]]/.test(last.text)) tokens.push({ type: 'command', text: 'cup' });
-  else if (letters.length >= 3 || SHORT_UNITS.has(letters) || SHORT_WORDS.has(letters)) tokens.push({ type: 'words', text: letters });
+  else if (letters === 'U' && last?.type === 'sign' && /[)\]]/.test(last.text))
+    tokens.push({ type: 'command', text: 'cup' });
+  else if (letters.length >= 3 || SHORT_UNITS.has(letters) || SHORT_WORDS.has(letters))
+    tokens.push({ type: 'words', text: letters });
   else for (const letter of letters) tokens.push({ type: 'variable', text: letter });
 }
