@@ -180,8 +180,9 @@ function prepare(task: TaskDefinition, renderer: Renderer, rows: readonly Row[],
     const variables = renderer.variables(row, where);
     if (filter && valueAt(row, filter.column) !== filter.equals) continue;
     const id = task.id === undefined ? undefined : valueAt(row, task.id);
+    const named = typeof id === 'string' || typeof id === 'number';
     const group = groupBy === undefined ? null : String(valueAt(row, groupBy));
-    prepared.push({ row, where, variables, id: id === undefined ? String(i) : String(id), group });
+    prepared.push({ row, where, variables, id: named ? String(id) : String(i), group });
   }
   ensure(
     prepared.length > 0,

@@ -129,7 +129,8 @@ export function evaluate(node: Expression, point: Readonly<Record<string, Comple
     }
     case 'call': {
       const values = node.args.map((arg) => evaluate(arg, point));
-      return (FUNCTIONS[node.name] as (...args: Complex[]) => Complex)(...values);
+      const apply: (...args: Complex[]) => Complex = FUNCTIONS[node.name];
+      return apply(...values);
     }
   }
   return real(NaN);
