@@ -1,6 +1,14 @@
 // One decoder block: attention and MLP with their norms. The stages are separate functions because quantization stops
 // between them; `forward` runs them all.
-import type { Backend, KvCacheHandle, KvGrid, PerSequence, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
+import type {
+  Backend,
+  KvCacheHandle,
+  KvGrid,
+  PerSequence,
+  RopeHandle,
+  Tensor,
+  TransformHandle,
+} from '../ops/backend.js';
 import type { ModelConfig } from './config.js';
 import type { LinearGroup } from './linear-group.js';
 

@@ -3,11 +3,12 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { fileURLToPath } from 'node:url';
 import { openBackend } from '../../src/backends/registry.js';
 import { createRng } from '../../src/core/rng.js';
+import { hostTensor, type HostTensor } from '../../src/core/tensor.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import { generateBatch, generateContinuously, type ContinuousRequest } from '../../src/generate/index.js';
 import type { Decoder } from '../../src/models/decoder.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
-import type { Backend } from '../../src/ops/backend.js';
+import type { Backend, Tensor } from '../../src/ops/backend.js';
 
 const parity = (name: string): string => fileURLToPath(new URL(`../fixtures/parity/${name}`, import.meta.url));
 
@@ -74,6 +75,53 @@ describe('generateContinuously', () => {
     await expect(
       generateContinuously(decoder, requests, { slots: 8, stopIds, cacheBytes: 10 * perToken }),
     ).rejects.toMatchObject({ code: 'out-of-memory' });
+  });
+
+  it.each([4, 8] as const)('copies sequences of %d-bit caches, each at its own position', async (bits) => {
+    const shape = { kvHeads: 2, headDim: 16, grid: { bits, clip: 0.95 } };
+    const draw = (rows: number, columns: number): HostTensor =>
+      hostTensor(
+        'f32',
+        [rows, columns],
+        Float32Array.from({ length: rows * columns }, () => rng.normal()),
+      );
+    const options = { heads: 4, kvHeads: 2, headDim: 16, scale: 0.25 };
+    const upload = (tensor: HostTensor) => backend.upload(tensor);
+    for (const tokens of [1, 12]) {
+      // Two prompts of 5 and 9 tokens, then a chunk for each from a copy; the same again, each alone.
+      const cache = await backend.createKvCache({ ...shape, batch: 2, capacity: 9 });
+      const fork = await backend.createKvCache({ ...shape, batch: 2, capacity: 30 });
+      const prompt = [draw(18, 64), draw(18, 32), draw(18, 32)];
+      const chunk = [draw(2 * tokens, 64), draw(2 * tokens, 32), draw(2 * tokens, 32)];
+      const [pq, pk, pv] = await Promise.all(prompt.map(upload));
+      const [cq, ck, cv] = await Promise.all(chunk.map(upload));
+      await backend.attention(pq, pk, pv, { ...options, batch: 2, start: 0, cache });
+      const copies = [
+        { from: 1, to: 0, tokens: 9 },
+        { from: 0, to: 1, tokens: 5 },
+      ];
+      await backend.copySequences(cache, fork, copies);
+      const together = await backend.download(
+        await backend.attention(cq, ck, cv, { ...options, batch: 2, start: Int32Array.of(9, 5), cache: fork }),
+      );
+      for (const { from, to, tokens: length } of copies) {
+        const alone = await backend.createKvCache({ ...shape, batch: 1, capacity: 30 });
+        const rows = (tensor: Tensor, begin: number, count: number): Tensor =>
+          backend.sliceRows(tensor, begin, begin + count);
+        const part = (all: readonly Tensor[], begin: number, count: number): Tensor[] =>
+          all.map((tensor) => rows(tensor, begin, count));
+        const [q, k, v] = part([pq, pk, pv], 9 * from, length);
+        await backend.attention(q, k, v, { ...options, batch: 1, start: 0, cache: alone });
+        const [nq, nk, nv] = part([cq, ck, cv], tokens * to, tokens);
+        const wanted = await backend.download(
+          await backend.attention(nq, nk, nv, { ...options, batch: 1, start: length, cache: alone }),
+        );
+        const found = together.subarray(to * wanted.length, (to + 1) * wanted.length);
+        for (const [i, value] of wanted.entries()) expect(found[i]).toBeCloseTo(value, 5);
+        backend.release(alone);
+      }
+      backend.release(cache, fork);
+    }
   });
 
   it('refuses prompts without tokens or room', async () => {

@@ -168,14 +168,24 @@ export class CpuInference implements InferenceOps {
   }
 
   copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): void {
-    if (!(from instanceof KvCache) || !(to instanceof KvCache)) throw foreign();
-    ensure(
-      from.kvHeads === to.kvHeads && from.headDim === to.headDim,
-      'tensor-shape',
-      'sequences can only be copied between caches of the same heads',
-    );
     checkCopies(from, to, copies);
-    for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+    const alike = (a: KvCache | QuantizedKvCache, b: KvCache | QuantizedKvCache): void =>
+      ensure(
+        a.kvHeads === b.kvHeads && a.headDim === b.headDim,
+        'tensor-shape',
+        'sequences can only be copied between caches of the same heads',
+      );
+    if (from instanceof KvCache && to instanceof KvCache) {
+      alike(from, to);
+      for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+    } else if (from instanceof QuantizedKvCache && to instanceof QuantizedKvCache) {
+      alike(from, to);
+      const same = from.grid.bits === to.grid.bits && from.grid.clip === to.grid.clip;
+      ensure(same, 'tensor-shape', 'sequences can only be copied between caches on the same grid');
+      for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+    } else {
+      throw foreign();
+    }
   }
 
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
@@ -339,9 +349,9 @@ export class CpuInference implements InferenceOps {
     if (cache && !(cache instanceof KvCache || cache instanceof QuantizedKvCache)) throw foreign();
     if (cache instanceof QuantizedKvCache) {
       const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);
-      cache.append(own(k).floats, own(v).floats, start);
-      if (tokens <= FEW_QUERY_ROWS) cache.attend(own(q).floats, out.floats, { heads, scale, window, start });
-      else await this.#attendStored(cache, own(q).data, out.data, options);
+      cache.append(own(k).floats, own(v).floats, starts);
+      if (tokens <= FEW_QUERY_ROWS) cache.attend(own(q).floats, out.floats, { heads, scale, window, starts });
+      else await this.#attendStored(cache, own(q).data, out.data, options, starts);
       return out;
     }
     if (tokens <= FEW_QUERY_ROWS) {
@@ -384,12 +394,13 @@ export class CpuInference implements InferenceOps {
     q: Float32Array,
     out: Float32Array,
     options: AttentionOptions,
+    starts: Int32Array,
   ): Promise<void> {
-    const { heads, kvHeads, headDim, batch, start, scale, window } = options;
+    const { heads, kvHeads, headDim, batch, scale, window } = options;
     const tokens = q.length / (batch * heads * headDim);
     const kernel = { heads, kvHeads, headDim, scale, window };
     // ONNX Runtime takes a past for one sequence at a time.
-    for (let b = 0; b < batch; b++) {
+    for (const [b, start] of starts.entries()) {
       const stored = (which: 'keys' | 'values') => {
         const past = new Float32Array(kvHeads * start * headDim);
         const now = new Float32Array(tokens * kvHeads * headDim);
