@@ -2,6 +2,7 @@
 import { Command, CommanderError } from 'commander';
 import { GyreError } from '../core/errors.js';
 import { VERSION } from '../version.js';
+import { compareCommand } from './commands/compare.js';
 import { demoCommand } from './commands/demo.js';
 import { doctorCommand } from './commands/doctor.js';
 import { evalCommand } from './commands/eval.js';
@@ -84,6 +85,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped by Ctrl-C. GYRE_
   const commands = [
     quantizeCommand,
     evalCommand,
+    compareCommand,
     generateCommand,
     inspectCommand,
     stressCommand,

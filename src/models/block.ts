@@ -1,6 +1,14 @@
 // One decoder block: attention and MLP with their norms. The stages are separate functions because quantization stops
 // between them; `forward` runs them all.
-import type { Backend, KvCacheHandle, KvGrid, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
+import type {
+  Backend,
+  KvCacheHandle,
+  KvGrid,
+  PerSequence,
+  RopeHandle,
+  Tensor,
+  TransformHandle,
+} from '../ops/backend.js';
 import type { ModelConfig } from './config.js';
 import type { LinearGroup } from './linear-group.js';
 
@@ -20,7 +28,7 @@ export interface BlockNorms {
 export interface ChunkContext {
   readonly batch: number;
   /** Tokens of each sequence before this chunk. */
-  readonly start: number;
+  readonly start: PerSequence;
   readonly rope: RopeHandle;
   /** This block's cache; without one the chunk attends to itself. */
   readonly cache?: KvCacheHandle;

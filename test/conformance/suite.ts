@@ -41,6 +41,7 @@ export const OPS = Object.keys({
   loadTransform: true,
   loadRope: true,
   createKvCache: true,
+  copySequences: true,
   release: true,
   embed: true,
   rmsNorm: true,

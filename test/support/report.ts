@@ -2,7 +2,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { openBackend } from '../../src/backends/registry.js';
-import { describeModel, textResultFile } from '../../src/cli/demo-results.js';
+import { describeModel, textResultFile } from '../../src/cli/result-files.js';
 import { evaluateText } from '../../src/evaluation/index.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../../src/models/load.js';
@@ -33,7 +33,7 @@ export async function writeDemoReport(folder: string): Promise<string> {
         seqLen: 32,
         reference: decoder === original ? undefined : original,
       });
-      const result = textResultFile('random', evaluation, {
+      const result = await textResultFile({ name: 'random', text: '' }, evaluation, {
         model: decoder === original ? reference : await describeModel({ ...from, name }),
         reference: decoder === original ? null : reference,
         backend: backend.info,

@@ -27,7 +27,7 @@ import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
 import { VERSION } from '../../version.js';
 import { machineInfo, onDevice, pickDevice, withDecoder, withModel, type CommandContext } from '../context.js';
-import { describeModel, textResultFile } from '../demo-results.js';
+import { describeModel, textResultFile } from '../result-files.js';
 import { deviceOption, deviceSchema, jsonOption, parseOptions, wholeNumber } from '../options.js';
 import { formatBytes, formatDuration, formatTable } from '../ui/table.js';
 
@@ -159,6 +159,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
     onDevice(device, options, async (backend) => {
       const tokenizer = await loadTokenizer(source.files);
       const tokens = tokenizeTexts(tokenizer, texts);
+      const prose = { name: TEXT_NAME, text: texts.join('\n\n') };
       const originalModel = await describeModel({ ...source, name: path.basename(MODEL) });
       return withDecoder(context, backend, source, async (original) => {
         const reference = remembering(original);
@@ -170,7 +171,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
             signal: context.signal,
             onProgress: (event) => progress.listener({ ...event, stage: `evaluate ${method}` }),
           });
-          const result = textResultFile(TEXT_NAME, evaluation, {
+          const result = await textResultFile(prose, evaluation, {
             model: decoder === original ? originalModel : await describeModel({ ...from, name: method }),
             reference: decoder === original ? null : originalModel,
             backend: backend.info,
