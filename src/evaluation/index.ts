@@ -14,6 +14,7 @@ export {
   type EvaluateOptions,
   type Predictor,
   type TextEvaluation,
+  type WindowScore,
 } from './perplexity.js';
 export * from './tasks/index.js';
 export {

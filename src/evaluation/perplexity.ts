@@ -55,6 +55,8 @@ export interface EvaluateOptions {
   readonly reference?: Predictor;
   /** Rows whose logits are computed at a time; default what fits 64 MiB. */
   readonly rowsPerLogits?: number;
+  /** Called with the scores of each window, in order: for paired comparisons of several models on one text. */
+  readonly onWindow?: (score: WindowScore) => void;
   /** Stage `evaluate`, in windows. */
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
@@ -120,6 +122,7 @@ export async function evaluateText(
         'the logits of the model are not finite',
         'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
       );
+      options.onWindow?.(window);
       nll.push(window.nll);
       if (window.kl !== undefined) kl.push(window.kl);
       if (window.agree !== undefined) agree.push(window.agree);
@@ -180,10 +183,15 @@ export function cutWindows(
   });
 }
 
-interface WindowScore {
+/** Mean scores of a window's tokens; all but `nll` are there when a reference was given. */
+export interface WindowScore {
+  /** Mean −log p, nats. */
   readonly nll: number;
+  /** Mean KL(reference ‖ model), nats. */
   readonly kl?: number;
+  /** Share of tokens where both models' most likely next token is the same. */
   readonly agree?: number;
+  /** The reference's mean −log p, nats. */
   readonly referenceNll?: number;
 }
 
