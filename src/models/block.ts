@@ -15,6 +15,8 @@ import type { LinearGroup } from './linear-group.js';
 /** Names of the linear groups, in the order data flows through them. */
 export const GROUP_NAMES = ['qkv', 'o', 'gateUp', 'down'] as const;
 export type GroupName = (typeof GROUP_NAMES)[number];
+/** Groups whose outputs are added to the residual stream. */
+export const RESIDUAL_GROUPS: ReadonlySet<GroupName> = new Set<GroupName>(['o', 'down']);
 
 /** Norm weights of a block. */
 export interface BlockNorms {

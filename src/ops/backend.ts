@@ -355,6 +355,19 @@ export interface QuantizationOps {
    * of the sums. w, rounded [in, cols], gram [in, in].
    */
   descend(w: Tensor, rounded: RoundedWeight, gram: Tensor, grid: GridSpec, sweeps: number): Awaitable<RoundedWeight>;
+  /**
+   * Fits the grids to their codes: visits groups in order, `passes` times, and moves each group's scale to its least-squares
+   * optimum given all others, under tr((Ŵ−W)ᵗ·H·(Ŵ−W)), rounded to f16. Codes and zero points stay. A scale moves
+   * only where that lowers the error, and stays within half and twice what it was and f16's normal range. w, rounded
+   * [in, cols], gram [in, in].
+   */
+  refitScales(
+    w: Tensor,
+    rounded: RoundedWeight,
+    gram: Tensor,
+    grid: GridSpec,
+    passes: number,
+  ): Awaitable<RoundedWeight>;
   /** Upper-triangular U with UᵀU = (H + damp·mean(diag H)·I)⁻¹, in f64 inside. Throws `non-finite` if H is not positive definite after damping. */
   gptqFactor(h: Tensor, damp: number): Promise<Tensor>;
   /** Solves X (H + λI) = B for X: B [m, n], H [n, n] symmetric positive definite, λ = damp · mean(diag H). f64 inside. */

@@ -64,6 +64,7 @@ export const OPS = Object.keys({
   searchClip: true,
   gptq: true,
   descend: true,
+  refitScales: true,
   gptqFactor: true,
   solveSymmetric: true,
 } satisfies Record<OpName, true>) as readonly OpName[];

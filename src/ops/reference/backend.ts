@@ -43,6 +43,7 @@ import {
   descend,
   gptq,
   ReferenceObjective,
+  refitScales,
   roundToNearest,
   searchClip,
   transformChannels,
@@ -338,6 +339,12 @@ class ReferenceBackend implements Backend {
     const [channels, cols] = matrixShape(w, 'descend');
     expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
     return rounded(w.shape, descend(own(w).values, start, own(gram).values, channels, cols, grid, sweeps));
+  }
+
+  refitScales(w: Tensor, start: RoundedWeight, gram: Tensor, grid: GridSpec, passes: number): RoundedWeight {
+    const [channels, cols] = matrixShape(w, 'refitScales');
+    expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
+    return rounded(w.shape, refitScales(own(w).values, start, own(gram).values, channels, cols, grid, passes));
   }
 
   async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {
