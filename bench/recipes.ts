@@ -1,6 +1,8 @@
 // Every recipe on the bundled model at 4 and 3 bits: KL and perplexity on the project's prose and tasks (and on other texts
-// given), against the numbers to reach: KL(paroquant) ≤ 0.65 × KL(awq), perplexity increase ≤ 0.50 × AWQ's.
+// given), against the numbers to reach: KL(paroquant) ≤ 0.65 × KL(awq), perplexity increase ≤ 0.50 × AWQ's. Ratios come with
+// 95% intervals of a paired block bootstrap over windows; a text of 300k tokens or more (--windows) makes them narrow.
 // Run: npx tsx bench/recipes.ts [--bits 4,3] [--calib FILE…] [--text FILE…] [--methods a,b] [--name NAME] [--seeds 0,1]
+//   [--windows 40] windows of 1024 tokens scored per text, spread evenly
 import { mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
@@ -13,6 +15,7 @@ import { loadDecoder, openModel } from '../src/models/load.js';
 import type { WeightBits } from '../src/ops/backend.js';
 import { quantizeCheckpoint } from '../src/quantize.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
+import { pairedRatio } from './support/bootstrap.js';
 import { plotRecipes } from './support/plot.js';
 import { round, writeResult } from './support/results.js';
 
@@ -26,6 +29,7 @@ const { values: options } = parseArgs({
     name: { type: 'string', default: 'recipes' },
     seeds: { type: 'string', default: '0' },
     samples: { type: 'string', default: '64' },
+    windows: { type: 'string', default: '40' },
     model: { type: 'string', default: MODEL },
   },
 });
@@ -40,6 +44,11 @@ export interface RecipeRow {
   klStandardError: number;
   perplexity: number;
   perplexityIncrease: number;
+  /** Tokens scored. */
+  tokens: number;
+  /** Mean increase of −log p per token over the original, nats, and its standard error over windows. */
+  nllIncrease: number;
+  nllIncreaseStandardError: number;
   top1Agreement: number;
   seconds: number;
   bitsPerWeight: number;
@@ -61,6 +70,8 @@ const texts = new Map<string, readonly string[]>([
 ]);
 const folder = mkdtempSync(path.join(tmpdir(), 'gyre-bench-'));
 const rows: RecipeRow[] = [];
+/** Per row, the windows' KL and increase of −log p, for paired intervals. */
+const windows = new Map<RecipeRow, { kl: number[]; increase: number[] }>();
 for (const seed of options.seeds.split(',').map(Number)) {
   const shape = { sequences: Number(options.samples), length: 512, seed, threads: backend.info.threads };
   const calibrationTokens = options.calib ? undefined : await writeCalibrationText(source, tokenizer, shape);
@@ -84,9 +95,14 @@ for (const seed of options.seeds.split(',').map(Number)) {
           reference,
           bosTokenId: tokenizer.bosTokenId,
           seqLen: 1024,
-          samples: 40,
+          samples: Number(options.windows),
         });
-        rows.push({
+        const scores = {
+          kl: e.scores.map(({ kl }) => kl ?? NaN),
+          increase: e.scores.map(({ nll, referenceNll }) => nll - (referenceNll ?? NaN)),
+        };
+        const increase = mean(scores.increase);
+        const row: RecipeRow = {
           bits,
           method,
           seed,
@@ -95,11 +111,18 @@ for (const seed of options.seeds.split(',').map(Number)) {
           klStandardError: round(e.klStandardError ?? NaN),
           perplexity: round(e.perplexity),
           perplexityIncrease: round(e.perplexity - (e.referencePerplexity ?? NaN)),
+          tokens: e.tokens,
+          nllIncrease: round(increase),
+          nllIncreaseStandardError: round(
+            Math.sqrt(mean(scores.increase.map((v) => (v - increase) ** 2)) / (e.windows - 1)),
+          ),
           top1Agreement: round(e.top1Agreement ?? NaN),
           seconds: round(report.seconds),
           bitsPerWeight: round(report.bitsPerWeight),
-        });
-        console.log(JSON.stringify(rows.at(-1)));
+        };
+        rows.push(row);
+        windows.set(row, scores);
+        console.log(JSON.stringify(row));
       }
       decoder.release();
       await quantized.checkpoint.close();
@@ -108,19 +131,27 @@ for (const seed of options.seeds.split(',').map(Number)) {
 }
 rmSync(folder, { recursive: true });
 
-/** ParoQuant over AWQ, per text, bits and seed, and over the mean of all texts. */
+/** ParoQuant over AWQ, per text, bits and seed: KL and the mean increase of −log p, paired by windows. */
 const ratios: object[] = [];
 for (const awq of rows.filter((row) => row.method === 'awq')) {
   const ours = rows.find(
     (row) => row.method === 'paroquant' && row.bits === awq.bits && row.text === awq.text && row.seed === awq.seed,
   );
-  if (!ours) continue;
+  const [a, b] = [ours && windows.get(ours), windows.get(awq)];
+  if (!ours || !a || !b) continue;
+  const kl = pairedRatio(a.kl, b.kl);
+  const increase = pairedRatio(a.increase, b.increase);
   ratios.push({
     bits: awq.bits,
     seed: awq.seed,
     text: awq.text,
-    kl: round(ours.kl / awq.kl),
+    tokens: awq.tokens,
+    kl: round(kl.ratio),
+    klInterval95: kl.interval95.map(round),
     perplexityIncrease: round(ours.perplexityIncrease / awq.perplexityIncrease),
+    nllIncrease: round(increase.ratio),
+    nllIncreaseStandardError: round(increase.standardError),
+    nllIncreaseInterval95: increase.interval95.map(round),
   });
 }
 console.table(ratios);
@@ -134,3 +165,7 @@ writeResult(options.name, {
 await plotRecipes(rows, options.name);
 await source.checkpoint.close();
 await backend.dispose();
+
+function mean(values: readonly number[]): number {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}

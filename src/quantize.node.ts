@@ -18,6 +18,7 @@ import { writeSafetensors } from './formats/safetensors-writer.node.js';
 import { openFile } from './formats/source.node.js';
 import { MAX_TEXT_BYTES, type ModelFiles } from './formats/source.js';
 import { writeCalibrationText } from './calibration-text.node.js';
+import { modelFingerprint, summarizeModel } from './evaluation/index.js';
 import { GROUP_NAMES } from './models/block.js';
 import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
@@ -28,12 +29,13 @@ import {
   type CalibrationText,
   type CalibrationTokens,
 } from './quant/calibration/tokens.js';
-import { quantizeModel } from './quant/pipeline.js';
+import { groupRecord, quantizeModel } from './quant/pipeline.js';
 import type { GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
 import { prepareModel, type PreparedModel } from './quant/prepare.js';
 import { rotationGroup } from './quant/recipes/paroquant.js';
 import { findRecipe } from './quant/recipes/index.js';
+import { RECORD_FILE, RECORD_KIND, RECORD_VERSION, type QuantizationRecord } from './quant/results.js';
 import { blockShard, REST_SHARD } from './quant/sink.js';
 import type { NarrowBits } from './quant/grids/activations.js';
 import type { QuantizeSettings, Recipe, Rounding, SmoothedGroups } from './quant/types.js';
@@ -115,6 +117,8 @@ export interface QuantizeReport {
   readonly groups: readonly GroupReport[];
   /** Smoothing as searched or given, per block and group. */
   readonly smoothing: readonly { readonly layer: number; readonly group: string; readonly alpha: number | null }[];
+  /** What was written to `gyre-report.json`; undefined when nothing was done. */
+  readonly record: QuantizationRecord | undefined;
 }
 
 const DEFAULTS = {
@@ -193,6 +197,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       breakdown: { forward: 0, statistics: 0, quantize: 0, write: 0, calibrationText: 0 },
       groups: [],
       smoothing: [],
+      record: undefined,
       ...parts,
     });
     if (state === 'finished' || options.dryRun) return report({ skipped: true });
@@ -241,18 +246,29 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           signal: options.signal,
         });
         const description = calibration?.description ?? 'none';
-        await folder.finish(
-          await resultFiles(prepared.source, quantization, {
-            fingerprint,
-            settings,
-            calibration: description,
-            notes: plan.notes,
-            ...(prepared.smoothing.length > 0 ? { smoothing: describeSmoothing(prepared) } : {}),
-          }),
-        );
-        return report({
+        let record: QuantizationRecord | undefined;
+        const files = await resultFiles(prepared.source, quantization, {
+          fingerprint,
+          settings,
           calibration: description,
-          linearBytes: await linearBytes(options.out, source),
+          notes: plan.notes,
+          ...(prepared.smoothing.length > 0 ? { smoothing: describeSmoothing(prepared) } : {}),
+        });
+        await folder.finish(files, async (made) => {
+          record = await describeResult(source, made, {
+            method: settings.method,
+            settings: Object.fromEntries(Object.entries(settings)),
+            layout: plan.layout,
+            calibration: description,
+            notes: [...plan.notes],
+            groups: pipeline.groups.map(groupRecord),
+          });
+          return { [RECORD_FILE]: `${JSON.stringify(record)}\n` };
+        });
+        return report({
+          record,
+          calibration: description,
+          linearBytes: record?.model.linearBytes ?? 0,
           seconds: (performance.now() - start) / 1000,
           breakdown: { ...pipeline.seconds, calibrationText },
           groups: pipeline.groups,
@@ -539,22 +555,30 @@ async function readRaw(files: ModelFiles, name: string): Promise<string> {
   return files.readText(name);
 }
 
-/** Bytes of the quantized linears in the finished folder. */
-async function linearBytes(out: string, source: ModelSource): Promise<number> {
-  const { folderFiles } = await import('./formats/source.node.js');
-  const { Checkpoint } = await import('./formats/safetensors.js');
-  const checkpoint = await Checkpoint.open(await folderFiles(out));
-  const prefixes = Array.from({ length: source.config.layers }, (_, layer) =>
-    GROUP_NAMES.flatMap((g) => groupModules(layer, g)),
-  ).flat();
-  const modules = new Set(prefixes);
-  let bytes = 0;
-  for (const name of checkpoint.names()) {
-    const info = checkpoint.info(name);
-    if (modules.has(name.slice(0, name.lastIndexOf('.')))) bytes += info.end - info.begin;
+/** The record of a run, of the model as it was made and the one it was made from. */
+async function describeResult(
+  source: ModelSource,
+  files: ModelFiles,
+  what: Pick<QuantizationRecord, 'method' | 'settings' | 'layout' | 'calibration' | 'notes' | 'groups'>,
+): Promise<QuantizationRecord> {
+  const size = async (model: ModelSource) => {
+    const { parameters, bytes, bitsPerWeight, linearBytes, linearBitsPerWeight } = summarizeModel(model);
+    const fingerprint = await modelFingerprint(model);
+    return { fingerprint, parameters, bytes, bitsPerWeight, linearBytes, linearBitsPerWeight };
+  };
+  const made = await openModel(files);
+  try {
+    return {
+      kind: RECORD_KIND,
+      schemaVersion: RECORD_VERSION,
+      version: VERSION,
+      ...what,
+      model: await size(made),
+      source: { ...(await size(source)), name: source.name, family: source.config.family },
+    };
+  } finally {
+    await made.checkpoint.close();
   }
-  await checkpoint.close();
-  return bytes;
 }
 
 function megabytes(bytes: number): string {

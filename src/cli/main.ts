@@ -2,12 +2,14 @@
 import { Command, CommanderError } from 'commander';
 import { GyreError } from '../core/errors.js';
 import { VERSION } from '../version.js';
+import { compareCommand } from './commands/compare.js';
 import { demoCommand } from './commands/demo.js';
 import { doctorCommand } from './commands/doctor.js';
 import { evalCommand } from './commands/eval.js';
 import { generateCommand } from './commands/generate.js';
 import { inspectCommand } from './commands/inspect.js';
 import { quantizeCommand } from './commands/quantize.js';
+import { reportCommand } from './commands/report.js';
 import { stressCommand } from './commands/stress.js';
 import { createContext, type CommandContext } from './context.js';
 import { colorsFor } from './ui/colors.js';
@@ -83,9 +85,11 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped by Ctrl-C. GYRE_
   const commands = [
     quantizeCommand,
     evalCommand,
+    compareCommand,
     generateCommand,
     inspectCommand,
     stressCommand,
+    reportCommand,
     demoCommand,
     doctorCommand,
   ];

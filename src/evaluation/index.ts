@@ -8,13 +8,14 @@ export {
   type ModelSummary,
 } from './inspect.js';
 export {
-  cutWindows,
   evaluateText,
   remembering,
   type EvaluateOptions,
   type Predictor,
   type TextEvaluation,
+  type WindowScore,
 } from './perplexity.js';
+export { cutWindows, type ProtocolOptions, type StartPlacement, type TextWindow } from './windows.js';
 export * from './tasks/index.js';
 export {
   evaluateTasks,
@@ -27,3 +28,23 @@ export {
   type TasksEvaluation,
 } from './tasks-eval.js';
 export { parseTextFile, tokenizeTexts } from './text.js';
+export { equivalent } from './answers/equivalence.js';
+export { evaluateChoices, type ChoicesEvaluation, type EvaluateChoicesOptions } from './choices.js';
+export { compareResults, parseResult, type Comparison, type MetricComparison } from './compare.js';
+export { parseTaskDefinition, TASK_LIMITS, type TaskDefinition } from './definition.js';
+export { metric, pairedBootstrap, type PairedDifference } from './intervals.js';
+export {
+  choiceItems,
+  completionItems,
+  generationItems,
+  taskTexts,
+  type ChoiceItem,
+  type GenerationItem,
+} from './items.js';
+export { judgeText, type Verdict } from './judge.js';
+export { encodePair, scoreContinuations, type Likelihood, type LikelihoodRequest } from './likelihood.js';
+export { evaluateReasoning, type EvaluateReasoningOptions, type Transcript } from './reasoning.js';
+export { type RequestCache } from './request-cache.js';
+export { resultSchema, type Evaluation, type EvaluationResult, type Metric, type ModelResult } from './results.js';
+export { readRows, type Row } from './rows.js';
+export { textResult, type ScoredDocument } from './text-result.js';

@@ -1,6 +1,7 @@
 // What a checkpoint is: sizes, bits per weight, a fingerprint, and how far each linear's channels stand out. Reads headers,
 // and for the statistics one linear at a time.
 import type { TensorInfo } from '../formats/index.js';
+import { valueStatistics } from '../core/statistics.js';
 import { floats } from '../core/tensor.js';
 import { GROUP_NAMES, type GroupName } from '../models/block.js';
 import type { LinearPart } from '../models/linear-group.js';
@@ -137,7 +138,8 @@ export async function* linearStatistics(
         const part = await readLinear(source, layer, group, i);
         const shape = { inFeatures, outFeatures: outFeatures[i] };
         const kind = part.source.kind === 'dense' ? 'dense' : part.transform ? 'rotated' : 'quantized';
-        yield { module, layer, group, ...shape, space: kind, ...valueStatistics(denseValues(part), inFeatures) };
+        const { absMax, standardDeviation, channelRatio, kurtosis } = valueStatistics(denseValues(part), inFeatures);
+        yield { module, layer, group, ...shape, space: kind, absMax, standardDeviation, channelRatio, kurtosis };
       }
     }
   }
@@ -157,41 +159,6 @@ function denseValues(part: LinearPart): Float32Array {
     }
   }
   return values;
-}
-
-/** Statistics of a weight [out, in], row-major. */
-export function valueStatistics(
-  values: Float32Array,
-  inFeatures: number,
-): Pick<LinearStatistics, 'absMax' | 'standardDeviation' | 'channelRatio' | 'kurtosis'> {
-  const channelMax = new Float64Array(inFeatures);
-  let sum = 0;
-  for (let i = 0; i < values.length; i++) sum += values[i];
-  const mean = sum / values.length;
-  let second = 0;
-  let fourth = 0;
-  for (let begin = 0; begin < values.length; begin += inFeatures) {
-    for (let channel = 0; channel < inFeatures; channel++) {
-      const value = values[begin + channel];
-      const magnitude = Math.abs(value);
-      if (magnitude > channelMax[channel]) channelMax[channel] = magnitude;
-      const square = (value - mean) ** 2;
-      second += square;
-      fourth += square * square;
-    }
-  }
-  const sorted = channelMax.sort();
-  const middle = inFeatures >> 1;
-  const median = inFeatures % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
-  const absMax = sorted[inFeatures - 1];
-  const variance = second / values.length;
-  return {
-    absMax,
-    standardDeviation: Math.sqrt(variance),
-    // Pruned layers: no outliers when all is zero, and a finite number (JSON has no other) when the median is.
-    channelRatio: absMax === 0 ? 1 : absMax / Math.max(median, 1e-6 * absMax),
-    kurtosis: variance === 0 ? 0 : fourth / values.length / variance ** 2,
-  };
 }
 
 /**

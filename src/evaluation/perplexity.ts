@@ -1,16 +1,15 @@
 // Perplexity of a text under a model and, against a reference model, the mean KL divergence and top-1 agreement.
 //
-// Definition: the text is tokenized once as a whole, without special tokens, and cut into windows of `seqLen` tokens. A
-// window opens with the model's start token when it has one (it takes one of the `seqLen` places). Every token of a window
-// but its first is predicted from those before it in the window, and scored. A tail shorter than a window is left out;
-// a text shorter than one window is one window. nll = mean −log p(next token) in nats, perplexity = exp(nll),
-// kl = mean KL(reference ‖ model) in nats over the same tokens.
+// The text is tokenized once as a whole, without special tokens, and cut into windows; windows.ts has the protocols.
+// nll = mean −log p(next token) in nats over all scored tokens, perplexity = exp(nll), kl = mean KL(reference ‖ model) in
+// nats over the same tokens.
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { contextLength, createBreath } from '../generate/index.js';
+import { weightedMean, type Mean } from './intervals.js';
+import { cutWindows, type ProtocolOptions, type TextWindow } from './windows.js';
 import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';
-import type { Tensor } from '../ops/backend.js';
 
 /** Rows of one forward pass; short windows are run together up to this many. */
 const ROWS_PER_PASS = 1024;
@@ -44,13 +43,9 @@ export function remembering(decoder: Decoder): Predictor {
 }
 
 /** Options of {@link evaluateText}. */
-export interface EvaluateOptions {
+export interface EvaluateOptions extends ProtocolOptions {
   /** Tokens per window, 2 … the model's context; default 1024 or the context if that is less. */
   readonly seqLen?: number;
-  /** Windows to score, spread evenly over the text; default all. */
-  readonly samples?: number;
-  /** Start token each window opens with; none by default. Give the tokenizer's. */
-  readonly bosTokenId?: number;
   /** A model on the same backend, with the same vocabulary, to compare with. */
   readonly reference?: Predictor;
   /** Rows whose logits are computed at a time; default what fits 64 MiB. */
@@ -58,6 +53,19 @@ export interface EvaluateOptions {
   /** Stage `evaluate`, in windows. */
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
+}
+
+/** Scores of one window: means over its tokens. */
+export interface WindowScore {
+  /** Tokens scored. */
+  readonly tokens: number;
+  readonly nll: number;
+  /** Present with a reference, like the next two. */
+  readonly kl?: number;
+  readonly agree?: number;
+  readonly referenceNll?: number;
+  /** Which of the documents it is of; 0 for a single text. */
+  readonly document: number;
 }
 
 /** What {@link evaluateText} measures. Standard errors are over windows, null when there is only one. */
@@ -82,152 +90,156 @@ export interface TextEvaluation {
   readonly seconds: number;
   /** Tokens scored per second, the reference's work included. */
   readonly tokensPerSecond: number;
+  /** Every window's own means, in the order of the text. */
+  readonly scores: readonly WindowScore[];
 }
 
 /**
- * Scores a tokenized text (no special tokens in it). See the head of this file for the definition.
+ * Scores a tokenized text (no special tokens in it), or documents each on its own. See the head of this file for the
+ * definition.
  * @throws GyreError `usage` for a text of fewer than 2 tokens, `context-length` for windows beyond the model's context,
  * `non-finite` when the model's logits are, `interrupted`.
  */
 export async function evaluateText(
   decoder: Predictor,
-  tokens: Int32Array,
+  text: Int32Array | readonly Int32Array[],
   options: EvaluateOptions = {},
 ): Promise<TextEvaluation> {
   const { reference, onProgress = silent, signal } = options;
   const begun = performance.now();
   if (reference) checkReference(decoder, reference);
   const seqLen = windowLength(decoder, reference, options.seqLen);
-  const windows = cutWindows(tokens, { seqLen, samples: options.samples, bosTokenId: options.bosTokenId });
-  const width = windows[0].length;
-  const perPass = Math.max(1, Math.floor(ROWS_PER_PASS / width));
+  const documents = text instanceof Int32Array ? [text] : text;
+  const windows = documents.flatMap((tokens, document) =>
+    cutWindows(tokens, { ...options, seqLen }).map((window) => ({ ...window, document })),
+  );
+  ensure(windows.length > 0, 'usage', 'there is no text to evaluate on', 'Give at least one document.');
   const rowsPerLogits = options.rowsPerLogits ?? Math.max(1, Math.floor(LOGITS_BYTES / (4 * decoder.config.vocabSize)));
-  const nll: number[] = [];
-  const kl: number[] = [];
-  const agree: number[] = [];
-  const referenceNll: number[] = [];
+  const scores: WindowScore[] = [];
   const breathe = createBreath();
-  for (let begin = 0; begin < windows.length; begin += perPass) {
+  let running = 0;
+  let tokens = 0;
+  for (let begin = 0; begin < windows.length;) {
     await breathe();
     if (signal?.aborted)
       throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again.' });
-    const batch = windows.slice(begin, begin + perPass);
-    const scores = await scoreWindows(decoder, reference, batch, rowsPerLogits);
-    for (const window of scores) {
+    // Neighbours of one length run together; only a text's last window differs.
+    const { length } = windows[begin].ids;
+    let end = begin + 1;
+    const most = Math.max(1, Math.floor(ROWS_PER_PASS / length));
+    while (end < windows.length && end - begin < most && windows[end].ids.length === length) end++;
+    const batch = windows.slice(begin, end);
+    // A window's last token is only predicted. It is fed all the same where it fits, as papers have it: dynamic RoPE
+    // scaling depends on the length.
+    const width = Math.min(length, seqLen);
+    for (const [i, score] of (await scoreWindows(decoder, reference, batch, width, rowsPerLogits)).entries()) {
       ensure(
-        Number.isFinite(window.nll) && !(window.kl !== undefined && !Number.isFinite(window.kl)),
+        Number.isFinite(score.nll) && !(score.kl !== undefined && !Number.isFinite(score.kl)),
         'non-finite',
         'the logits of the model are not finite',
         'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
       );
-      nll.push(window.nll);
-      if (window.kl !== undefined) kl.push(window.kl);
-      if (window.agree !== undefined) agree.push(window.agree);
-      if (window.referenceNll !== undefined) referenceNll.push(window.referenceNll);
+      scores.push({ ...score, document: batch[i].document });
+      running += score.nll * score.tokens;
+      tokens += score.tokens;
     }
+    begin = end;
     onProgress({
       stage: 'evaluate',
-      done: nll.length,
+      done: begin,
       total: windows.length,
       unit: 'windows',
-      message: `perplexity ${Math.exp(mean(nll)).toFixed(3)}`,
+      message: `perplexity ${Math.exp(running / tokens).toFixed(3)}`,
     });
   }
   const seconds = (performance.now() - begun) / 1000;
-  const scored = windows.length * (width - 1);
-  const perplexity = Math.exp(mean(nll));
-  const error = standardError(nll);
+  const weights = scores.map((score) => score.tokens);
+  const over = (pick: (score: WindowScore) => number | undefined): Mean =>
+    weightedMean(
+      scores.map((score) => pick(score) ?? NaN),
+      weights,
+    );
+  const nll = over((score) => score.nll);
+  const kl = over((score) => score.kl);
+  const agree = over((score) => score.agree);
+  const perplexity = Math.exp(nll.mean);
   return {
     perplexity,
-    perplexityStandardError: error === null ? null : perplexity * error,
-    nll: mean(nll),
-    nllStandardError: error,
-    tokens: scored,
+    perplexityStandardError: nll.standardError === null ? null : perplexity * nll.standardError,
+    nll: nll.mean,
+    nllStandardError: nll.standardError,
+    tokens,
     windows: windows.length,
-    seqLen: width,
-    kl: reference ? mean(kl) : null,
-    klStandardError: reference ? standardError(kl) : null,
-    top1Agreement: reference ? mean(agree) : null,
-    top1AgreementStandardError: reference ? standardError(agree) : null,
-    referencePerplexity: reference ? Math.exp(mean(referenceNll)) : null,
+    seqLen: Math.min(seqLen, Math.max(...windows.map((window) => window.ids.length))),
+    kl: reference ? kl.mean : null,
+    klStandardError: reference ? kl.standardError : null,
+    top1Agreement: reference ? agree.mean : null,
+    top1AgreementStandardError: reference ? agree.standardError : null,
+    referencePerplexity: reference ? Math.exp(over((score) => score.referenceNll).mean) : null,
     seconds,
-    tokensPerSecond: scored / seconds,
+    tokensPerSecond: tokens / seconds,
+    scores,
   };
-}
-
-/** Windows of a tokenized text, all of one length; see the head of this file. @throws GyreError `usage`. */
-export function cutWindows(
-  tokens: Int32Array,
-  options: { seqLen: number; samples?: number; bosTokenId?: number },
-): Int32Array[] {
-  const { samples, bosTokenId } = options;
-  const opening = bosTokenId === undefined ? 0 : 1;
-  const length = Math.min(options.seqLen - opening, tokens.length);
-  ensure(
-    length + opening >= 2 && length > 0,
-    'usage',
-    () => `the text has ${tokens.length} tokens: too short to evaluate on`,
-    'Give a longer text: a few thousand words make the perplexity steady.',
-  );
-  const count = Math.floor(tokens.length / length);
-  const wanted = Math.min(samples ?? count, count);
-  return Array.from({ length: wanted }, (_, i) => {
-    const begin = Math.floor((i * count) / wanted) * length;
-    const window = new Int32Array(opening + length);
-    if (bosTokenId !== undefined) window[0] = bosTokenId;
-    window.set(tokens.subarray(begin, begin + length), opening);
-    return window;
-  });
-}
-
-interface WindowScore {
-  readonly nll: number;
-  readonly kl?: number;
-  readonly agree?: number;
-  readonly referenceNll?: number;
 }
 
 /** Mean scores of each window of a batch of windows of one length. */
 async function scoreWindows(
   decoder: Predictor,
   reference: Predictor | undefined,
-  batch: readonly Int32Array[],
+  batch: readonly TextWindow[],
+  width: number,
   rowsPerLogits: number,
-): Promise<WindowScore[]> {
+): Promise<Omit<WindowScore, 'document'>[]> {
   const { backend } = decoder;
-  const width = batch[0].length;
-  const ids = new Int32Array(batch.length * width);
-  for (const [i, window] of batch.entries()) ids.set(window, i * width);
+  const scored = batch[0].ids.length - 1;
+  const rows = batch.length * width;
+  const ids = new Int32Array(rows);
+  const targets = new Int32Array(rows);
+  for (const [i, window] of batch.entries()) {
+    ids.set(window.ids.subarray(0, width), i * width);
+    targets.set(window.ids.subarray(1), i * width);
+  }
   const hidden = await decoder.hidden(ids, { batch: batch.length });
   const referenceHidden = await reference?.hidden(ids, { batch: batch.length });
-  const scores: WindowScore[] = [];
-  for (const [i, window] of batch.entries()) {
-    let nll = 0;
-    let kl = 0;
-    let agree = 0;
-    let referenceNll = 0;
-    for (let begin = 0; begin < width - 1; begin += rowsPerLogits) {
-      const end = Math.min(begin + rowsPerLogits, width - 1);
-      const targets = window.slice(begin + 1, end + 1);
-      const rows = (of: Tensor): Tensor => backend.sliceRows(of, i * width + begin, i * width + end);
-      const logits = await decoder.logits(rows(hidden));
-      const expected = reference && referenceHidden && (await reference.logits(rows(referenceHidden)));
-      const score = await backend.score(logits, targets, expected);
-      nll += sum(score.nll);
+  const found = { nll: new Float64Array(rows), kl: new Float64Array(rows), agree: new Uint8Array(rows) };
+  const referenceNll = new Float64Array(rows);
+  for (const [from, to] of scoredRows(batch, width, scored)) {
+    for (let begin = from; begin < to; begin += rowsPerLogits) {
+      const end = Math.min(begin + rowsPerLogits, to);
+      const part = targets.slice(begin, end);
+      const logits = await decoder.logits(backend.sliceRows(hidden, begin, end));
+      const expected =
+        reference && referenceHidden && (await reference.logits(backend.sliceRows(referenceHidden, begin, end)));
+      const score = await backend.score(logits, part, expected);
+      found.nll.set(score.nll, begin);
       if (expected) {
-        kl += sum(score.kl ?? []);
-        agree += sum(score.agree ?? []);
-        referenceNll += sum((await backend.score(expected, targets)).nll);
+        found.kl.set(score.kl ?? [], begin);
+        found.agree.set(score.agree ?? [], begin);
+        referenceNll.set((await backend.score(expected, part)).nll, begin);
       }
       backend.free(logits, expected);
     }
-    const n = width - 1;
-    scores.push(
-      reference ? { nll: nll / n, kl: kl / n, agree: agree / n, referenceNll: referenceNll / n } : { nll: nll / n },
-    );
   }
   backend.free(hidden, referenceHidden);
-  return scores;
+  return batch.map(({ first }, i) => {
+    const [begin, end] = [i * width + first - 1, i * width + scored];
+    const mean = (values: Float64Array | Uint8Array): number => sum(values.subarray(begin, end)) / (end - begin);
+    const own = { tokens: end - begin, nll: mean(found.nll) };
+    return reference ? { ...own, kl: mean(found.kl), agree: mean(found.agree), referenceNll: mean(referenceNll) } : own;
+  });
+}
+
+/** Ranges of rows that are scored, neighbours joined. */
+function scoredRows(batch: readonly TextWindow[], width: number, scored: number): [from: number, to: number][] {
+  const ranges: [number, number][] = [];
+  for (const [i, { first }] of batch.entries()) {
+    const [from, to] = [i * width + first - 1, i * width + scored];
+    const last = ranges.at(-1);
+    // A row between two windows is cheaper to score than a pass of its own.
+    if (last && from - last[1] <= 1) last[1] = to;
+    else ranges.push([from, to]);
+  }
+  return ranges;
 }
 
 function windowLength(decoder: Predictor, reference: Predictor | undefined, seqLen: number | undefined): number {
@@ -263,16 +275,4 @@ function sum(values: ArrayLike<number>): number {
   let total = 0;
   for (let i = 0; i < values.length; i++) total += values[i];
   return total;
-}
-
-function mean(values: readonly number[]): number {
-  return sum(values) / values.length;
-}
-
-/** Standard error of the mean, from the spread of its terms. */
-function standardError(values: readonly number[]): number | null {
-  if (values.length < 2) return null;
-  const center = mean(values);
-  const variance = values.reduce((s, v) => s + (v - center) ** 2, 0) / (values.length - 1);
-  return Math.sqrt(variance / values.length);
 }

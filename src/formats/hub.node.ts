@@ -107,6 +107,7 @@ export async function resolveModel(model: string, options: ResolveOptions = {}):
     });
   }
   const hub: Hub = {
+    kind: 'model',
     model,
     revision,
     folder,
@@ -129,6 +130,7 @@ export async function resolveModel(model: string, options: ResolveOptions = {}):
 }
 
 interface Hub {
+  readonly kind: 'model' | 'dataset';
   readonly model: string;
   readonly revision: string;
   /** The folder that was looked for first. */
@@ -138,6 +140,85 @@ interface Hub {
   readonly token: string | undefined;
   readonly onProgress: ProgressListener;
   readonly retryDelay: number;
+}
+
+/**
+ * One file of a data set at a commit, from the hub's cache or fetched into it; interrupted transfers go on.
+ * @returns where it lies.
+ * @throws GyreError as {@link resolveModel}; `file-missing` when the commit has no such file.
+ */
+export async function datasetFile(
+  dataset: string,
+  commit: string,
+  file: string,
+  options: Omit<ResolveOptions, 'revision'> = {},
+): Promise<string> {
+  ensureDatasetName(dataset, commit, file);
+  const storage = path.join(options.cacheDir ?? hubCacheDir(), `datasets--${dataset.replace('/', '--')}`);
+  const folder = path.join(storage, 'snapshots', commit);
+  const target = path.join(folder, ...file.split('/'));
+  if (await stat(target).catch(() => undefined)) return target;
+  if (options.offline ?? process.env.HF_HUB_OFFLINE === '1') {
+    throw new GyreError('not-found', `${file} of ${dataset} is not in the cache ${storage}, and the hub is off`, {
+      remedy: 'Run once with the hub on (HF_HUB_OFFLINE unset), or give the folder of the data with --data.',
+    });
+  }
+  const hub: Hub = {
+    kind: 'dataset',
+    model: dataset,
+    revision: commit,
+    folder: target,
+    hubUrl: (options.hubUrl ?? process.env.HF_ENDPOINT ?? HUB_URL).replace(/\/+$/, ''),
+    storage,
+    token: options.token ?? (await hubToken()),
+    onProgress: options.onProgress ?? silent,
+    retryDelay: options.retryDelay ?? 500,
+  };
+  let entry: HubFile | undefined;
+  try {
+    const repo = { type: 'dataset' as const, name: dataset };
+    const token = hub.token === undefined ? {} : { accessToken: hub.token };
+    const place = path.posix.dirname(file);
+    for await (const found of listFiles({
+      hubUrl: hub.hubUrl,
+      ...token,
+      repo,
+      revision: commit,
+      ...(place === '.' ? {} : { path: place }),
+    })) {
+      const etag = found.lfs?.oid ?? found.oid ?? '';
+      if (found.path !== file || !/^[0-9a-f]{40,64}$/.test(etag)) continue;
+      entry = { path: file, size: found.lfs?.size ?? found.size, etag, sha256: found.lfs?.oid };
+    }
+  } catch (error) {
+    throw asHubError(error, hub);
+  }
+  if (!entry) {
+    throw new GyreError('file-missing', `${dataset} has no ${file} at ${commit.slice(0, 12)}`, {
+      remedy: 'Check the path in the task file.',
+    });
+  }
+  const { size } = entry;
+  await mkdir(path.join(storage, 'blobs'), { recursive: true });
+  await mkdir(path.dirname(target), { recursive: true });
+  const lock = await lockFolder(storage);
+  try {
+    await fetchFile(hub, commit, entry, folder, (bytes) =>
+      hub.onProgress({ stage: 'download', done: bytes, total: size, unit: 'bytes', message: `${dataset}/${file}` }),
+    );
+  } finally {
+    await lock.release();
+  }
+  return target;
+}
+
+function ensureDatasetName(dataset: string, commit: string, file: string): void {
+  const parts = file.split('/');
+  const safe = !parts.some((part) => part === '' || part === '.' || part === '..') && !file.includes('\\');
+  if (HUB_ID.test(dataset) && !/\.\.|--/.test(dataset) && COMMIT.test(commit) && safe) return;
+  throw new GyreError('usage', `${JSON.stringify(`${dataset}@${commit}/${file}`)} can't be a file of a data set`, {
+    remedy: 'Name owner/name, a commit of 40 digits and a relative path.',
+  });
 }
 
 interface HubFile {
@@ -399,7 +480,8 @@ async function transfer(
       have = 0;
     }
     if (have === file.size) return;
-    const url = `${hub.hubUrl}/${hub.model}/resolve/${commit}/${encodeURIComponent(file.path)}`;
+    const place = file.path.split('/').map(encodeURIComponent).join('/');
+    const url = `${hub.hubUrl}/${hub.kind === 'dataset' ? 'datasets/' : ''}${hub.model}/resolve/${commit}/${place}`;
     const response = await fetch(url, {
       headers: {
         ...(hub.token === undefined ? {} : { Authorization: `Bearer ${hub.token}` }),

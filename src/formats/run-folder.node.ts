@@ -16,7 +16,7 @@ import {
 import { SafetensorsFile } from './safetensors.js';
 import { shardName, type TensorEntry } from './safetensors-writer.js';
 import { writeIndex, writeSafetensors } from './safetensors-writer.node.js';
-import { openFile } from './source.node.js';
+import { folderFiles, openFile } from './source.node.js';
 import { modelFiles, type ModelFiles } from './source.js';
 
 /** What a run is, kept beside its shards: two runs with equal fingerprints make equal bytes. */
@@ -25,6 +25,9 @@ export const FINGERPRINT_FILE = 'gyre.json';
 export const TOKENS_FILE = 'calibration.safetensors';
 
 const fingerprintSchema = z.looseObject({ fingerprint: z.string() });
+
+/** Ending of what is kept beside a shard until the run ends. */
+const RECORD_ENDING = '.record.json';
 
 /** A finished file of a run, for the record. */
 export interface RunFolderOptions {
@@ -143,6 +146,18 @@ export class RunFolder {
     await writeSafetensors(this.#path(shard), entries);
   }
 
+  async keepRecord(shard: string, record: string): Promise<void> {
+    await writeFileAtomic(this.#recordPath(shard), record);
+  }
+
+  async keptRecord(shard: string): Promise<string | undefined> {
+    return (await this.has(shard)) ? readFile(this.#recordPath(shard), 'utf8').catch(() => undefined) : undefined;
+  }
+
+  #recordPath(shard: string): string {
+    return this.#path(shard).replace(/\.safetensors$/, RECORD_ENDING);
+  }
+
   /** One finished shard, looking like a model of a single file. */
   open(shard: string): ModelFiles {
     return modelFiles(
@@ -157,8 +172,14 @@ export class RunFolder {
     return path.join(this.#partial, name);
   }
 
-  /** Writes the index and the given text files, then renames the folder to its final name. */
-  async finish(files: Readonly<Record<string, string | Uint8Array>>): Promise<void> {
+  /**
+   * Writes the index and the given text files, then those that `last` makes of the model as it now is, and renames the
+   * folder to its final name.
+   */
+  async finish(
+    files: Readonly<Record<string, string | Uint8Array>>,
+    last?: (model: ModelFiles) => Promise<Readonly<Record<string, string>>>,
+  ): Promise<void> {
     const weightMap = new Map<string, string>();
     let total = 0;
     for (const shard of this.#order) {
@@ -171,7 +192,10 @@ export class RunFolder {
     }
     await writeIndex(this.#partial, weightMap, total);
     for (const [name, content] of Object.entries(files)) await writeFileAtomic(path.join(this.#partial, name), content);
+    const made = last ? await last(await folderFiles(this.#partial)) : {};
+    for (const [name, content] of Object.entries(made)) await writeFileAtomic(path.join(this.#partial, name), content);
     await rm(this.temporary(TOKENS_FILE), { force: true });
+    await this.#removeRecords();
     await mkdir(path.dirname(path.resolve(this.#out)), { recursive: true });
     this.#finished = true;
     // An empty folder of that name may be there; rename replaces it.
@@ -180,11 +204,17 @@ export class RunFolder {
     await rename(this.#partial, path.resolve(this.#out));
   }
 
+  async #removeRecords(): Promise<void> {
+    for (const name of await readdir(this.#partial))
+      if (name.endsWith(RECORD_ENDING)) await rm(path.join(this.#partial, name), { force: true });
+  }
+
   /** Gives the folder up, keeping what is finished; without anything finished, nothing stays. */
   async close(): Promise<void> {
     if (this.#finished) return;
     const names = await readdir(this.#partial).catch(() => undefined);
-    if (names?.every((name) => OWN_FILES.includes(name))) {
+    if (names?.every((name) => OWN_FILES.includes(name) || name.endsWith(RECORD_ENDING))) {
+      await this.#removeRecords();
       await rm(path.join(this.#partial, FINGERPRINT_FILE), { force: true });
       await this.#lock.release();
       // Another run may have come in meanwhile: then the folder is its own, and not empty.

@@ -13,3 +13,10 @@ export {
   type StopReason,
 } from './generate.js';
 export { argmax, createSampler, type Sampler, type SamplingOptions } from './sampler.js';
+export {
+  generateContinuously,
+  type ContinuousOptions,
+  type ContinuousRequest,
+  type ContinuousSummary,
+  type ContinuousText,
+} from './continuous.js';

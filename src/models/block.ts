@@ -1,12 +1,22 @@
 // One decoder block: attention and MLP with their norms. The stages are separate functions because quantization stops
 // between them; `forward` runs them all.
-import type { Backend, KvCacheHandle, KvGrid, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
+import type {
+  Backend,
+  KvCacheHandle,
+  KvGrid,
+  PerSequence,
+  RopeHandle,
+  Tensor,
+  TransformHandle,
+} from '../ops/backend.js';
 import type { ModelConfig } from './config.js';
 import type { LinearGroup } from './linear-group.js';
 
 /** Names of the linear groups, in the order data flows through them. */
 export const GROUP_NAMES = ['qkv', 'o', 'gateUp', 'down'] as const;
 export type GroupName = (typeof GROUP_NAMES)[number];
+/** Groups whose outputs are added to the residual stream. */
+export const RESIDUAL_GROUPS: ReadonlySet<GroupName> = new Set<GroupName>(['o', 'down']);
 
 /** Norm weights of a block. */
 export interface BlockNorms {
@@ -20,7 +30,7 @@ export interface BlockNorms {
 export interface ChunkContext {
   readonly batch: number;
   /** Tokens of each sequence before this chunk. */
-  readonly start: number;
+  readonly start: PerSequence;
   readonly rope: RopeHandle;
   /** This block's cache; without one the chunk attends to itself. */
   readonly cache?: KvCacheHandle;

@@ -8,6 +8,7 @@ import type {
   KvGrid,
   LinearHandle,
   RopeHandle,
+  SequenceCopy,
   Tensor,
 } from '../ops/backend.js';
 import { GROUP_NAMES, type DecoderBlock } from './block.js';
@@ -30,7 +31,7 @@ export class DecoderCache {
   readonly batch: number;
   readonly capacity: number;
   readonly blocks: readonly KvCacheHandle[];
-  /** Tokens of each sequence held. */
+  /** Tokens of each sequence held; the longest one's when `starts` were given to `hidden`. */
   length = 0;
 
   constructor(batch: number, capacity: number, blocks: readonly KvCacheHandle[]) {
@@ -77,13 +78,22 @@ export class Decoder {
     this.backend.release(...cache.blocks);
   }
 
+  /** Copies sequences between caches of this model; see `InferenceOps.copySequences`. Lengths are the caller's to keep. */
+  async copySequences(from: DecoderCache, to: DecoderCache, copies: readonly SequenceCopy[]): Promise<void> {
+    for (const [i, block] of from.blocks.entries()) await this.backend.copySequences(block, to.blocks[i], copies);
+  }
+
   /**
    * Residual stream after the last block, normalised: ids [batch × tokens], row-major, continuing `cache` (which is
-   * advanced) or from position 0 without one → [batch·tokens, hidden].
+   * advanced) or from position 0 without one → [batch·tokens, hidden]. With `starts` each sequence continues at its own
+   * position: shorter ones are padded on the right with any ids, and the rows of padding mean nothing.
    */
-  async hidden(ids: Int32Array, options: { batch?: number; cache?: DecoderCache } = {}): Promise<Tensor> {
+  async hidden(
+    ids: Int32Array,
+    options: { batch?: number; cache?: DecoderCache; starts?: Int32Array } = {},
+  ): Promise<Tensor> {
     const { backend, parts, config } = this;
-    const { cache } = options;
+    const { cache, starts } = options;
     const batch = options.batch ?? cache?.batch ?? 1;
     const tokens = ids.length / batch;
     ensure(
@@ -91,7 +101,7 @@ export class Decoder {
       'usage',
       () => `${ids.length} token ids do not split into ${batch} sequences`,
     );
-    const start = cache?.length ?? 0;
+    const start = starts ? Math.max(...starts) : (cache?.length ?? 0);
     if (cache && start + tokens > cache.capacity) {
       throw new GyreError('context-length', `${start + tokens} tokens do not fit a cache of ${cache.capacity}`, {
         remedy: 'shorten the prompt, generate fewer tokens, or make a larger cache',
@@ -106,11 +116,11 @@ export class Decoder {
     const rope = await this.rope(start + tokens);
     let x = await backend.embed(parts.embedding, ids);
     for (const [i, block] of parts.blocks.entries()) {
-      const y = await block.forward(x, { batch, start, rope, cache: cache?.blocks[i] });
+      const y = await block.forward(x, { batch, start: starts ?? start, rope, cache: cache?.blocks[i] });
       backend.free(x);
       x = y;
     }
-    if (cache) cache.length += tokens;
+    if (cache) cache.length = start + tokens;
     const normed = await backend.rmsNorm(x, parts.finalNorm, config.rmsNormEps);
     backend.free(x);
     return normed;

@@ -155,6 +155,19 @@ export interface KvCacheShape {
   readonly grid?: KvGrid;
 }
 
+/** A number for all sequences of a batch alike, or one for each: [batch]. */
+export type PerSequence = number | Int32Array;
+
+/** One sequence of {@link InferenceOps.copySequences}. */
+export interface SequenceCopy {
+  /** Sequence of the source cache. */
+  readonly from: number;
+  /** Sequence of the target cache. */
+  readonly to: number;
+  /** Positions 0 … tokens − 1 are copied. */
+  readonly tokens: number;
+}
+
 /** Shape of grouped-query attention. */
 export interface AttentionShape {
   readonly heads: number;
@@ -166,7 +179,7 @@ export interface AttentionShape {
 export interface SplitHeadsOptions extends AttentionShape {
   readonly batch: number;
   /** Position of the first token of each sequence in `qkv`. */
-  readonly start: number;
+  readonly start: PerSequence;
   readonly rope: RopeHandle;
   /** RMSNorm weights [headDim] over each head of q and k before RoPE (Qwen3). */
   readonly qNorm?: Tensor;
@@ -189,8 +202,11 @@ export interface AttentionOptions extends AttentionShape {
    * groupSize = headDim.
    */
   readonly cache?: KvCacheHandle;
-  /** Tokens already in the cache (0 without one). */
-  readonly start: number;
+  /**
+   * Tokens of each sequence already in the cache (0 without one). Sequences of unlike lengths share a call: what lies in
+   * the cache from a sequence's start on, padding of an earlier call say, is overwritten and never attended to.
+   */
+  readonly start: PerSequence;
 }
 
 /** Scores of rows of logits against the next tokens; see {@link InferenceOps.score}. */
@@ -221,6 +237,11 @@ export interface InferenceOps {
   /** cos, sin: [positions, rotaryDim / 2], attention scaling folded in. */
   loadRope(cos: Float32Array, sin: Float32Array, rotaryDim: number): Awaitable<RopeHandle>;
   createKvCache(shape: KvCacheShape): Awaitable<KvCacheHandle>;
+  /**
+   * Copies sequences between two caches of one shape (batch and capacity may differ), or within one: forks of a common
+   * prompt, sequences that move to a larger cache. No sequence may be written that the same call reads.
+   */
+  copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): Awaitable<void>;
   /** Frees what load… and create… made. */
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void;
 
@@ -334,6 +355,19 @@ export interface QuantizationOps {
    * of the sums. w, rounded [in, cols], gram [in, in].
    */
   descend(w: Tensor, rounded: RoundedWeight, gram: Tensor, grid: GridSpec, sweeps: number): Awaitable<RoundedWeight>;
+  /**
+   * Fits the grids to their codes: visits groups in order, `passes` times, and moves each group's scale to its least-squares
+   * optimum given all others, under tr((Ŵ−W)ᵗ·H·(Ŵ−W)), rounded to f16. Codes and zero points stay. A scale moves
+   * only where that lowers the error, and stays within half and twice what it was and f16's normal range. w, rounded
+   * [in, cols], gram [in, in].
+   */
+  refitScales(
+    w: Tensor,
+    rounded: RoundedWeight,
+    gram: Tensor,
+    grid: GridSpec,
+    passes: number,
+  ): Awaitable<RoundedWeight>;
   /** Upper-triangular U with UᵀU = (H + damp·mean(diag H)·I)⁻¹, in f64 inside. Throws `non-finite` if H is not positive definite after damping. */
   gptqFactor(h: Tensor, damp: number): Promise<Tensor>;
   /** Solves X (H + λI) = B for X: B [m, n], H [n, n] symmetric positive definite, λ = damp · mean(diag H). f64 inside. */

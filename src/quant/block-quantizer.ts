@@ -5,7 +5,7 @@ import { GyreError } from '../core/errors.js';
 import { floats, hostTensor, type HostTensor } from '../core/tensor.js';
 import { quantizedLinearEntries } from '../formats/quantized-linear.js';
 import type { TensorEntry } from '../formats/safetensors-writer.js';
-import { GROUP_NAMES, type BlockFrame, type ChunkContext, type GroupName } from '../models/block.js';
+import { GROUP_NAMES, RESIDUAL_GROUPS, type BlockFrame, type ChunkContext, type GroupName } from '../models/block.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
 import { LinearGroup, type LinearPart } from '../models/linear-group.js';
 import { groupModules, groupShape, readLinear } from '../models/load.js';
@@ -14,7 +14,8 @@ import type { Backend, RopeHandle, Tensor, TransformHandle } from '../ops/backen
 import { InputSample } from './calibration/sample.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
-import { InputStatistics } from './statistics.js';
+import { divideBy, groupRanges, RangeSample } from './ranges.js';
+import { InputStatistics, wantedOutputs, type Statistics } from './statistics.js';
 import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
 
 /** What a block asks of the pipeline. */
@@ -86,25 +87,21 @@ export class BlockQuantizer {
       };
     });
     // Inputs of o: attention of the quantized projections; the reference path moves on to after its o.
-    const o = await this.#stage(
-      'o',
-      async (chunk) => {
-        const context = this.#context(chunk);
-        const attend = async (x: Tensor, group: LinearGroup, exact: boolean) => {
-          const normed = await frame.attentionInput(x);
-          const projected = await group.forward(normed);
-          const y = await frame.attend(projected, context, { exact });
-          backend.free(normed, projected);
-          return y;
-        };
-        const quantized = await attend(chunk.quantized, qkv.quantized, false);
-        return {
-          quantized,
-          reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference, true), quantized),
-        };
-      },
-      true,
-    );
+    const o = await this.#stage('o', async (chunk) => {
+      const context = this.#context(chunk);
+      const attend = async (x: Tensor, group: LinearGroup, exact: boolean) => {
+        const normed = await frame.attentionInput(x);
+        const projected = await group.forward(normed);
+        const y = await frame.attend(projected, context, { exact });
+        backend.free(normed, projected);
+        return y;
+      };
+      const quantized = await attend(chunk.quantized, qkv.quantized, false);
+      return {
+        quantized,
+        reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference, true), quantized),
+      };
+    });
     for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, o, i);
     qkv.release();
     o.release();
@@ -113,24 +110,20 @@ export class BlockQuantizer {
       const quantized = await frame.mlpInput(chunk.quantized);
       return { quantized, reference: await this.#ifTwoPaths(() => frame.mlpInput(chunk.reference), quantized) };
     });
-    const down = await this.#stage(
-      'down',
-      async (chunk) => {
-        const activate = async (x: Tensor, group: LinearGroup) => {
-          const normed = await frame.mlpInput(x);
-          const projected = await group.forward(normed);
-          const y = await frame.activate(projected);
-          backend.free(normed, projected);
-          return y;
-        };
-        const quantized = await activate(chunk.quantized, gateUp.quantized);
-        return {
-          quantized,
-          reference: await this.#ifTwoPaths(() => activate(chunk.reference, gateUp.reference), quantized),
-        };
-      },
-      true,
-    );
+    const down = await this.#stage('down', async (chunk) => {
+      const activate = async (x: Tensor, group: LinearGroup) => {
+        const normed = await frame.mlpInput(x);
+        const projected = await group.forward(normed);
+        const y = await frame.activate(projected);
+        backend.free(normed, projected);
+        return y;
+      };
+      const quantized = await activate(chunk.quantized, gateUp.quantized);
+      return {
+        quantized,
+        reference: await this.#ifTwoPaths(() => activate(chunk.reference, gateUp.reference), quantized),
+      };
+    });
     // With folding the stored block is run again from its input; its last product here would be thrown away.
     if (!this.#run.recipe.folds) for (const [i, chunk] of chunks.entries()) await this.#advance(chunk, down, i);
     gateUp.release();
@@ -143,21 +136,23 @@ export class BlockQuantizer {
 
   /**
    * Gathers statistics of a group's inputs over all chunks, quantizes the group, and returns it ready to run in both
-   * forms. With `keep`, the quantized path's inputs stay for {@link BlockQuantizer.#advance} and the reference path
-   * moves past the group at once.
+   * forms. For groups that write to the residual stream the quantized path's inputs stay for
+   * {@link BlockQuantizer.#advance}, and the reference path moves past the group at once: it says what the group's
+   * outputs should be.
    */
   async #stage(
     group: GroupName,
     inputs: (chunk: Chunk) => Promise<{ quantized: Tensor; reference: Tensor }>,
-    keep = false,
   ): Promise<StagedGroup> {
     const { backend } = this.#run;
+    const residual = RESIDUAL_GROUPS.has(group);
     const parts = await this.#readParts(group);
     const { groups, activations } = this.#online;
     const before = groups[group];
     const reference = await LinearGroup.load(backend, parts, { before });
     const turn = before && (await backend.loadTransform(before));
     const statistics = new InputStatistics(backend);
+    const ranges = new RangeSample(backend);
     // A transform that is learned comes between these inputs and their grid: then the recipe rounds a sample of them itself.
     const learned = this.#run.recipe.layout === 'paroquant';
     const sample = activations && learned ? new InputSample(backend, this.#run.settings.seed) : undefined;
@@ -166,19 +161,25 @@ export class BlockQuantizer {
       this.#hooks.checkAborted();
       this.#hooks.tell(`${group}: inputs ${i + 1}/${this.#chunks.length}`);
       const x = await this.#hooks.timed('forward', () => inputs(chunk));
+      let next: Tensor | undefined;
+      if (residual && this.#twoPaths)
+        next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
       await this.#hooks.timed('statistics', async () => {
-        const two = this.#twoPaths && (x.reference !== x.quantized || (activations !== undefined && !learned));
+        const outputs = next && (await wantedOutputs(backend, next, chunk.quantized, parts[0].source.bias));
+        const rounded = activations !== undefined && !learned;
+        const two = !residual && this.#twoPaths && (x.reference !== x.quantized || rounded);
         const exact = await this.#asSeen(x.quantized, turn);
         const seen = activations && !learned ? await backend.quantizeRows(exact, activations) : exact;
         const wanted = two && x.reference !== x.quantized ? await this.#asSeen(x.reference, turn) : exact;
-        await statistics.add(seen, two ? wanted : undefined);
+        await statistics.add(seen, { reference: two ? wanted : undefined, outputs });
         await sample?.add(exact);
+        await ranges.add(exact);
         for (const made of new Set([exact, seen, wanted]))
           if (made !== x.quantized && made !== x.reference) backend.free(made);
+        backend.free(outputs);
       });
-      if (keep) {
-        if (this.#twoPaths) {
-          const next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
+      if (residual) {
+        if (next) {
           if (chunk.reference !== chunk.quantized) this.#hooks.free(chunk.reference);
           chunk.reference = next;
         }
@@ -190,8 +191,12 @@ export class BlockQuantizer {
     }
     const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
     backend.release(turn);
-    const quantizedParts = await this.#group(group, parts, { ...finished, sample: sample?.rows({ extremes: false }) });
-    backend.free(finished.gram, finished.cross);
+    const quantizedParts = await this.#group(group, parts, {
+      ...finished,
+      sample: sample?.rows({ extremes: false }),
+      ranges: ranges.values(),
+    });
+    backend.free(finished.gram, finished.cross, finished.target);
     const quantized = await LinearGroup.load(backend, quantizedParts, { before, activations });
     return new StagedGroup(backend, quantized, reference, kept);
   }
@@ -226,7 +231,7 @@ export class BlockQuantizer {
   async #group(
     group: GroupName,
     parts?: LinearPart[],
-    statistics?: { gram: Tensor; cross: Tensor | undefined; sample?: HostTensor },
+    statistics?: Statistics & { readonly sample?: HostTensor; readonly ranges: Float32Array | undefined },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
     const decision = plan.decisions[group];
@@ -254,6 +259,7 @@ export class BlockQuantizer {
       grid: { bits: settings.bits, groupSize: decision.groupSize },
       gram: statistics?.gram,
       cross: statistics?.cross,
+      target: statistics?.target,
       sample: statistics?.sample,
       activations: this.#online.activations,
       fold: await this.#fold(group),
@@ -276,12 +282,13 @@ export class BlockQuantizer {
       seconds: (performance.now() - start) / 1000,
       stats: result.stats,
       curve: result.curve,
+      ranges: await groupRanges(backend, task, result, statistics?.ranges),
     });
     // Until the shard is written, folded scales act at the group itself: the same product, inputs as they are now.
     const { foldedScales } = result;
     return result.parts.map((part, i) => ({
       source: { kind: 'quantized', weight: part.weight, bias: read[i].source.bias },
-      transform: foldedScales ? inverseScaling(foldedScales) : part.transform,
+      transform: foldedScales ? divideBy(foldedScales) : part.transform,
     }));
   }
 
@@ -422,15 +429,4 @@ class StagedGroup {
     this.quantized.release();
     this.reference.release();
   }
-}
-
-function inverseScaling(scales: Float32Array): LinearPart['transform'] {
-  return {
-    channels: scales.length,
-    groupSize: scales.length,
-    krot: 0,
-    pairs: new Int16Array(0),
-    theta: new Float32Array(0),
-    channelScales: scales.map((s) => 1 / s),
-  };
 }

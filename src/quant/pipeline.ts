@@ -1,5 +1,6 @@
 // The main job: block by block, stream the weights in, run both paths, quantize each linear group with what the quantized
 // path sees, write the block's shard, go on. Memory: one block, the residual stream of both paths, one group's inputs.
+import { z } from 'zod';
 import { GyreError } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { Checkpoint } from '../formats/safetensors.js';
@@ -11,6 +12,8 @@ import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
 import { BlockQuantizer } from './block-quantizer.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
+import { fourDigits } from './ranges.js';
+import { groupRecordSchema, type GroupRecord } from './results.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { blockShard, REST_SHARD } from './sink.js';
 
@@ -40,7 +43,10 @@ class Pipeline {
     const { backend, source, sink, calibration } = this.#run;
     const { layers } = source.config;
     let first = 0;
-    while (first < layers && (await sink.has(blockShard(first)))) first++;
+    while (first < layers && (await sink.has(blockShard(first)))) {
+      await this.#recall(blockShard(first));
+      first++;
+    }
     const chunks = calibration && first < layers ? await this.#embed(calibration) : [];
     const rope = calibration && (await this.#rope(calibration.length));
     for (let layer = 0; layer < layers; layer++) {
@@ -57,6 +63,15 @@ class Pipeline {
     for (const chunk of chunks) freeChunk(backend, chunk);
     if (rope) backend.release(rope);
     return { groups: this.#groups, seconds: this.#seconds };
+  }
+
+  /** Takes up what was reported of a block that an earlier run finished. */
+  async #recall(shard: string): Promise<void> {
+    const kept = await this.#run.sink.keptRecord(shard);
+    if (kept === undefined) return;
+    const records = z.array(groupRecordSchema.required({ ranges: true })).safeParse(parseJson(kept));
+    // The record is for people: a run must not fail because a disk lost it.
+    if (records.success) this.#groups.push(...records.data.map((record) => ({ ...record, seconds: 0 })));
   }
 
   #tell(done: number, message: string): void {
@@ -147,7 +162,11 @@ class Pipeline {
     });
     const entries = await block.run();
     await this.#checkFinite(`the output of block ${layer}`, chunks);
-    await this.#timed('write', () => sink.write(blockShard(layer), entries));
+    await this.#timed('write', async () => {
+      const own = this.#groups.filter((group) => group.layer === layer);
+      await sink.keepRecord(blockShard(layer), JSON.stringify(own.map(groupRecord)));
+      await sink.write(blockShard(layer), entries);
+    });
     frame.release();
     for (const [i, input] of inputs.entries()) {
       backend.free(chunks[i].quantized);
@@ -180,6 +199,19 @@ class Pipeline {
       .filter((name) => !inBlocks.has(blockOf(name)))
       .map((name) => copyEntry(this.#run.source, name));
   }
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+/** A group's report without what differs from run to run. */
+export function groupRecord({ layer, group, modules, stats, curve, ranges }: GroupReport): GroupRecord {
+  return { layer, group, modules: [...modules], stats, curve: curve?.map(fourDigits), ranges };
 }
 
 function freeChunk(backend: Backend, chunk: Chunk): void {

@@ -1,6 +1,6 @@
 // The preflight plan: what will be done to every linear, and what it costs, before anything is read or written.
 import { GyreError } from '../core/errors.js';
-import { GROUP_NAMES, type GroupName } from '../models/block.js';
+import { GROUP_NAMES, RESIDUAL_GROUPS, type GroupName } from '../models/block.js';
 import type { ModelConfig } from '../models/config.js';
 import { groupShape } from '../models/load.js';
 import { findHadamardBase, largestHadamardOrder } from '../transforms/index.js';
@@ -159,10 +159,13 @@ function estimate(
       storedBits += count * perWeight + transform;
       quantizedWeights += count;
       const learnedColumns = Math.min(out, 512);
-      if (recipe.needs !== 'nothing') flops += 2 * inFeatures ** 2 * (tokens * paths + 3 * out + 3 * inFeatures);
-      if (recipe.layout === 'paroquant') flops += settings.steps * 2 * inFeatures ** 2 * learnedColumns;
+      if (recipe.needs !== 'nothing') flops += 2 * inFeatures ** 2 * (tokens + 3 * out + 3 * inFeatures);
+      // With two paths the cross-Gram matrix, or the product with the wanted outputs.
+      if (paths === 2) flops += 2 * inFeatures * (RESIDUAL_GROUPS.has(group) ? out : inFeatures) * tokens;
+      // Learning; then seven sweeps of descent and two refits, one and a half products with H each.
+      if (recipe.layout === 'paroquant') flops += 2 * inFeatures ** 2 * (settings.steps * learnedColumns + 13 * out);
     }
-    flops += 2 * count * tokens * (paths === 2 ? 2 : 2);
+    flops += 2 * count * tokens * 2;
     largest = Math.max(largest, count);
   }
   const stream = tokens * config.hiddenSize * 4 * (paths === 2 ? 2 : 1);

@@ -7,6 +7,7 @@ import { checkFinite, type ModelSource } from '../models/load.js';
 import type { Backend, Tensor } from '../ops/backend.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import type { QuantizePlan } from './plan.js';
+import type { GroupRanges } from './results.js';
 import type { CheckpointSink } from './sink.js';
 import type { QuantizeSettings, Recipe } from './types.js';
 
@@ -33,9 +34,13 @@ export interface GroupReport {
   readonly seconds: number;
   readonly stats: Readonly<Record<string, number>>;
   readonly curve?: readonly number[];
+  readonly ranges: GroupRanges;
 }
 
-/** What quantizeModel returns: reports of the groups quantized by this call (not of blocks finished before), and where time went. */
+/**
+ * What quantizeModel returns: reports of all groups (those of blocks finished before as they were kept, with 0 seconds),
+ * and where the time of this call went.
+ */
 export interface PipelineReport {
   readonly groups: readonly GroupReport[];
   readonly seconds: Readonly<Record<'forward' | 'statistics' | 'quantize' | 'write', number>>;

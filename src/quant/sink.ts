@@ -8,6 +8,10 @@ export interface CheckpointSink {
   has(shard: string): Promise<boolean>;
   /** Writes a shard atomically. */
   write(shard: string, entries: readonly TensorEntry[], metadata?: Readonly<Record<string, string>>): Promise<void>;
+  /** Keeps what is to be reported of a shard, before it is written, for a run that goes on after it. */
+  keepRecord(shard: string, record: string): Promise<void>;
+  /** What was kept of a finished shard; undefined when nothing was. */
+  keptRecord(shard: string): Promise<string | undefined>;
   /** One finished shard as a model of a single file. */
   open(shard: string): ModelFiles;
 }

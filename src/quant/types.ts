@@ -60,13 +60,19 @@ export interface GroupTask {
   readonly grid: GridSpec;
   /** Gram matrix XᵀX/n of the inputs the quantized model sees [in, in]; present when the recipe asked for it. */
   readonly gram?: Tensor;
-  /** Cross-Gram X̃ᵀX/n, X̃ the reference path's inputs [in, in]; absent when equal to `gram` (first block). */
+  /** Cross-Gram X̃ᵀX/n, X̃ the reference path's inputs [in, in]; absent when equal to `gram` (first block) or replaced by `target`. */
   readonly cross?: Tensor;
   /** Rows of the inputs [rows, in], after the group's online transform and before any rounding; present when activations are
    * rounded after a transform that the recipe learns. */
   readonly sample?: HostTensor;
   /** Grid of the inputs, when they are rounded. */
   readonly activations?: ActivationGrid;
+  /**
+   * What the outputs should be, seen through the inputs the quantized model sees: Pᵗ = XᵀY/n [in, Σ out], Y the wanted
+   * outputs. Present for groups that write to the residual stream (o, down), in place of `cross`: there Y is what brings
+   * the quantized path's residual stream to the reference path's, so that it also makes good for earlier blocks' errors.
+   */
+  readonly target?: Tensor;
   /** Where a scaling of the input can be folded: the preceding norm's weight, or the output rows of the preceding linear. */
   readonly fold: InputFold;
   readonly settings: QuantizeSettings;
@@ -102,7 +108,7 @@ export interface Recipe {
   readonly name: string;
   /** One line for `--help` and reports. */
   readonly summary: string;
-  /** Statistics it needs: nothing, the Gram matrix, or also the cross-Gram matrix with the reference path. */
+  /** Statistics it needs: nothing, the Gram matrix, or also what the reference path wants of each group (`cross` or `target`). */
   readonly needs: 'nothing' | 'gram' | 'cross-gram';
   /** Whether it returns scales to fold into what comes before a linear. */
   readonly folds?: boolean;

@@ -300,7 +300,8 @@ function splitHeadsCases(): ConformanceCase[] {
           [1, 17, 0],
           [1, 1, 39],
           [3, 5, 7],
-        ]) {
+          [3, 5, Int32Array.of(35, 0, 7)],
+        ] as const) {
           const qkv = await duo.input([batch * tokens, (heads + 2 * kvHeads) * headDim]);
           const qNorm = norms ? await duo.input([headDim]) : undefined;
           const kNorm = norms ? await duo.input([headDim]) : undefined;
@@ -325,7 +326,7 @@ function splitHeadsCases(): ConformanceCase[] {
               duo.allowance.roundoff *
               Math.SQRT2 *
               maxAbs(y, Math.floor(at / headDim) * headDim, headDim);
-            const what = `${part} of batch ${batch}, ${tokens} tokens from ${start}`;
+            const what = `${part} of batch ${batch}, ${tokens} tokens from ${String(start)}`;
             await duo.close(actual[part], expected[part], part === 'v' ? 0 : tolerance, what);
           }
         }
@@ -430,6 +431,96 @@ function attentionCases(): ConformanceCase[] {
   );
 }
 
+/**
+ * Sequences at different positions: prompts of unlike lengths padded on the right, sequences copied into another cache
+ * (forks included), then a chunk for each that starts where its own tokens end. Every sequence must see what it sees alone.
+ */
+function raggedCases(): ConformanceCase[] {
+  return HEADS.flatMap(([heads, kvHeads, headDim]) =>
+    [undefined, 4].flatMap((window) =>
+      // A single token each, a few, and more than backends keep for their decoding kernels.
+      [1, 5, 12].map((tokens): ConformanceCase => ({
+        op: 'attention',
+        also: ['createKvCache', 'copySequences', 'release'],
+        name: `${heads}/${kvHeads} heads of ${headDim}${window ? `, window ${window}` : ''}: ${tokens} tokens after forks of unlike lengths`,
+        run: async (duo) => {
+          const shape = { heads, kvHeads, headDim };
+          const scale = headDim ** -0.5;
+          const lengths = [9, 2, 14];
+          const longest = Math.max(...lengths);
+          const parents = Int32Array.of(2, 0, 0, 1, 2);
+          const rows = longest + tokens;
+          const inputs = async (count: number): Promise<[Twin, Twin, Twin]> => [
+            await duo.input([count, heads * headDim]),
+            await duo.input([count, kvHeads * headDim]),
+            await duo.input([count, kvHeads * headDim]),
+          ];
+          const [pq, pk, pv] = await inputs(lengths.length * longest);
+          const [cq, ck, cv] = await inputs(parents.length * tokens);
+          const prompts = await duo.subject.createKvCache({
+            batch: lengths.length,
+            kvHeads,
+            headDim,
+            capacity: longest,
+          });
+          const forks = await duo.subject.createKvCache({
+            batch: parents.length,
+            kvHeads,
+            headDim,
+            capacity: rows + 3,
+          });
+          const first = { ...shape, batch: lengths.length, scale, window, start: 0, cache: prompts };
+          duo.subject.free(await duo.subject.attention(pq.subject, pk.subject, pv.subject, first));
+          // Into the larger cache in two steps, the second of which forks inside it.
+          const copy = (from: number, to: number, of = from): { from: number; to: number; tokens: number } => ({
+            from,
+            to,
+            tokens: lengths[of],
+          });
+          await duo.subject.copySequences(prompts, forks, [copy(2, 0), copy(0, 1), copy(1, 3)]);
+          await duo.subject.copySequences(forks, forks, [copy(1, 2, 0), copy(0, 4, 2)]);
+          const starts = parents.map((parent) => lengths[parent]);
+          const actual = await duo.subject.download(
+            await duo.subject.attention(cq.subject, ck.subject, cv.subject, {
+              ...shape,
+              batch: parents.length,
+              scale,
+              window,
+              start: starts,
+              cache: forks,
+            }),
+          );
+          for (const [i, parent] of parents.entries()) {
+            const joined = (prompt: Twin, chunk: Twin): Float32Array => {
+              const width = prompt.shape[1];
+              const begin = parent * longest * width;
+              return Float32Array.from([
+                ...prompt.host.subarray(begin, begin + lengths[parent] * width),
+                ...chunk.host.subarray(i * tokens * width, (i + 1) * tokens * width),
+              ]);
+            };
+            const count = lengths[parent] + tokens;
+            const q = await duo.input([count, heads * headDim], joined(pq, cq));
+            const k = await duo.input([count, kvHeads * headDim], joined(pk, ck));
+            const v = await duo.input([count, kvHeads * headDim], joined(pv, cv));
+            const alone = { ...shape, batch: 1, scale, window, start: 0 };
+            const expected = readF64(await duo.oracle.attention(q.oracle, k.oracle, v.oracle, alone));
+            const width = heads * headDim;
+            closeArrays(
+              actual.subarray(i * tokens * width, (i + 1) * tokens * width),
+              expected.subarray(lengths[parent] * width),
+              attentionTolerance(duo, [q, k, v], shape, scale, duo.allowance.cacheRoundoff) +
+                2 ** -24 * maxAbs(expected),
+              `sequence ${i}`,
+            );
+          }
+          duo.subject.release(prompts, forks);
+        },
+      })),
+    ),
+  );
+}
+
 /** Tolerance: (16 + 2·|gate|)·u·|y|: an exponential is as precise as its argument; and 2^-100 where it underflows. */
 function siluMulCases(): ConformanceCase[] {
   return [4, 43, 172, 2752].map((n) => ({
@@ -496,6 +587,7 @@ export const inferenceCases: readonly ConformanceCase[] = [
   ...rotateCases(),
   ...splitHeadsCases(),
   ...attentionCases(),
+  ...raggedCases(),
   ...siluMulCases(),
   ...scoreCases(),
 ];

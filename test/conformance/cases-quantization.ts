@@ -1,4 +1,5 @@
 // Conformance cases of the quantization ops. Tolerances: u = unit roundoff, λ as in duo.ts; each formula stands by its case.
+import { roundToF16 } from '../../src/core/dtype.js';
 import { GyreError } from '../../src/core/errors.js';
 import { hostTensor } from '../../src/core/tensor.js';
 import type { Backend, GridSpec, RoundedWeight, Tensor } from '../../src/ops/backend.js';
@@ -198,25 +199,77 @@ function descentCases(): ConformanceCase[] {
       };
       const expected = await duo.oracle.descend(w.oracle, start, h.oracle, grid, 2);
       const actual = await duo.subject.descend(w.subject, given, h.subject, grid, 2);
-      const values = await duo.subject.download(actual.values);
-      const target = readF64(w.oracle);
-      const hessian = readF64(h.oracle);
-      const error = (estimate: ArrayLike<number>): number => {
-        let sum = 0;
-        for (let c = 0; c < cols; c++) {
-          const d = Float64Array.from({ length: channels }, (_, i) => estimate[i * cols + c] - target[i * cols + c]);
-          for (let i = 0; i < channels; i++)
-            for (let j = 0; j < channels; j++) sum += d[i] * hessian[i * channels + j] * d[j];
-        }
-        return sum;
-      };
-      for (let i = 0; i < values.length; i++) {
-        const slot = Math.floor(i / cols / groupSize) * cols + (i % cols);
-        if (actual.scales[slot] !== start.scales[slot] || actual.zeros[slot] !== start.zeros[slot])
+      for (const [slot, scale] of start.scales.entries()) {
+        if (actual.scales[slot] !== scale || actual.zeros[slot] !== start.zeros[slot])
           throw new Error(`grid ${slot} changed`);
-        const value = Math.fround((actual.codes[i] - actual.zeros[slot]) * actual.scales[slot]);
-        if (values[i] !== value) throw new Error(`value ${i} is ${values[i]}, its code says ${value}`);
       }
+      const values = await valuesOnGrid(duo, actual, channels, cols, groupSize);
+      const error = layerError(w, h);
+      const [before, best, found] = [error(readF64(start.values)), error(readF64(expected.values)), error(values)];
+      if (!(found <= best * 1.001) || !(found < before))
+        throw new Error(`error ${found}, oracle ${best}, before ${before}`);
+      duo.subject.free(given.values, actual.values);
+    },
+  }));
+}
+
+/** Downloads a rounding's values [channels, cols]; throws unless each is what its code and grid say. */
+async function valuesOnGrid(
+  duo: Duo,
+  rounded: RoundedWeight,
+  channels: number,
+  cols: number,
+  groupSize: number,
+): Promise<Float32Array> {
+  const values = await duo.subject.download(rounded.values);
+  for (let i = 0; i < channels * cols; i++) {
+    const slot = Math.floor(i / cols / groupSize) * cols + (i % cols);
+    const value = Math.fround((rounded.codes[i] - rounded.zeros[slot]) * rounded.scales[slot]);
+    if (values[i] !== value) throw new Error(`value ${i} is ${values[i]}, its code says ${value}`);
+  }
+  return values;
+}
+
+/** tr((Ŵ−W)ᵗ·H·(Ŵ−W)) of an estimate, in f64. */
+function layerError(w: Twin, h: Twin): (estimate: ArrayLike<number>) => number {
+  const [channels, cols] = w.shape;
+  const target = readF64(w.oracle);
+  const hessian = readF64(h.oracle);
+  return (estimate) => {
+    let sum = 0;
+    for (let c = 0; c < cols; c++) {
+      const d = Float64Array.from({ length: channels }, (_, i) => estimate[i * cols + c] - target[i * cols + c]);
+      for (let i = 0; i < channels; i++)
+        for (let j = 0; j < channels; j++) sum += d[i] * hessian[i * channels + j] * d[j];
+    }
+    return sum;
+  };
+}
+
+/**
+ * A scale next to a tie between two f16 numbers may fall either way: codes and zero points must stay, values must be codes
+ * on the new grids, scales must be f16, the error must shrink, and come as low as the oracle's within 0.1%.
+ */
+function refitCases(): ConformanceCase[] {
+  return GRIDS.map(([channels, cols, bits, groupSize]) => ({
+    op: 'refitScales' as const,
+    name: `${channels} × ${cols}, ${bits} bits in groups of ${groupSize}`,
+    run: async (duo: Duo) => {
+      const grid: GridSpec = { bits, groupSize };
+      const h = await duo.input([channels, channels], gram(duo, channels));
+      const w = await duo.input([channels, cols], weights(duo, channels, cols));
+      const start = await duo.oracle.roundToNearest(w.oracle, grid);
+      const given = {
+        ...start,
+        values: await duo.subject.upload(hostTensor('f32', [channels, cols], Float32Array.from(readF64(start.values)))),
+      };
+      const expected = await duo.oracle.refitScales(w.oracle, start, h.oracle, grid, 2);
+      const actual = await duo.subject.refitScales(w.subject, given, h.subject, grid, 2);
+      closeArrays(actual.codes, start.codes, 0, 'codes');
+      closeArrays(actual.zeros, start.zeros, 0, 'zero points');
+      closeArrays(actual.scales, actual.scales.map(roundToF16), 0, 'scales as f16');
+      const values = await valuesOnGrid(duo, actual, channels, cols, groupSize);
+      const error = layerError(w, h);
       const [before, best, found] = [error(readF64(start.values)), error(readF64(expected.values)), error(values)];
       if (!(found <= best * 1.001) || !(found < before))
         throw new Error(`error ${found}, oracle ${best}, before ${before}`);
@@ -516,4 +569,5 @@ export const quantizationCases: readonly ConformanceCase[] = [
   ...linalgCases(),
   ...gptqCases(),
   ...descentCases(),
+  ...refitCases(),
 ];

@@ -41,6 +41,7 @@ export const OPS = Object.keys({
   loadTransform: true,
   loadRope: true,
   createKvCache: true,
+  copySequences: true,
   release: true,
   embed: true,
   rmsNorm: true,
@@ -63,6 +64,7 @@ export const OPS = Object.keys({
   searchClip: true,
   gptq: true,
   descend: true,
+  refitScales: true,
   gptqFactor: true,
   solveSymmetric: true,
 } satisfies Record<OpName, true>) as readonly OpName[];

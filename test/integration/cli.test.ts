@@ -1,10 +1,11 @@
 // The command line as people run it: help, results, errors, exit codes, Ctrl-C.
 import { spawn } from 'node:child_process';
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { resultSchema } from '../../src/evaluation/results.js';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const bin = path.join(root, 'bin', 'gyre.js');
@@ -48,7 +49,7 @@ afterAll(async () => {
 });
 
 describe('help', () => {
-  it.each(['quantize', 'eval', 'generate', 'inspect', 'stress', 'demo', 'doctor'])(
+  it.each(['quantize', 'eval', 'generate', 'inspect', 'stress', 'report', 'demo', 'doctor'])(
     'of %s has examples and --json',
     async (command) => {
       const { code, stdout, stderr } = await gyre([command, '--help']);
@@ -203,38 +204,108 @@ describe('eval', () => {
     ]);
     expect(run.stderr).toBe('');
     expect(run.code).toBe(0);
-    const result = json(run);
-    expect(result).toMatchObject({
+    const result = resultSchema.parse(json(run));
+    const [text] = result.evaluations;
+    expect(text).toMatchObject({
+      type: 'text',
       tokens: 254,
       windows: 2,
-      seqLen: 128,
-      top1Agreement: 1,
-      version: expect.any(String) as string,
+      settings: { protocol: 'windows', seqLen: 128, startToken: 'each' },
+      metrics: { top1_agreement: { value: 1 } },
     });
-    expect(Math.abs(result['kl'] as number)).toBeLessThan(1e-6);
-    expect(result['perplexity']).toBeCloseTo(Math.exp(result['nll'] as number), 6);
-    expect(result['perplexity']).toBeLessThan(200);
-    expect(result['model']).toMatchObject({
+    const { kl, perplexity, nll } = text.metrics;
+    expect(Math.abs(kl.value)).toBeLessThan(1e-6);
+    expect(perplexity.value).toBeCloseTo(Math.exp(nll.value), 6);
+    expect(perplexity.value).toBeLessThan(200);
+    expect(perplexity.low).toBeLessThan(perplexity.value);
+    expect(result.model).toMatchObject({
       fingerprint: expect.stringMatching(/^[0-9a-f]{16}$/) as string,
       quantization: null,
     });
-    expect(result['machine']).toMatchObject({ cores: expect.any(Number) as number });
+    expect(result.reference?.fingerprint).toBe(result.model.fingerprint);
+    expect(result.machine).toMatchObject({ cores: expect.any(Number) as number });
   });
 
   it('prints the same for people', async () => {
     const { code, stdout } = await gyre(['eval', model, '--text', prose, '--seq-len', '128', '--samples', '1']);
     expect(code).toBe(0);
     expect(stdout).toMatch(/perplexity +\d+\.\d+/);
-    expect(stdout).toMatch(/tokens +127 in 1 windows of 128/);
+    expect(stdout).toContain('127 tokens in 1 windows');
   });
 
-  it('answers tasks', async () => {
+  it('answers chains, by name or by file, and keeps what was written', async () => {
+    const out = path.join(folder, 'chains.json');
+    const cache = path.join(folder, 'cache');
     const tasks = path.join(model, 'eval', 'tasks.jsonl');
-    const run = await gyre(['eval', model, '--tasks', tasks, '--limit', '5', '--json']);
+    const run = await gyre(['eval', model, '--tasks', tasks, '--limit', '5', '--out', out, '--cache', cache]);
+    expect(run.stderr).not.toContain('error');
     expect(run.code).toBe(0);
-    const { tasksEvaluation } = json(run) as { tasksEvaluation: { tasks: number; correct: number } };
-    expect(tasksEvaluation.tasks).toBe(5);
-    expect(tasksEvaluation.correct).toBeGreaterThanOrEqual(4);
+    expect(run.stdout).toMatch(/chains +pass@1 +\d+\.\d %/);
+    const [chains] = resultSchema.parse(JSON.parse(await readFile(out, 'utf8'))).evaluations;
+    expect(chains.metrics['pass@1'].value).toBeGreaterThanOrEqual(0.8);
+    const transcripts = await readFile(path.join(folder, 'chains-transcripts', 'chains.jsonl'), 'utf8');
+    expect(transcripts.trim().split('\n')).toHaveLength(5);
+    // Kept answers: the second run writes none.
+    const again = json(await gyre(['eval', model, '--tasks', 'chains', '--limit', '5', '--cache', cache, '--json']));
+    const [second] = resultSchema.parse(again).evaluations;
+    expect(second.throughput.generatedTokens).toBe(0);
+    expect(second.items).toEqual(chains.items);
+  });
+
+  it('measures several tasks from a folder of data; compare tells them apart', async () => {
+    const data = path.join(folder, 'data');
+    await mkdir(data);
+    const rows = Array.from({ length: 6 }, (_, i) => ({
+      goal: `open jar ${i}`,
+      sol1: 'turn the lid',
+      sol2: 'paint it',
+      label: i % 2,
+    }));
+    await writeFile(path.join(data, 'piqa.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
+    await writeFile(
+      path.join(data, 'wiki.test.raw'),
+      ' = A = \n \n It was a dark and stormy night in the town . \n'.repeat(30),
+    );
+    const out = path.join(folder, 'both.json');
+    const args = [
+      'eval',
+      model,
+      '--tasks',
+      'piqa,wikitext2',
+      '--data',
+      data,
+      '--seq-len',
+      '128',
+      '--no-cache',
+      '--out',
+      out,
+    ];
+    const run = await gyre(args);
+    expect(run.code).toBe(0);
+    const { evaluations } = resultSchema.parse(JSON.parse(await readFile(out, 'utf8')));
+    expect(evaluations.map(({ name, type }) => [name, type])).toEqual([
+      ['piqa', 'choices'],
+      ['wikitext2', 'text'],
+    ]);
+    expect(evaluations[1].settings).toMatchObject({ startToken: 'once', seqLen: 128 });
+    const compared = await gyre(['compare', out, out]);
+    expect(compared.code).toBe(0);
+    expect(compared.stdout).toMatch(/piqa +acc_norm .*no difference shown/);
+    const asJson = json(await gyre(['compare', out, out, '--json']));
+    expect(asJson).toMatchObject({ comparisons: [{ missing: [] }] });
+  });
+
+  it('lists tasks, and refuses what it does not know before loading a model', async () => {
+    expect((await gyre(['eval', '--list-tasks'])).stdout).toContain('arc_easy\n');
+    const unknown = await gyre(['eval', model, '--tasks', 'arc_eazy']);
+    expect(unknown.code).toBe(1);
+    expect(unknown.stderr).toContain("no task 'arc_eazy'");
+    const empty = path.join(folder, 'none');
+    await mkdir(empty);
+    await writeFile(path.join(empty, 'piqa.jsonl'), '');
+    const nothing = await gyre(['eval', model, '--tasks', 'piqa', '--data', empty]);
+    expect(nothing.stderr).toContain('no questions');
+    expect((await gyre(['compare', model])).code).not.toBe(0);
   });
 });
 

@@ -164,6 +164,7 @@ describe('heads and attention', () => {
         const width = (heads + 2 * kvHeads) * d;
         const half = rotary / 2;
         const positions = start + tokens;
+        const starts = new Int32Array(batch).fill(start);
         const angle = Float32Array.from(
           { length: positions * half },
           (_, i) => Math.floor(i / half) / 100 ** ((i % half) / half),
@@ -183,7 +184,7 @@ describe('heads and attention', () => {
           heads,
           kvHeads,
           headDim: d,
-          start,
+          starts,
           rope,
           qNorm: norms[0],
           kNorm: norms[1],
@@ -217,10 +218,10 @@ describe('heads and attention', () => {
         // History, then this call's tokens, in a cache with room to spare.
         const cache = new KvCache(pool, { batch, kvHeads, headDim: d, capacity: positions + 3 });
         const history = [normals(batch * start * kvHeads * d, 14), normals(batch * start * kvHeads * d, 15)];
-        if (start) cache.append(history[0], history[1], 0);
-        cache.append(k, v, start);
+        if (start) cache.append(history[0], history[1], new Int32Array(batch));
+        cache.append(k, v, starts);
         const out = new Float32Array(q.length);
-        attention(pool, { q, out, batch, heads, kvHeads, headDim: d, scale: d ** -0.5, window, start, source: cache });
+        attention(pool, { q, out, batch, heads, kvHeads, headDim: d, scale: d ** -0.5, window, starts, source: cache });
         const expected = new Float64Array(q.length);
         const at = (which: 0 | 1, b: number, p: number, h: number, i: number): number =>
           p < start
@@ -259,7 +260,7 @@ describe('heads and attention', () => {
             headDim: d,
             scale: d ** -0.5,
             window,
-            start,
+            starts,
             source: { k, v },
           });
           expect(relativeError(direct, expected)).toBeLessThan(3e-6);
@@ -274,7 +275,7 @@ describe('heads and attention', () => {
 
   it('refuses to write past a cache', () => {
     const cache = new KvCache(pool, { batch: 1, kvHeads: 1, headDim: 8, capacity: 4 });
-    expect(() => cache.append(new Float32Array(16), new Float32Array(16), 3)).toThrow(
+    expect(() => cache.append(new Float32Array(16), new Float32Array(16), Int32Array.of(3))).toThrow(
       expect.objectContaining({ code: 'context-length' }),
     );
     cache.free();
@@ -478,7 +479,7 @@ describe('threads', () => {
     linear.gemv(x, 4, y);
     linear.free();
     const cache = new KvCache(with_, { batch: 1, kvHeads: 3, headDim: 64, capacity: 200 });
-    cache.append(normals(200 * 192, 53), normals(200 * 192, 54), 0);
+    cache.append(normals(200 * 192, 53), normals(200 * 192, 54), Int32Array.of(0));
     const out = new Float32Array(384);
     attention(with_, {
       q: normals(384, 55),
@@ -488,7 +489,7 @@ describe('threads', () => {
       kvHeads: 3,
       headDim: 64,
       scale: 0.125,
-      start: 199,
+      starts: Int32Array.of(199),
       source: cache,
     });
     cache.free();

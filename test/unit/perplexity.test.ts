@@ -111,7 +111,7 @@ describe('evaluateText', () => {
 describe('cutWindows', () => {
   const ids = Int32Array.from({ length: 10 }, (_, i) => i);
   const cut = (options: { seqLen: number; samples?: number; bosTokenId?: number }): number[][] =>
-    cutWindows(ids, options).map((w) => [...w]);
+    cutWindows(ids, options).map(({ ids: window }) => [...window]);
 
   it('leaves a short tail out, and takes a short text whole', () => {
     expect(cut({ seqLen: 4 })).toEqual([

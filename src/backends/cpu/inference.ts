@@ -13,10 +13,12 @@ import type {
   LinearSource,
   RopeHandle,
   RowScores,
+  SequenceCopy,
   SplitHeadsOptions,
   Tensor,
   TransformHandle,
 } from '../../ops/backend.js';
+import { checkCopies, startsOf } from '../../ops/sequences.js';
 import {
   attention,
   KvCache,
@@ -165,6 +167,27 @@ export class CpuInference implements InferenceOps {
     return grid ? new QuantizedKvCache(this.#pool, { ...shape, grid }) : new KvCache(this.#pool, shape);
   }
 
+  copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): void {
+    checkCopies(from, to, copies);
+    const alike = (a: KvCache | QuantizedKvCache, b: KvCache | QuantizedKvCache): void =>
+      ensure(
+        a.kvHeads === b.kvHeads && a.headDim === b.headDim,
+        'tensor-shape',
+        'sequences can only be copied between caches of the same heads',
+      );
+    if (from instanceof KvCache && to instanceof KvCache) {
+      alike(from, to);
+      for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+    } else if (from instanceof QuantizedKvCache && to instanceof QuantizedKvCache) {
+      alike(from, to);
+      const same = from.grid.bits === to.grid.bits && from.grid.clip === to.grid.clip;
+      ensure(same, 'tensor-shape', 'sequences can only be copied between caches on the same grid');
+      for (const copy of copies) from.copyTo(to, copy.from, copy.to, copy.tokens);
+    } else {
+      throw foreign();
+    }
+  }
+
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
     for (const handle of handles) {
       if (handle instanceof CpuLinear) {
@@ -296,7 +319,7 @@ export class CpuInference implements InferenceOps {
       kvHeads,
       headDim,
       batch,
-      start,
+      starts: startsOf(start, batch),
       eps,
       rope,
       qkv: own(qkv).floats,
@@ -319,21 +342,22 @@ export class CpuInference implements InferenceOps {
   }
 
   async attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Promise<Tensor> {
-    const { heads, kvHeads, headDim, batch, start, scale, window, cache } = options;
+    const { heads, kvHeads, headDim, batch, scale, window, cache } = options;
+    const starts = startsOf(options.start, batch);
     const { rows, cols } = own(q).size;
     const tokens = rows / batch;
     if (cache && !(cache instanceof KvCache || cache instanceof QuantizedKvCache)) throw foreign();
     if (cache instanceof QuantizedKvCache) {
       const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);
-      cache.append(own(k).floats, own(v).floats, start);
-      if (tokens <= FEW_QUERY_ROWS) cache.attend(own(q).floats, out.floats, { heads, scale, window, start });
-      else await this.#attendStored(cache, own(q).data, out.data, options);
+      cache.append(own(k).floats, own(v).floats, starts);
+      if (tokens <= FEW_QUERY_ROWS) cache.attend(own(q).floats, out.floats, { heads, scale, window, starts });
+      else await this.#attendStored(cache, own(q).data, out.data, options, starts);
       return out;
     }
     if (tokens <= FEW_QUERY_ROWS) {
       const out = this.#make(rows, cols);
       const [kNew, vNew]: Floats[] = [own(k).floats, own(v).floats];
-      cache?.append(kNew, vNew, start);
+      cache?.append(kNew, vNew, starts);
       const source = cache ?? { k: kNew, v: vNew };
       attention(this.#pool, {
         q: own(q).floats,
@@ -344,7 +368,7 @@ export class CpuInference implements InferenceOps {
         headDim,
         scale,
         window,
-        start,
+        starts,
         source,
       });
       return out;
@@ -352,16 +376,15 @@ export class CpuInference implements InferenceOps {
     const [data, keys, values] = [own(q).data, own(k).data, own(v).data];
     const out = this.#tensors.make([rows, cols]);
     const kernel = { heads, kvHeads, headDim, scale, window };
-    const past = pastOf(cache, start);
     // ONNX Runtime takes a past for one sequence at a time.
-    const together = start > 0 ? 1 : batch;
+    const together = starts.some((start) => start > 0) ? 1 : batch;
     for (let first = 0; first < batch; first += together) {
       const part = (values: Float32Array): Float32Array =>
-        values.subarray((first / batch) * values.length, ((first + together) / batch) * values.length);
-      const before = { tokens: start, k: part(past.k), v: part(past.v) };
+        values.subarray((first * values.length) / batch, ((first + together) * values.length) / batch);
+      const before = pastOf(cache, first, starts[first]);
       await this.#ort.attention(kernel, together, tokens, part(data), part(keys), part(values), before, part(out.data));
     }
-    cache?.append(keys, values, start);
+    cache?.append(keys, values, starts);
     return out;
   }
 
@@ -371,12 +394,13 @@ export class CpuInference implements InferenceOps {
     q: Float32Array,
     out: Float32Array,
     options: AttentionOptions,
+    starts: Int32Array,
   ): Promise<void> {
-    const { heads, kvHeads, headDim, batch, start, scale, window } = options;
+    const { heads, kvHeads, headDim, batch, scale, window } = options;
     const tokens = q.length / (batch * heads * headDim);
     const kernel = { heads, kvHeads, headDim, scale, window };
     // ONNX Runtime takes a past for one sequence at a time.
-    for (let b = 0; b < batch; b++) {
+    for (const [b, start] of starts.entries()) {
       const stored = (which: 'keys' | 'values') => {
         const past = new Float32Array(kvHeads * start * headDim);
         const now = new Float32Array(tokens * kvHeads * headDim);
@@ -419,18 +443,21 @@ function ownLinear(handle: LinearHandle): CpuLinear {
   throw foreign();
 }
 
-/** The first `tokens` cached keys and values, [batch, kvHeads, tokens, headDim]. */
-function pastOf(cache: KvCache | undefined, tokens: number): { k: Float32Array; v: Float32Array } {
-  if (!cache || tokens === 0) return { k: new Float32Array(0), v: new Float32Array(0) };
-  const { batch, kvHeads, headDim } = cache;
+/** The first `tokens` cached keys and values of a sequence, [1, kvHeads, tokens, headDim]. */
+function pastOf(
+  cache: KvCache | undefined,
+  sequence: number,
+  tokens: number,
+): { tokens: number; k: Float32Array; v: Float32Array } {
+  if (!cache || tokens === 0) return { tokens: 0, k: new Float32Array(0), v: new Float32Array(0) };
+  const { kvHeads, headDim } = cache;
   const size = tokens * headDim;
-  const [k, v] = [new Float32Array(batch * kvHeads * size), new Float32Array(batch * kvHeads * size)];
-  for (let i = 0; i < batch * kvHeads; i++) {
-    const [sequence, head] = [Math.floor(i / kvHeads), i % kvHeads];
-    cache.read('keys', sequence, head, tokens, k.subarray(i * size, (i + 1) * size));
-    cache.read('values', sequence, head, tokens, v.subarray(i * size, (i + 1) * size));
+  const [k, v] = [new Float32Array(kvHeads * size), new Float32Array(kvHeads * size)];
+  for (let head = 0; head < kvHeads; head++) {
+    cache.read('keys', sequence, head, tokens, k.subarray(head * size, (head + 1) * size));
+    cache.read('values', sequence, head, tokens, v.subarray(head * size, (head + 1) * size));
   }
-  return { k, v };
+  return { tokens, k, v };
 }
 
 function foreign(): GyreError {

@@ -23,6 +23,7 @@ import {
 } from './kernels.js';
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import type { OrtKernels } from './ort.js';
+import { refitScales } from './refit.js';
 import { CpuTensor, own, type TensorPool } from './tensor.js';
 
 /** See {@link QuantizationOps}. */
@@ -301,6 +302,29 @@ export class CpuQuantization implements QuantizationOps {
       }
     }
     return { codes, zeros: rounded.zeros, scales: rounded.scales, values: new CpuTensor([channels, columns], values) };
+  }
+
+  async refitScales(
+    w: Tensor,
+    rounded: RoundedWeight,
+    gram: Tensor,
+    grid: GridSpec,
+    passes: number,
+  ): Promise<RoundedWeight> {
+    const { data: target, rows: channels, cols: columns } = own(w).matrix;
+    const h = own(gram).matrix;
+    ensure(
+      h.rows === channels && h.cols === channels && channels % grid.groupSize === 0,
+      'tensor-shape',
+      () => `Gram matrix [${h.rows}, ${h.cols}] and groups of ${grid.groupSize} for ${channels} channels`,
+    );
+    const fitted = await refitScales(
+      this.#ort,
+      { channels, columns, groupSize: grid.groupSize, target, gram: h.data },
+      { ...rounded, values: own(rounded.values).data },
+      passes,
+    );
+    return { ...fitted, values: new CpuTensor([channels, columns], fitted.values) };
   }
 
   async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {

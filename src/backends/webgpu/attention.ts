@@ -1,6 +1,15 @@
 // Heads, key/value caches and attention on the GPU.
 import { ensure, GyreError } from '../../core/errors.js';
-import type { AttentionOptions, KvCacheHandle, RopeHandle, SplitHeadsOptions, Tensor } from '../../ops/backend.js';
+import type {
+  AttentionOptions,
+  KvCacheHandle,
+  PerSequence,
+  RopeHandle,
+  SequenceCopy,
+  SplitHeadsOptions,
+  Tensor,
+} from '../../ops/backend.js';
+import { checkCopies, startsOf } from '../../ops/sequences.js';
 import type { GpuDevice } from './device.js';
 import {
   appendKernel,
@@ -67,13 +76,78 @@ export class GpuKvCache implements KvCacheHandle {
   }
 }
 
+/** Where sequences start: one number as a parameter, or one for each in a buffer. */
+interface Starts {
+  readonly start: number;
+  /** 1 when the buffer counts. */
+  readonly ragged: number;
+  /** Undefined where nothing is read; something must be bound all the same. */
+  readonly buffer: GPUBuffer | undefined;
+  readonly longest: number;
+}
+
+/** The starts uploaded last: all layers of a pass share them. */
+const uploaded = new WeakMap<GpuDevice, { readonly starts: Int32Array; readonly buffer: GPUBuffer }>();
+
+function startsOn(gpu: GpuDevice, start: PerSequence, batch: number): Starts {
+  if (typeof start === 'number') return { start, ragged: 0, buffer: undefined, longest: start };
+  const starts = startsOf(start, batch);
+  const longest = Math.max(...starts);
+  if (starts.every((own) => own === longest)) return { start: longest, ragged: 0, buffer: undefined, longest };
+  const last = uploaded.get(gpu);
+  if (last?.starts.length === starts.length && last.starts.every((own, i) => own === starts[i])) {
+    return { start: 0, ragged: 1, buffer: last.buffer, longest };
+  }
+  if (last) gpu.release(last.buffer);
+  const buffer = gpu.buffer(starts.byteLength, 'positions of sequences');
+  gpu.upload(buffer, starts);
+  uploaded.set(gpu, { starts: starts.slice(), buffer });
+  return { start: 0, ragged: 1, buffer, longest };
+}
+
+/** See InferenceOps.copySequences. */
+export function copySequences(
+  gpu: GpuDevice,
+  from: KvCacheHandle,
+  to: KvCacheHandle,
+  copies: readonly SequenceCopy[],
+): void {
+  if (!(from instanceof GpuKvCache) || !(to instanceof GpuKvCache)) throw foreign();
+  ensure(
+    from.kvHeads === to.kvHeads && from.headDim === to.headDim,
+    'tensor-shape',
+    'sequences can only be copied between caches of the same heads',
+  );
+  checkCopies(from, to, copies);
+  const words = cacheWords(from.headDim);
+  for (const copy of copies) {
+    const bytes = 4 * copy.tokens * words;
+    if (bytes === 0) continue;
+    for (let head = 0; head < from.kvHeads; head++) {
+      const source = 4 * (copy.from * from.kvHeads + head) * from.capacity * words;
+      const target = 4 * (copy.to * to.kvHeads + head) * to.capacity * words;
+      for (const part of ['keys', 'values'] as const) {
+        if (from !== to) {
+          gpu.copy(from[part], source, to[part], target, bytes);
+          continue;
+        }
+        // A buffer can't be copied into itself.
+        const between = gpu.buffer(bytes, 'a sequence on its way');
+        gpu.copy(from[part], source, between, 0, bytes);
+        gpu.copy(between, 0, to[part], target, bytes);
+        gpu.release(between);
+      }
+    }
+  }
+}
+
 /** See InferenceOps.splitHeads. */
 export function splitHeads(
   gpu: GpuDevice,
   qkv: GpuTensor,
   options: SplitHeadsOptions,
 ): { q: GpuTensor; k: GpuTensor; v: GpuTensor } {
-  const { heads, kvHeads, headDim, batch, start, rope, qNorm, kNorm, eps } = options;
+  const { heads, kvHeads, headDim, batch, rope, qNorm, kNorm, eps } = options;
   if (!(rope instanceof GpuRope)) throw foreign();
   const { rows, cols } = qkv.matrix;
   ensure(
@@ -82,10 +156,11 @@ export function splitHeads(
     () => `${cols} columns are not ${heads} + 2 · ${kvHeads} heads of ${headDim}`,
   );
   const tokens = tokensOf(rows, batch);
+  const { start, ragged, buffer, longest } = startsOn(gpu, options.start, batch);
   ensure(
-    start + tokens <= rope.positions,
+    longest + tokens <= rope.positions,
     'context-length',
-    () => `positions up to ${start + tokens} asked of RoPE tables for ${rope.positions}`,
+    () => `positions up to ${longest + tokens} asked of RoPE tables for ${rope.positions}`,
   );
   ensure(
     rope.rotaryDim <= headDim,
@@ -106,11 +181,12 @@ export function splitHeads(
       // Kernels do not read what is absent; something must be bound.
       qWeight: qNorm ? own(qNorm) : rope.cos,
       kWeight: kNorm ? own(kNorm) : rope.cos,
+      starts: buffer ?? rope.cos,
       q,
       k,
       v,
     },
-    { items, heads, kvHeads, tokens, start, eps },
+    { items, heads, kvHeads, tokens, start, ragged, eps },
     spread(items),
   );
   return { q, k, v };
@@ -123,7 +199,7 @@ const SPLIT_KEYS = 128;
 
 /** See InferenceOps.attention. */
 export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, options: AttentionOptions): GpuTensor {
-  const { heads, kvHeads, headDim, batch, start, scale, cache } = options;
+  const { heads, kvHeads, headDim, batch, scale, cache } = options;
   const { rows, cols } = q.matrix;
   const tokens = tokensOf(rows, batch);
   const [keys, values] = [own(k), own(v)];
@@ -137,8 +213,10 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
     () =>
       `q [${q.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
   );
-  if (cache) append(gpu, cache, keys, values, options, tokens);
-  else ensure(start === 0, 'tensor-shape', 'attention without a cache starts at 0');
+  const starts = startsOn(gpu, options.start, batch);
+  const { start, ragged, longest } = starts;
+  if (cache) append(gpu, cache, keys, values, options, tokens, starts);
+  else ensure(longest === 0, 'tensor-shape', 'attention without a cache starts at 0');
   const source = cache
     ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
     : { k: keys, v: values, stride: tokens };
@@ -148,22 +226,28 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   const tiles = Math.ceil(rowCount / tile.rows);
   // Without a window every earlier token is seen.
   const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
-  const reach = Math.min(start + tokens, window + tokens - 1);
+  const reach = Math.min(longest + tokens, window + tokens - 1);
   const wanted = Math.floor(FILL / (tiles * batch * kvHeads));
   const splits = Math.max(1, Math.min(wanted, Math.ceil(reach / SPLIT_KEYS)));
   const splitKeys = splits === 1 ? reach : Math.ceil(reach / splits);
   const out = makeTensor(gpu, q.shape);
-  const params = { tokens, heads, kvHeads, start, window, stride: source.stride, splitKeys, scale };
+  const params = { tokens, heads, kvHeads, start, ragged, window, stride: source.stride, splitKeys, scale };
   const variant: AttentionVariant = { headDim, ...tile, source: cache ? 'cache' : 'rows' };
   const groups = [tiles, splits, batch * kvHeads] as const;
+  const bound = starts.buffer ?? q;
   if (splits === 1) {
-    gpu.dispatch(attentionKernel(variant), { q, k: source.k, v: source.v, out }, params, groups);
+    gpu.dispatch(attentionKernel(variant), { q, k: source.k, v: source.v, starts: bound, out }, params, groups);
     return out;
   }
   const slots = batch * kvHeads * splits * rowCount;
   const sums = gpu.buffer(4 * slots * headDim, 'partial sums of attention');
   const softmax = gpu.buffer(8 * slots, 'partial sums of attention');
-  gpu.dispatch(splitAttentionKernel(variant), { q, k: source.k, v: source.v, out: sums, softmax }, params, groups);
+  gpu.dispatch(
+    splitAttentionKernel(variant),
+    { q, k: source.k, v: source.v, starts: bound, out: sums, softmax },
+    params,
+    groups,
+  );
   const items = rows * heads;
   gpu.dispatch(
     combineKernel(headDim),
@@ -182,8 +266,9 @@ function append(
   cache: KvCacheHandle,
   keys: GpuTensor,
   values: GpuTensor,
-  { batch, kvHeads, headDim, start }: AttentionOptions,
+  { batch, kvHeads, headDim }: AttentionOptions,
   tokens: number,
+  { start, ragged, buffer, longest }: Starts,
 ): void {
   if (!(cache instanceof GpuKvCache)) throw foreign();
   ensure(
@@ -193,14 +278,15 @@ function append(
   );
   const { capacity } = cache;
   ensure(
-    start + tokens <= capacity,
+    longest + tokens <= capacity,
     'context-length',
-    () => `${start + tokens} tokens do not fit a key/value cache of ${capacity}`,
+    () => `${longest + tokens} tokens do not fit a key/value cache of ${capacity}`,
   );
   const count = batch * tokens * kvHeads * cacheWords(headDim);
-  const params = { count, tokens, kvHeads, start, capacity };
-  gpu.dispatch(appendKernel(headDim), { x: keys, cache: cache.keys }, params, elementGroups(count));
-  gpu.dispatch(appendKernel(headDim), { x: values, cache: cache.values }, params, elementGroups(count));
+  const params = { count, tokens, kvHeads, start, ragged, capacity };
+  const starts = buffer ?? keys;
+  gpu.dispatch(appendKernel(headDim), { x: keys, starts, cache: cache.keys }, params, elementGroups(count));
+  gpu.dispatch(appendKernel(headDim), { x: values, starts, cache: cache.values }, params, elementGroups(count));
 }
 
 /** The largest tile that workgroup memory holds, no more rows than there are. */

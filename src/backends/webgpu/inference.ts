@@ -12,11 +12,12 @@ import type {
   LinearSource,
   RopeHandle,
   RowScores,
+  SequenceCopy,
   SplitHeadsOptions,
   Tensor,
   TransformHandle,
 } from '../../ops/backend.js';
-import { attention, GpuKvCache, GpuRope, splitHeads } from './attention.js';
+import { attention, copySequences, GpuKvCache, GpuRope, splitHeads } from './attention.js';
 import type { GpuDevice } from './device.js';
 import { placeColumnsKernel } from './kernels/columns.js';
 import { rmsNormKernel } from './kernels/norm.js';
@@ -99,6 +100,10 @@ export class WebGpuInference implements InferenceOps {
   createKvCache(shape: KvCacheShape): KvCacheHandle {
     if (shape.grid) refuse('key/value caches of integers');
     return new GpuKvCache(this.#gpu, shape);
+  }
+
+  copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): void {
+    copySequences(this.#gpu, from, to, copies);
   }
 
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {

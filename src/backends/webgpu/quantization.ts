@@ -24,6 +24,7 @@ import {
 } from './kernels/elementwise.js';
 import { diagonalKernel, DOT_ELEMENTS, DOT_GROUPS, dotKernel } from './kernels/sums.js';
 import { searchClip } from './clip.js';
+import { refitScales } from './refit.js';
 import { descend, gptq, roundToNearest } from './rounding.js';
 import { freeTensor, makeTensor, own } from './tensor.js';
 
@@ -150,6 +151,10 @@ export class WebGpuQuantization implements QuantizationOps {
 
   descend(w: Tensor, rounded: RoundedWeight, gram: Tensor, grid: GridSpec, sweeps: number): Promise<RoundedWeight> {
     return descend(this.#gpu, own(w), rounded, own(gram), grid, sweeps);
+  }
+
+  refitScales(w: Tensor, rounded: RoundedWeight, gram: Tensor, grid: GridSpec, passes: number): Promise<RoundedWeight> {
+    return refitScales(this.#gpu, own(w), rounded, own(gram), grid, passes);
   }
 
   gptqFactor(h: Tensor, damp: number): Promise<Tensor> {

@@ -71,7 +71,7 @@ export function setGrids(
 }
 
 /** A weight's grids while it is rounded, with the clip factors given for them. */
-class Grids {
+export class Grids {
   readonly scales: GPUBuffer;
   readonly zeros: GPUBuffer;
   readonly clip: GPUBuffer | undefined;

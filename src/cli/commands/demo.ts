@@ -19,6 +19,7 @@ import {
   type TaskSample,
   type TextEvaluation,
 } from '../../evaluation/index.js';
+import { writeFileAtomic } from '../../formats/atomic.node.js';
 import { FINGERPRINT_FILE } from '../../formats/run-folder.node.js';
 import { collect, generate } from '../../generate/index.js';
 import type { Decoder } from '../../models/decoder.js';
@@ -26,6 +27,7 @@ import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
 import { VERSION } from '../../version.js';
 import { machineInfo, onDevice, pickDevice, withDecoder, withModel, type CommandContext } from '../context.js';
+import { describeModel, textResultFile } from '../result-files.js';
 import { deviceOption, deviceSchema, jsonOption, parseOptions, wholeNumber } from '../options.js';
 import { formatBytes, formatDuration, formatTable } from '../ui/table.js';
 
@@ -40,6 +42,12 @@ const SCORED_WINDOWS = 12;
 
 /** The question: the first task of this kind and difficulty, whatever the models make of it. */
 const QUESTION = { kind: 'multiplication', difficulty: 3 } as const;
+
+/** Folder of the measurements, inside the output folder. */
+const RESULTS = 'results';
+
+/** The texts that are scored, as the report calls them. */
+const TEXT_NAME = 'prose';
 
 const MODEL = fileURLToPath(new URL('../../../models/gyre-14m', import.meta.url));
 
@@ -151,22 +159,33 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
     onDevice(device, options, async (backend) => {
       const tokenizer = await loadTokenizer(source.files);
       const tokens = tokenizeTexts(tokenizer, texts);
+      const prose = { name: TEXT_NAME, text: texts.join('\n\n') };
+      const originalModel = await describeModel({ ...source, name: path.basename(MODEL) });
       return withDecoder(context, backend, source, async (original) => {
         const reference = remembering(original);
-        const measure = async (method: string, decoder: Decoder, from: ModelSource, folder: string) => ({
-          method,
-          linearBytes: summarizeModel(from).linearBytes,
-          fileBytes: await weightBytes(folder),
-          bitsPerWeight: summarizeModel(from).linearBitsPerWeight,
-          evaluation: await evaluateText(decoder === original ? reference : decoder, tokens, {
+        const measure = async (method: string, decoder: Decoder, from: ModelSource, folder: string) => {
+          const evaluation = await evaluateText(decoder === original ? reference : decoder, tokens, {
             bosTokenId: tokenizer.bosTokenId,
             samples: SCORED_WINDOWS,
             reference: decoder === original ? undefined : reference,
             signal: context.signal,
             onProgress: (event) => progress.listener({ ...event, stage: `evaluate ${method}` }),
-          }),
-          answer: await answerTask(context, decoder, tokenizer, task),
-        });
+          });
+          const result = await textResultFile(prose, evaluation, {
+            model: decoder === original ? originalModel : await describeModel({ ...from, name: method }),
+            reference: decoder === original ? null : originalModel,
+            backend: backend.info,
+          });
+          await writeFileAtomic(path.join(options.out, RESULTS, `${method}.json`), `${JSON.stringify(result)}\n`);
+          return {
+            method,
+            linearBytes: summarizeModel(from).linearBytes,
+            fileBytes: await weightBytes(folder),
+            bitsPerWeight: summarizeModel(from).linearBitsPerWeight,
+            evaluation,
+            answer: await answerTask(context, decoder, tokenizer, task),
+          };
+        };
         const found: DemoRow[] = [await measure('original', original, source, MODEL)];
         for (const { method, out, seconds } of made) {
           const row = await withModel(context, out, {}, (quantized) =>
@@ -178,6 +197,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
       });
     }),
   );
+  const page = await demoReport(options.out, made);
   progress.clear();
   const seconds = (performance.now() - begun) / 1000;
   const memoryBytes = process.resourceUsage().maxRSS * 1024;
@@ -187,6 +207,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
     task,
     seconds,
     memoryBytes,
+    report: page,
     version: VERSION,
     machine: machineInfo(),
   });
@@ -196,6 +217,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
   print(answersText(rows, task, context));
   print();
   print(`${formatDuration(seconds)} in all, ${formatBytes(memoryBytes)} of memory at the peak.`);
+  print(`A report with charts: ${colors.bold(displayPath(page))} (open it in a browser)`);
   print(`The quantized models lie in ${made.map(({ out }) => displayPath(out)).join(', ')}.`);
   print();
   print(colors.dim('Next:'));
@@ -204,6 +226,18 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
   print(`  npx gyre inspect ${best}`);
   print(`  npx gyre eval ${best} --text README.md --reference ${model}`);
   print(`  npx gyre quantize Qwen/Qwen3-0.6B --out out/qwen3-0.6b-w4`);
+}
+
+/** Writes the page about what was made and measured; only of this run's models, whatever else lies in the folder. */
+async function demoReport(out: string, made: readonly { readonly out: string }[]): Promise<string> {
+  const { findInputs, writeReport } = await import('../../report.node.js');
+  const page = path.join(out, 'report.html');
+  const folders = [path.join(out, RESULTS), ...made.map((model) => model.out)];
+  await writeReport(await findInputs(folders, { allowEmpty: true }), {
+    out: page,
+    madeBy: `gyre ${VERSION}, gyre demo`,
+  });
+  return page;
 }
 
 /** Removes a result, finished or not, that gyre made; leaves anything else alone and says false. */

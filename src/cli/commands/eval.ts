@@ -1,230 +1,221 @@
-// gyre eval: perplexity of a text, KL and agreement with a reference model, accuracy on tasks.
-import { readFile } from 'node:fs/promises';
+// gyre eval: perplexity and KL of texts, benchmark tasks by likelihood and by generation; one result file.
+import path from 'node:path';
 import { Command } from 'commander';
-import { z } from 'zod';
 import { GyreError } from '../../core/errors.js';
 import {
-  evaluateTasks,
-  evaluateText,
-  modelFingerprint,
-  parseTasks,
-  parseTextFile,
-  tokenizeTexts,
-  type TasksEvaluation,
-  type TextEvaluation,
-} from '../../evaluation/index.js';
+  RESULT_KIND,
+  RESULT_VERSION,
+  type Evaluation,
+  type EvaluationResult,
+  type ModelResult,
+} from '../../evaluation/results.js';
+import { taskNames } from '../../evaluation/data.node.js';
+import { evaluationCacheDir } from '../../evaluation/request-cache.node.js';
+import { writeFileAtomic } from '../../formats/atomic.node.js';
 import type { Decoder } from '../../models/decoder.js';
-import type { ModelSource } from '../../models/load.js';
-import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
+import { loadTokenizer } from '../../tokenizer/index.js';
 import { VERSION } from '../../version.js';
+import { evalSchema, type EvalOptions } from '../eval-options.js';
 import { machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
 import {
-  jsonOption,
-  modelOptions,
-  modelSchema,
-  parseOptions,
-  runtimeOptions,
-  runtimeSchema,
-  wholeNumber,
-} from '../options.js';
-import { formatDuration, formatFields, formatMeasure, formatTable } from '../ui/table.js';
-
-const schema = z.object({
-  ...modelSchema,
-  ...runtimeSchema,
-  text: z.array(z.string()).optional(),
-  reference: z.string().optional(),
-  seqLen: wholeNumber(2, 10_000_000).optional(),
-  samples: wholeNumber(1).optional(),
-  tasks: z.string().optional(),
-  limit: wholeNumber(1).optional(),
-  maxTokens: wholeNumber(1),
-});
-
-type EvalOptions = z.output<typeof schema>;
+  evaluateTask,
+  evaluateTexts,
+  prepareTask,
+  readTexts,
+  type EvaluationContext,
+  type PreparedTask,
+} from '../evaluations.js';
+import { describeModel } from '../result-files.js';
+import { jsonOption, modelOptions, parseOptions, runtimeOptions } from '../options.js';
+import { formatDuration, formatFields, formatTable } from '../ui/table.js';
+import { formatMetric } from '../ui/metrics.js';
 
 /** The command. */
 export function evalCommand(context: CommandContext): Command {
   const command = new Command('eval')
-    .description('measure a model: perplexity of a text, KL and top-1 agreement with a reference, accuracy on tasks')
-    .argument('<model>', 'folder or hub id; quantized checkpoints are run, not expanded')
+    .description('measure a model: perplexity and KL of texts, benchmarks by likelihood and by generation')
+    .argument('[model]', 'folder or hub id; quantized checkpoints are run, not expanded')
     .option('--text <files...>', '.txt, or .jsonl with "text"; several are joined')
-    .option('--reference <model>', 'the unquantized model to compare with')
-    .option('--seq-len <n>', "tokens per window (default: 1024, or the model's context)")
-    .option('--samples <n>', 'windows, spread evenly over the text (default: all)')
-    .option('--tasks <file>', 'tasks as .jsonl (models/gyre-14m/eval/tasks.jsonl): greedy answers, exact match')
-    .option('--limit <n>', 'tasks, from the first (default: all)')
-    .option('--max-tokens <n>', 'tokens per answer of --tasks', '512');
+    .option('--reference <model>', 'the unquantized model to compare with, on --text and on text tasks')
+    .option('--seq-len <n>', "tokens per window (default: 1024, or 2048 for text tasks; at most the model's context)")
+    .option('--samples <n>', 'windows of --text, spread evenly over the text (default: all)')
+    .option('--protocol <name>', 'windows, strided or rolling; see docs/evaluation.md (default: windows)')
+    .option('--stride <n>', 'tokens from window to window of the strided protocol (default: half a window)')
+    .option('--start-token <where>', 'none, once, or each window (default: each for --text, once for text tasks)')
+    .option('--per-document', 'score the documents of --text apart, and report each')
+    .option('--tasks <names>', 'tasks, separated by commas: names (--list-tasks), task files (.json), chains (.jsonl)')
+    .option('--list-tasks', 'print the names of the tasks and stop')
+    .option('--data <folder>', 'where to look for the data of tasks before the hub')
+    .option('--limit <n>', 'questions per task, from the first (default: all)')
+    .option('--few-shot <n>', 'examples before each question (default: what the task says)')
+    .option('--n-samples <n>', 'answers per question of generation tasks (default: what the task says)')
+    .option('--max-tokens <n>', 'tokens per answer (default: what the task says)')
+    .option('--temperature <t>', 'of answers (default: what the task says), like --top-p and --top-k')
+    .option('--top-p <p>', 'smallest set of tokens that reaches this probability')
+    .option('--top-k <k>', 'most likely tokens kept')
+    .option('--no-thinking', 'ask the chat template not to let the model think')
+    .option('--batch-size <n>', 'answers written at a time', '32')
+    .option('--seed <n>', 'of samples, drawn examples and shuffled choices', '0')
+    .option('--out <file>', 'write the result as JSON, and what the model wrote beside it')
+    .option(
+      '--cache <folder>',
+      'where answers to single requests are kept, for runs that are stopped',
+      evaluationCacheDir(),
+    )
+    .option('--no-cache', 'keep no answers and use none that were kept');
   for (const option of [...runtimeOptions(), ...modelOptions(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
       'after',
       `
 Examples:
-  $ gyre eval qwen3-w4 --text book.txt
-  $ gyre eval qwen3-w4 --text book.txt --reference Qwen/Qwen3-0.6B --samples 32 --json
-  $ gyre eval models/gyre-14m --tasks models/gyre-14m/eval/tasks.jsonl --limit 100
+  $ gyre eval qwen3-w4 --text book.txt --reference Qwen/Qwen3-0.6B --samples 32
+  $ gyre eval qwen3-w4 --tasks wikitext2,arc_easy,piqa --out w4.json
+  $ gyre eval qwen3-w4 --tasks math500,aime25 --n-samples 4 --limit 100 --out reasoning.json
+  $ gyre eval models/gyre-14m --tasks chains --limit 100
+  $ gyre compare fp16.json w4.json
 
-The text is tokenized once and cut into windows of --seq-len tokens, each opened by the start token if the model has
-one; every next token of a window is scored. kl is the mean of KL(reference‖model) per token in nats.`,
+Data comes from the hub at pinned commits, or from --data. A run that was stopped goes on where it was when it is
+started again. kl is the mean of KL(reference‖model) per token in nats; intervals are 95%.`,
     )
-    .action(async (model: string, raw: unknown) => {
-      const options = parseOptions(schema, raw);
-      if (options.text === undefined && options.tasks === undefined) {
-        throw new GyreError('usage', 'nothing to evaluate on: neither --text nor --tasks was given', {
-          remedy: `add --text <file>, e.g. gyre eval ${model} --text book.txt`,
-        });
+    .action(async (model: string | undefined, raw: unknown) => {
+      const options = parseOptions(evalSchema, raw);
+      if (options.listTasks) {
+        const names = await taskNames();
+        context.result({ tasks: names });
+        context.print(names.join('\n'));
+        return;
       }
-      if (options.reference !== undefined && options.text === undefined) {
-        throw new GyreError('usage', '--reference compares on a text, and no --text was given', {
-          remedy: 'add --text <file>',
-        });
-      }
-      // Read before any model is: a wrong path should cost nothing.
-      const texts = (await Promise.all((options.text ?? []).map(readTexts))).flat();
-      const tasks = options.tasks === undefined ? [] : parseTasks(await readInput(options.tasks), options.tasks);
-      await withModel(context, model, options, (source) =>
-        withBackend(context, source, options, async (backend) => {
-          const tokenizer = await loadTokenizer(source.files);
-          const found = await withDecoder(
-            context,
-            backend,
-            source,
-            async (decoder) => ({
-              text: options.text && (await onText(context, decoder, tokenizer, texts, options)),
-              tasks:
-                tasks.length > 0
-                  ? await evaluateTasks(decoder, tokenizer, tasks.slice(0, options.limit), {
-                      maxTokens: options.maxTokens,
-                      onProgress: context.progress.listener,
-                      signal: context.signal,
-                    })
-                  : undefined,
-            }),
-            options,
-          );
-          context.progress.clear();
-          context.result({
-            ...found.text,
-            ...(found.tasks && { tasksEvaluation: found.tasks }),
-            model: await describe(source),
-            reference: options.reference ?? null,
-            text: options.text ?? null,
-            backend: backend.info,
-            activations: options.activations,
-            headBits: options.headBits,
-            version: VERSION,
-            machine: machineInfo(),
-          });
-          context.print(report(source, found.text, found.tasks, options.reference));
-        }),
-      );
+      if (model === undefined) throw new GyreError('usage', "missing required argument 'model'");
+      await run(context, model, options);
     });
 }
 
-/** The evaluation of a text, with the reference loaded beside the model when there is one. */
-async function onText(
-  context: CommandContext,
-  decoder: Decoder,
-  tokenizer: Tokenizer,
-  texts: readonly string[],
-  options: EvalOptions,
-): Promise<TextEvaluation> {
-  const tokens = tokenizeTexts(tokenizer, texts);
-  const run = (reference?: Decoder): Promise<TextEvaluation> =>
-    evaluateText(decoder, tokens, {
-      seqLen: options.seqLen,
-      samples: options.samples,
-      bosTokenId: tokenizer.bosTokenId,
-      reference,
-      onProgress: context.progress.listener,
-      signal: context.signal,
+async function run(context: CommandContext, model: string, options: EvalOptions): Promise<void> {
+  if (!options.text && options.tasks === undefined) {
+    throw new GyreError('usage', 'nothing to evaluate on: neither --text nor --tasks was given', {
+      remedy: `add --text <file>, e.g. gyre eval ${model} --text book.txt`,
     });
-  if (options.reference === undefined) return run();
-  // A revision names a state of the model; the reference is taken as it is.
-  return withModel(context, options.reference, { token: options.token }, (source) =>
-    withDecoder(context, decoder.backend, source, run),
+  }
+  // What can be refused is refused before a model is loaded.
+  const texts = options.text ? await readTexts(options.text) : undefined;
+  const tasks: PreparedTask[] = [];
+  for (const name of options.tasks?.split(',').map((part) => part.trim()) ?? []) {
+    tasks.push(await prepareTask(context, name, options));
+  }
+  const twice = tasks.find(({ task }, i) => tasks.findIndex((other) => other.task.name === task.name) !== i);
+  if (twice) throw new GyreError('usage', `--tasks: ${twice.task.name} is named twice`);
+  const needsText = texts !== undefined || tasks.some(({ task }) => task.type === 'text');
+  await withModel(context, model, options, (source) =>
+    withBackend(context, source, options, async (backend) => {
+      const tokenizer = await loadTokenizer(source.files);
+      const described = await describeModel(source);
+      await withDecoder(
+        context,
+        backend,
+        source,
+        (decoder) =>
+          withReference(
+            context,
+            decoder,
+            needsText ? options : { ...options, reference: undefined },
+            async (reference) => {
+              const scope = JSON.stringify([
+                described.fingerprint,
+                backend.info.name,
+                options.activations,
+                options.headBits,
+              ]);
+              const surroundings: EvaluationContext = {
+                context,
+                decoder,
+                tokenizer,
+                options,
+                scope,
+                reference: reference?.decoder,
+              };
+              const evaluations: Evaluation[] = [];
+              if (texts) evaluations.push(await evaluateTexts(surroundings, texts));
+              for (const task of tasks) evaluations.push(await evaluateTask(surroundings, task));
+              context.progress.clear();
+              const result: EvaluationResult = {
+                kind: RESULT_KIND,
+                schemaVersion: RESULT_VERSION,
+                version: VERSION,
+                createdAt: new Date().toISOString(),
+                model: described,
+                reference: reference?.described ?? null,
+                backend: backend.info,
+                machine: machineInfo(),
+                settings: { activations: options.activations, headBits: options.headBits },
+                evaluations,
+              };
+              if (options.out !== undefined) {
+                await writeFileAtomic(path.resolve(options.out), `${JSON.stringify(result, null, 1)}\n`);
+              }
+              context.result(result);
+              context.print(report(result));
+            },
+          ),
+        options,
+      );
+    }),
   );
 }
 
-async function readTexts(file: string): Promise<string[]> {
-  return parseTextFile(file, await readInput(file));
+/** The reference, loaded beside the model when there is one. */
+async function withReference<T>(
+  context: CommandContext,
+  decoder: Decoder,
+  options: Pick<EvalOptions, 'reference' | 'token'>,
+  use: (reference?: { decoder: Decoder; described: ModelResult }) => Promise<T>,
+): Promise<T> {
+  if (options.reference === undefined) return use();
+  // A revision names a state of the model; the reference is taken as it is.
+  return withModel(context, options.reference, { token: options.token }, async (source) => {
+    const described = await describeModel(source);
+    return withDecoder(context, decoder.backend, source, (reference) => use({ decoder: reference, described }));
+  });
 }
 
-/** A UTF-8 file named on the command line. */
-async function readInput(file: string): Promise<string> {
-  let bytes: Buffer;
-  try {
-    bytes = await readFile(file);
-  } catch (cause) {
-    throw new GyreError('file-missing', `can't read ${file}: ${cause instanceof Error ? cause.message : ''}`, {
-      remedy: 'check the path and that you may read it',
-      cause,
-    });
-  }
-  try {
-    return new TextDecoder('utf-8', { fatal: true }).decode(bytes);
-  } catch (cause) {
-    throw new GyreError('file-corrupt', `${file} is not UTF-8 text`, { remedy: 'convert it to UTF-8', cause });
-  }
-}
-
-/** What a result says of a model. */
-async function describe(source: ModelSource) {
-  return {
-    name: source.name,
-    family: source.config.family,
-    fingerprint: await modelFingerprint(source),
-    quantization: source.quantization ?? null,
-  };
-}
-
-function report(
-  source: ModelSource,
-  text: TextEvaluation | undefined,
-  tasks: TasksEvaluation | undefined,
-  reference: string | undefined,
-): string {
-  const { quantization } = source;
-  const fields: [string, string][] = [
-    [
-      'model',
-      `${source.name} (${source.config.family}, ${quantization ? `${quantization.method} ${quantization.bits} bits` : 'not quantized'})`,
-    ],
+/** The result for people. */
+function report({ model, reference, evaluations }: EvaluationResult): string {
+  const quantization = model.quantization;
+  const kind = quantization
+    ? `${String(quantization['method'])} ${String(quantization['bits'])} bits`
+    : 'not quantized';
+  const fields: [string, string][] = [['model', `${model.name} (${model.family}, ${kind})`]];
+  if (reference) fields.push(['reference', reference.name]);
+  const rows = evaluations.flatMap((evaluation) => {
+    const { name, metrics, throughput, items } = evaluation;
+    const speed = `${formatDuration(throughput.seconds)}, ${throughput.tokensPerSecond.toFixed(0)} tokens/s`;
+    const count =
+      evaluation.type === 'text'
+        ? `${evaluation.tokens} tokens in ${evaluation.windows} windows`
+        : String(items.ids.length);
+    return Object.entries(metrics).map(([metric, value], i) => [
+      i === 0 ? name : '',
+      metric,
+      formatMetric(value),
+      i === 0 ? count : '',
+      i === 0 ? speed : '',
+    ]);
+  });
+  const columns = [
+    { title: 'task' },
+    { title: 'metric' },
+    { title: 'value [95% interval]' },
+    { title: 'of' },
+    { title: 'time' },
   ];
-  if (text) {
-    fields.push([
-      'perplexity',
-      `${formatMeasure(text.perplexity, text.perplexityStandardError, 3)}  (nll ${text.nll.toFixed(4)})`,
-    ]);
-    if (text.kl !== null && text.top1Agreement !== null && text.referencePerplexity !== null) {
-      fields.push(
-        ['reference', `${reference ?? ''}, perplexity ${text.referencePerplexity.toFixed(3)}`],
-        ['KL', `${formatMeasure(text.kl, text.klStandardError, 5)} nats per token`],
-        ['top-1 agreement', `${(100 * text.top1Agreement).toFixed(2)} %`],
-      );
-    }
-    fields.push(
-      ['tokens', `${text.tokens} in ${text.windows} windows of ${text.seqLen}`],
-      ['time', `${formatDuration(text.seconds)} (${text.tokensPerSecond.toFixed(0)} tokens/s)`],
+  const groups = evaluations.flatMap((evaluation) => {
+    const parts = evaluation.type === 'text' ? evaluation.documents : evaluation.groups;
+    if (parts.length === 0) return [];
+    const table = formatTable(
+      [{ title: evaluation.name }, { title: evaluation.primary }, { title: 'of', align: 'right' }],
+      parts.map((part) => [part.name, formatMetric(part.metrics[evaluation.primary]), String(part.items)]),
     );
-  }
-  if (tasks) {
-    fields.push([
-      'tasks',
-      `${tasks.correct} of ${tasks.tasks} right: ${(100 * tasks.accuracy).toFixed(1)} ± ${(100 * tasks.accuracyStandardError).toFixed(1)} %, ${formatDuration(tasks.seconds)}`,
-    ]);
-  }
-  const table = tasks
-    ? `\n\n${formatTable(
-        [
-          { title: 'kind' },
-          { title: 'right', align: 'right' },
-          { title: 'of', align: 'right' },
-          { title: '%', align: 'right' },
-        ],
-        tasks.kinds.map((k) => [k.kind, String(k.correct), String(k.tasks), (100 * k.accuracy).toFixed(1)]),
-      )}`
-    : '';
-  return formatFields(fields) + table;
+    return [`\n\n${table}`];
+  });
+  return `${formatFields(fields)}\n\n${formatTable(columns, rows)}${groups.join('')}`;
 }

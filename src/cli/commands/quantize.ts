@@ -127,7 +127,8 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n
       });
       progress.clear();
       if (options.dryRun) return;
-      context.result({ ...report, version: VERSION });
+      const { record, ...rest } = report;
+      context.result({ ...record, ...rest, version: VERSION });
       print(summary(model, report, context));
     });
 }

@@ -76,19 +76,16 @@ export function applyRope(
   tokens: number,
   heads: number,
   headDim: number,
-  start: number,
+  starts: Int32Array,
   { cos, sin, rotaryDim, positions }: ReferenceRope,
 ): void {
   ensure(rotaryDim <= headDim, 'tensor-shape', () => `rotary dimension ${rotaryDim} exceeds head dimension ${headDim}`);
-  ensure(
-    start + tokens <= positions,
-    'context-length',
-    () => `positions up to ${start + tokens} asked of RoPE tables for ${positions}`,
-  );
+  const end = Math.max(...starts) + tokens;
+  ensure(end <= positions, 'context-length', () => `positions up to ${end} asked of RoPE tables for ${positions}`);
   const half = rotaryDim / 2;
   const rows = x.length / (heads * headDim);
   for (let r = 0; r < rows; r++) {
-    const position = start + (r % tokens);
+    const position = starts[Math.floor(r / tokens)] + (r % tokens);
     for (let head = 0; head < heads; head++) {
       const base = (r * heads + head) * headDim;
       for (let i = 0; i < half; i++) {
@@ -108,7 +105,7 @@ export function splitHeads(
   qkv: Float64Array,
   tokens: number,
   { heads, kvHeads, headDim }: AttentionShape,
-  start: number,
+  starts: Int32Array,
   rope: ReferenceRope,
   norms: { q: Float64Array | undefined; k: Float64Array | undefined; eps: number },
 ): { q: Float64Array; k: Float64Array; v: Float64Array } {
@@ -119,14 +116,14 @@ export function splitHeads(
   // A head is a contiguous run of headDim values, which is what rmsNorm normalizes for a weight of that length.
   if (norms.q) q = rmsNorm(q, norms.q, norms.eps);
   if (norms.k) k = rmsNorm(k, norms.k, norms.eps);
-  applyRope(q, tokens, heads, headDim, start, rope);
-  applyRope(k, tokens, kvHeads, headDim, start, rope);
+  applyRope(q, tokens, heads, headDim, starts, rope);
+  applyRope(k, tokens, kvHeads, headDim, starts, rope);
   return { q, k, v };
 }
 
 /**
  * Causal attention of `tokens` new tokens per sequence over keys and values [batch, stride, kvHeads·headDim], of which
- * the first start + tokens are filled. q [batch·tokens, heads·headDim] → the same shape. Query head h reads key head
+ * the first starts[sequence] + tokens are filled. q [batch·tokens, heads·headDim] → the same shape. Query head h reads key head
  * ⌊h / (heads / kvHeads)⌋. The token at position p sees positions max(0, p − window + 1) … p.
  */
 export function attend(
@@ -135,13 +132,13 @@ export function attend(
   values: Float64Array,
   stride: number,
   { heads, kvHeads, headDim }: AttentionShape,
-  options: { batch: number; tokens: number; start: number; scale: number; window: number | undefined },
+  options: { batch: number; tokens: number; starts: Int32Array; scale: number; window: number | undefined },
 ): Float64Array {
-  const { batch, tokens, start, scale, window = Infinity } = options;
+  const { batch, tokens, starts, scale, window = Infinity } = options;
   const y = new Float64Array(q.length);
   for (let b = 0; b < batch; b++) {
     for (let t = 0; t < tokens; t++) {
-      const position = start + t;
+      const position = starts[b] + t;
       const first = Math.max(0, position - window + 1);
       for (let head = 0; head < heads; head++) {
         const kvHead = Math.floor(head / (heads / kvHeads));
@@ -166,18 +163,18 @@ export function attend(
   return y;
 }
 
-/** Writes rows [batch·tokens, width] of new keys or values into a cache [batch, capacity, width] at `start`. */
+/** Writes rows [batch·tokens, width] of new keys or values into a cache [batch, capacity, width] at each start. */
 export function appendToCache(
   cache: Float64Array,
   capacity: number,
   rows: Float64Array,
   batch: number,
   width: number,
-  start: number,
+  starts: Int32Array,
 ): void {
   const tokens = rows.length / (batch * width);
   for (let b = 0; b < batch; b++) {
     const sequence = rows.subarray(b * tokens * width, (b + 1) * tokens * width);
-    cache.set(sequence, (b * capacity + start) * width);
+    cache.set(sequence, (b * capacity + starts[b]) * width);
   }
 }

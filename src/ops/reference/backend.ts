@@ -15,12 +15,14 @@ import type {
   RopeHandle,
   RoundedWeight,
   RowScores,
+  SequenceCopy,
   SplitHeadsOptions,
   Tensor,
   TransformGradient,
   TransformHandle,
   TransformObjective,
 } from '../backend.js';
+import { checkCopies, startsOf } from '../sequences.js';
 import { ensure } from '../../core/errors.js';
 import type { HostTensor } from '../../core/tensor.js';
 import { kvActivationGrid, quantizeRows } from './activations.js';
@@ -41,6 +43,7 @@ import {
   descend,
   gptq,
   ReferenceObjective,
+  refitScales,
   roundToNearest,
   searchClip,
   transformChannels,
@@ -115,6 +118,20 @@ class ReferenceBackend implements Backend {
     return new ReferenceKvCache(shape);
   }
 
+  copySequences(from: KvCacheHandle, to: KvCacheHandle, copies: readonly SequenceCopy[]): void {
+    const [source, target] = [ownKvCache(from), ownKvCache(to)];
+    const width = source.kvHeads * source.headDim;
+    expectSize(target.kvHeads, source.kvHeads, 'heads of the target cache');
+    expectSize(target.headDim, source.headDim, 'head dimension of the target cache');
+    checkCopies(source, target, copies);
+    for (const { from: i, to: j, tokens } of copies) {
+      for (const part of ['keys', 'values'] as const) {
+        const rows = source[part].subarray(i * source.capacity * width, (i * source.capacity + tokens) * width);
+        target[part].set(rows, j * target.capacity * width);
+      }
+    }
+  }
+
   /** Nothing to do: handles are garbage-collected host memory. */
   release(..._handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {}
 
@@ -163,7 +180,7 @@ class ReferenceBackend implements Backend {
     const tokens = tokensOf(rows, batch);
     for (const norm of [qNorm, kNorm]) if (norm) expectSize(own(norm).values.length, headDim, 'per-head norm length');
     const norms = { q: qNorm && own(qNorm).values, k: kNorm && own(kNorm).values, eps };
-    const { q, k, v } = splitHeads(own(qkv).values, tokens, options, start, ownRope(rope), norms);
+    const { q, k, v } = splitHeads(own(qkv).values, tokens, options, startsOf(start, batch), ownRope(rope), norms);
     // A head is a row of headDim channels.
     const turn = (part: Float64Array): Float64Array =>
       headTransform
@@ -184,6 +201,8 @@ class ReferenceBackend implements Backend {
     const tokens = tokensOf(rows, batch);
     const width = kvHeads * headDim;
     for (const part of [k, v]) expectSize(own(part).values.length, rows * width, 'elements of k or v in attention');
+    const starts = startsOf(start, batch);
+    const end = Math.max(...starts) + tokens;
     let keys = own(k).values;
     let values = own(v).values;
     let stride = tokens;
@@ -192,19 +211,19 @@ class ReferenceBackend implements Backend {
       expectSize(cache.batch, batch, 'batch of the key/value cache');
       expectSize(cache.kvHeads * cache.headDim, width, 'width of the key/value cache');
       ensure(
-        start + tokens <= cache.capacity,
+        end <= cache.capacity,
         'context-length',
-        () => `${start + tokens} tokens do not fit a key/value cache of ${cache.capacity}`,
+        () => `${end} tokens do not fit a key/value cache of ${cache.capacity}`,
       );
       const grid = cache.grid && kvActivationGrid(cache.grid, headDim);
       const stored = (part: Float64Array): Float64Array => (grid ? quantizeRows(part, width, grid) : part);
-      appendToCache(cache.keys, cache.capacity, stored(keys), batch, width, start);
-      appendToCache(cache.values, cache.capacity, stored(values), batch, width, start);
+      appendToCache(cache.keys, cache.capacity, stored(keys), batch, width, starts);
+      appendToCache(cache.values, cache.capacity, stored(values), batch, width, starts);
       ({ keys, values, capacity: stride } = cache);
     } else {
-      expectSize(start, 0, 'start of attention without a cache');
+      expectSize(end, tokens, 'end of attention without a cache');
     }
-    const context = { batch, tokens, start, scale, window };
+    const context = { batch, tokens, starts, scale, window };
     return new ReferenceTensor(q.shape, attend(own(q).values, keys, values, stride, options, context));
   }
 
@@ -320,6 +339,12 @@ class ReferenceBackend implements Backend {
     const [channels, cols] = matrixShape(w, 'descend');
     expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
     return rounded(w.shape, descend(own(w).values, start, own(gram).values, channels, cols, grid, sweeps));
+  }
+
+  refitScales(w: Tensor, start: RoundedWeight, gram: Tensor, grid: GridSpec, passes: number): RoundedWeight {
+    const [channels, cols] = matrixShape(w, 'refitScales');
+    expectSize(own(gram).values.length, channels * channels, 'elements of the Gram matrix');
+    return rounded(w.shape, refitScales(own(w).values, start, own(gram).values, channels, cols, grid, passes));
   }
 
   async gptqFactor(h: Tensor, damp: number): Promise<Tensor> {

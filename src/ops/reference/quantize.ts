@@ -253,6 +253,58 @@ export function descend(
   return out;
 }
 
+/**
+ * The nearest f16 to `scale + numerator / denominator`, the optimum of a group's scale: the error changes by
+ * −2·numerator·δ + denominator·δ² when the scale moves by δ. Returns `scale` itself when that is no better, or leaves
+ * [scale / 2, 2·scale] or f16's normal range.
+ */
+export function refittedScale(scale: number, numerator: number, denominator: number): number {
+  if (!(denominator > 0)) return scale;
+  const moved = roundToF16(scale + numerator / denominator);
+  if (!(moved >= Math.max(scale / 2, MIN_SCALE) && moved <= Math.min(scale * 2, MAX_SCALE))) return scale;
+  const delta = moved - scale;
+  return delta * (denominator * delta - 2 * numerator) < 0 ? moved : scale;
+}
+
+/**
+ * Least-squares scales for given codes, one group after the other: with u = code − zero and R = H·(W − Ŵ), a group's scale
+ * moves by Σ u_i R_i / Σ u_i (H·u)_i over its channels. w [in, cols], h [in, in].
+ */
+export function refitScales(
+  w: Float64Array,
+  start: { codes: Uint8Array; zeros: Uint8Array; scales: Float32Array },
+  h: Float64Array,
+  channels: number,
+  cols: number,
+  grid: GridSpec,
+  passes: number,
+): Rounding {
+  const { codes, zeros } = start;
+  const { groupSize } = grid;
+  const scales = start.scales.slice();
+  const values = new Float64Array(channels * cols);
+  for (let c = 0; c < cols; c++) {
+    const slot = (i: number): number => Math.floor(i / groupSize) * cols + c;
+    const inner = (i: number): number => codes[i * cols + c] - zeros[slot(i)];
+    for (let pass = 0; pass < passes; pass++) {
+      for (let first = 0; first < channels; first += groupSize) {
+        let numerator = 0;
+        let denominator = 0;
+        for (let i = first; i < first + groupSize; i++) {
+          let residual = 0;
+          for (let j = 0; j < channels; j++)
+            residual += h[i * channels + j] * (w[j * cols + c] - inner(j) * scales[slot(j)]);
+          numerator += inner(i) * residual;
+          for (let j = first; j < first + groupSize; j++) denominator += inner(i) * h[i * channels + j] * inner(j);
+        }
+        scales[slot(first)] = refittedScale(scales[slot(first)], numerator, denominator);
+      }
+    }
+    for (let i = 0; i < channels; i++) values[i * cols + c] = inner(i) * scales[slot(i)];
+  }
+  return { codes: codes.slice(), zeros, scales, values };
+}
+
 /** What forward keeps for backward, one matrix [in, cols] per stage. */
 interface ForwardState {
   readonly t: Rotations;

@@ -12,12 +12,16 @@ import { GPTQ_DAMP } from './gptq.js';
 
 /** Columns of W that learning looks at: a transform has few parameters, so a sample of the outputs determines it. */
 const LEARNING_COLUMNS = 512;
+/** Peak learning rate of angles and scales. With full-batch gradients and 100 steps, 0.2 to 0.4 end lowest (docs/log.md). */
+const LEARNING_RATE = 0.3;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
 /** Ranges tried for each group's grid, in the transformed space: what rotations leave of the extremes is worth little. */
 const CLIP_SEARCH = { minimum: 0.6, steps: 10 } as const;
 /** Sweeps of coordinate descent after GPTQ. */
 const DESCENT_SWEEPS = 3;
+/** Rounds of refitting scales to the codes, each followed by sweeps of descent on the new grids. */
+const REFITS = { rounds: 2, passes: 1, sweeps: 2 } as const;
 
 export const paroquant: Recipe = {
   name: 'paroquant',
@@ -44,8 +48,8 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
   const { inFeatures, grid, settings } = task;
   const gram = requireGram(task);
   const w = await channelMajor(backend, task.weights, inFeatures);
-  // Pt = (W·C)ᵀ = Cᵀ·Wt: what the outputs should be, seen through the inputs that the quantized model has.
-  const target = await backend.matmul(task.cross ?? gram, w, { transposeA: true });
+  // Pt: what the outputs should be, seen through the inputs that the quantized model has; (W·C)ᵀ = Cᵀ·Wt unless given.
+  const target = task.target ?? (await backend.matmul(task.cross ?? gram, w, { transposeA: true }));
   const { transform, curve } = await learn(backend, task, gram, w, target);
 
   const { transformed, transformedGram } = task.activations
@@ -56,7 +60,7 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
       ? await roundGptq(backend, transformed, transformedGram, task)
       : await backend.roundToNearest(transformed, grid);
   const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
-  backend.free(w, target, transformed, transformedGram, rounded.values);
+  backend.free(w, target === task.target ? undefined : target, transformed, transformedGram, rounded.values);
   const parts = splitRounded(rounded, grid, inFeatures, task.outFeatures, transform);
   return { parts, curve, stats: { error, ...curveStats(curve) } };
 }
@@ -73,7 +77,7 @@ async function withExactInputs(
   transform: PairwiseTransform,
   { gram, w, target }: { gram: Tensor; w: Tensor; target: Tensor },
 ): Promise<Transformed> {
-  const best = task.cross ? await leastSquaresWeight(backend, gram, w, target) : w;
+  const best = task.cross || task.target ? await leastSquaresWeight(backend, gram, w, target) : w;
   const transformed = await backend.transformChannels(best, transform, 'forward');
   if (best !== w) backend.free(best);
   return { transformed, transformedGram: await transformGram(backend, gram, transform) };
@@ -118,13 +122,25 @@ async function roundingNoise(
   return noise;
 }
 
-/** GPTQ, then coordinate descent: GPTQ cannot take back what it decided before it knew the later channels. */
+/**
+ * GPTQ, then coordinate descent (GPTQ cannot take back what it decided before it knew the later channels), then scales
+ * and codes in turn.
+ */
 async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask): Promise<RoundedWeight> {
-  const clip = await searchClip(backend, w, gram, task.grid, CLIP_SEARCH);
+  const { grid } = task;
+  const clip = await searchClip(backend, w, gram, grid, CLIP_SEARCH);
   const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
-  const first = await backend.gptq(w, factor, task.grid, clip);
-  const rounded = await backend.descend(w, first, gram, task.grid, DESCENT_SWEEPS);
-  backend.free(factor, first.values);
+  let rounded = await backend.gptq(w, factor, grid, clip);
+  const replace = (next: RoundedWeight): void => {
+    backend.free(rounded.values);
+    rounded = next;
+  };
+  replace(await backend.descend(w, rounded, gram, grid, DESCENT_SWEEPS));
+  for (let round = 0; round < REFITS.rounds; round++) {
+    replace(await backend.refitScales(w, rounded, gram, grid, REFITS.passes));
+    replace(await backend.descend(w, rounded, gram, grid, REFITS.sweeps));
+  }
+  backend.free(factor);
   return rounded;
 }
 
@@ -162,6 +178,7 @@ async function learn(
       pairs,
       grid,
       steps: settings.steps,
+      learningRate: LEARNING_RATE,
       learnScales: settings.scales,
     },
   );

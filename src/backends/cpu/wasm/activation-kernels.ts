@@ -169,22 +169,24 @@ export class QuantizedKvCache {
     }
   }
 
-  /** Rounds and writes k and v [batch · tokens, kvHeads · headDim] at positions start … start + tokens − 1. */
-  append(k: Floats, v: Floats, start: number): void {
+  /** Rounds and writes k and v [batch · tokens, kvHeads · headDim] at positions starts[sequence] … + tokens − 1. */
+  append(k: Floats, v: Floats, starts: Int32Array): void {
     const { batch, kvHeads, headDim, capacity, grid } = this;
     const tokens = k.length / (batch * kvHeads * headDim);
     checkLength('values', v, k.length);
     ensure(Number.isInteger(tokens), 'tensor-shape', () => `cache: ${k.length} elements for ${batch} sequences`);
+    const end = Math.max(...starts) + tokens;
     ensure(
-      start + tokens <= capacity,
+      end <= capacity,
       'context-length',
-      () => `the key/value cache holds ${capacity} tokens, ${start + tokens} are needed`,
+      () => `the key/value cache holds ${capacity} tokens, ${end} are needed`,
       'create the cache with a larger capacity',
     );
     const { arena } = this.#pool;
-    const shape = [tokens, kvHeads, headDim, capacity, start, grid.bits === 4 ? 1 : 0, grid.clip];
     const work = Math.ceil(LIGHT_WORK / (tokens * kvHeads * headDim));
     arena.scoped(() => {
+      const nibbles = grid.bits === 4 ? 1 : 0;
+      const shape = [tokens, kvHeads, headDim, capacity, arena.pushI32(starts), nibbles, grid.clip];
       this.#pool.run('appendQuantized', batch, [arena.input(k), this.keys, this.keyGrids, ...shape], work);
       this.#pool.run('appendQuantized', batch, [arena.input(v), this.values, this.valueGrids, ...shape], work);
     });
@@ -214,10 +216,11 @@ export class QuantizedKvCache {
   attend(
     q: Floats,
     out: Floats,
-    options: { readonly heads: number; readonly scale: number; readonly window?: number; readonly start: number },
+    options: { readonly heads: number; readonly scale: number; readonly window?: number; readonly starts: Int32Array },
   ): void {
     const { batch, kvHeads, headDim, capacity } = this;
-    const { heads, scale, window = 0, start } = options;
+    const { heads, scale, window = 0, starts } = options;
+    const start = Math.max(...starts);
     const tokens = q.length / (batch * heads * headDim);
     checkLength('result', out, q.length);
     ensure(
@@ -234,10 +237,30 @@ export class QuantizedKvCache {
       const from = arena.input(q);
       const to = arena.output(out);
       const stored = [this.keys, this.keyGrids, this.values, this.valueGrids];
-      const shape = [tokens, heads, kvHeads, headDim, capacity, start, window, scale, this.grid.bits === 4 ? 1 : 0];
+      const nibbles = this.grid.bits === 4 ? 1 : 0;
+      const shape = [tokens, heads, kvHeads, headDim, capacity, arena.pushI32(starts), window, scale, nibbles];
       pool.run('attentionQuantized', batch * kvHeads, [from, ...stored, to, ...shape], Math.ceil(20_000 / work));
       arena.finish(to, out);
     });
+  }
+
+  /** Copies the first `tokens` positions of sequence `from` to sequence `to` of another cache on its grid, or of this one. */
+  copyTo(target: QuantizedKvCache, from: number, to: number, tokens: number): void {
+    const { u8 } = this.#pool.arena;
+    const width = this.grid.bits === 4 ? Math.ceil(this.headDim / 2) : this.headDim;
+    for (let head = 0; head < this.kvHeads; head++) {
+      const source = (from * this.kvHeads + head) * this.capacity;
+      const result = (to * target.kvHeads + head) * target.capacity;
+      for (const [part, bytes] of [
+        ['keys', width],
+        ['keyGrids', 8],
+        ['values', width],
+        ['valueGrids', 8],
+      ] as const) {
+        const begin = this[part] + source * bytes;
+        u8.copyWithin(target[part] + result * bytes, begin, begin + tokens * bytes);
+      }
+    }
   }
 
   /** Frees it. */

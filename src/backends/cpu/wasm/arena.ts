@@ -121,6 +121,13 @@ export class Arena {
     return pointer;
   }
 
+  /** Copies integers into a new scratch block. */
+  pushI32(values: Int32Array): Pointer {
+    const pointer = this.scratch(values.length * 4);
+    this.i32.set(values, pointer >>> 2);
+    return pointer;
+  }
+
   /** Copies `length` values at `pointer` out. */
   readF32(pointer: Pointer, out: Float32Array): void {
     out.set(this.f32.subarray(pointer >>> 2, (pointer >>> 2) + out.length));

@@ -138,8 +138,8 @@ export interface SplitHeadsArguments {
   readonly heads: number;
   readonly kvHeads: number;
   readonly headDim: number;
-  /** Position of each sequence's first token. */
-  readonly start: number;
+  /** Position of each sequence's first token, [batch]. */
+  readonly starts: Int32Array;
   readonly rope: RopeTable;
   readonly qNorm?: Floats;
   readonly kNorm?: Floats;
@@ -148,7 +148,8 @@ export interface SplitHeadsArguments {
 
 /** Splits merged projections into q, k, v, with the optional per-head norms and RoPE. */
 export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
-  const { qkv, q, k, v, batch, heads, kvHeads, headDim, start, rope } = args;
+  const { qkv, q, k, v, batch, heads, kvHeads, headDim, starts, rope } = args;
+  const start = Math.max(...starts);
   const width = (heads + 2 * kvHeads) * headDim;
   const rows = qkv.length / width;
   const tokens = rows / batch;
@@ -163,7 +164,7 @@ export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
   ensure(
     start + tokens <= rope.positions && rope.rotaryDim <= headDim,
     'context-length',
-    () => `positions ${start} … ${start + tokens - 1} exceed the ${rope.positions} of the rotary tables`,
+    () => `positions up to ${start + tokens - 1} exceed the ${rope.positions} of the rotary tables`,
     'load the model with a longer context',
   );
   const { arena } = pool;
@@ -187,7 +188,7 @@ export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
         rope.cos,
         rope.sin,
         rope.rotaryDim,
-        start,
+        arena.pushI32(starts),
         tokens,
       ],
       Math.ceil(LIGHT_WORK / width),
@@ -224,21 +225,22 @@ export class KvCache {
     }
   }
 
-  /** Writes k and v [batch · tokens, kvHeads · headDim] at positions start … start + tokens − 1. */
-  append(k: Floats, v: Floats, start: number): void {
+  /** Writes k and v [batch · tokens, kvHeads · headDim] at positions starts[sequence] … + tokens − 1. */
+  append(k: Floats, v: Floats, starts: Int32Array): void {
     const { batch, kvHeads, headDim, capacity } = this;
     const tokens = k.length / (batch * kvHeads * headDim);
     checkLength('values', v, k.length);
     ensure(Number.isInteger(tokens), 'tensor-shape', () => `cache: ${k.length} elements for ${batch} sequences`);
+    const end = Math.max(...starts) + tokens;
     ensure(
-      start + tokens <= capacity,
+      end <= capacity,
       'context-length',
-      () => `the key/value cache holds ${capacity} tokens, ${start + tokens} are needed`,
+      () => `the key/value cache holds ${capacity} tokens, ${end} are needed`,
       'create the cache with a larger capacity',
     );
     const { arena } = this.#pool;
     arena.scoped(() => {
-      const shape = [tokens, kvHeads, headDim, capacity, start];
+      const shape = [tokens, kvHeads, headDim, capacity, arena.pushI32(starts)];
       this.#pool.run('appendCache', batch, [arena.input(k), this.keys, ...shape], batch);
       this.#pool.run('appendCache', batch, [arena.input(v), this.values, ...shape], batch);
     });
@@ -248,6 +250,20 @@ export class KvCache {
   read(which: 'keys' | 'values', sequence: number, head: number, length: number, out: Float32Array): void {
     const at = this[which] / 4 + (sequence * this.kvHeads + head) * this.capacity * this.headDim;
     out.set(this.#pool.arena.f32.subarray(at, at + length * this.headDim));
+  }
+
+  /** Copies the first `tokens` positions of sequence `from` to sequence `to` of another cache, or of this one. */
+  copyTo(target: KvCache, from: number, to: number, tokens: number): void {
+    const { f32 } = this.#pool.arena;
+    const length = tokens * this.headDim;
+    for (let head = 0; head < this.kvHeads; head++) {
+      const source = (from * this.kvHeads + head) * this.capacity * this.headDim;
+      const result = (to * target.kvHeads + head) * target.capacity * target.headDim;
+      for (const part of ['keys', 'values'] as const) {
+        const begin = this[part] / 4 + source;
+        f32.copyWithin(target[part] / 4 + result, begin, begin + length);
+      }
+    }
   }
 
   /** Frees it. */
@@ -269,15 +285,16 @@ export interface AttentionArguments {
   readonly scale: number;
   /** Positions a token sees, its own included; all when undefined. */
   readonly window?: number;
-  /** Tokens before this call's; their keys and values, and this call's, are in the cache. */
-  readonly start: number;
+  /** Tokens before this call's, [batch]; their keys and values, and this call's, are in the cache. */
+  readonly starts: Int32Array;
   /** A cache that already holds this call's tokens, or the chunk's own k and v [batch · tokens, kvHeads · headDim]. */
   readonly source: KvCache | { readonly k: Floats; readonly v: Floats };
 }
 
 /** Causal grouped-query attention; made for few query rows per sequence (its cost is tokens · context · heads). */
 export function attention(pool: KernelPool, args: AttentionArguments): void {
-  const { q, out, batch, heads, kvHeads, headDim, source, start } = args;
+  const { q, out, batch, heads, kvHeads, headDim, source, starts } = args;
+  const start = Math.max(...starts);
   const tokens = q.length / (batch * heads * headDim);
   checkLength('result', out, q.length);
   ensure(
@@ -325,7 +342,7 @@ export function attention(pool: KernelPool, args: AttentionArguments): void {
         place.batchStep,
         place.headStep,
         place.step,
-        start,
+        arena.pushI32(starts),
         args.window ?? 0,
         args.scale,
       ],

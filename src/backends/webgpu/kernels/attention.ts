@@ -37,6 +37,7 @@ const params = {
   heads: 'u32',
   kvHeads: 'u32',
   start: 'u32',
+  ragged: 'u32',
   window: 'u32',
   stride: 'u32',
   splitKeys: 'u32',
@@ -109,7 +110,7 @@ function attentionName({ headDim, source, rows, keys }: AttentionVariant): strin
 
 function attentionBuffers({ source }: AttentionVariant) {
   const type = source === 'rows' ? 'f32' : 'u32';
-  return { q: read('f32'), k: read(type), v: read(type), out: write('f32') };
+  return { q: read('f32'), k: read(type), v: read(type), starts: read('u32'), out: write('f32') };
 }
 
 /** The shared body; `end` says where a row's sums go, and by what they are multiplied. */
@@ -156,9 +157,11 @@ fn main(
   let row = min(firstRow + mine, rowCount - 1u);
   let token = row / share;
   let head = kvHead * share + row % share;
-  let position = params.start + token;
-  let firstPosition = params.start + firstRow / share;
-  let lastPosition = params.start + min(firstRow + ${rows - 1}u, rowCount - 1u) / share;
+  var start = params.start;
+  if (params.ragged != 0u) { start = starts[sequence]; }
+  let position = start + token;
+  let firstPosition = start + firstRow / share;
+  let lastPosition = start + min(firstRow + ${rows - 1}u, rowCount - 1u) / share;
   let first = firstPosition + 1u - min(params.window, firstPosition + 1u);
   let begin = first + group.y * params.splitKeys;
   let end = min(lastPosition + 1u, begin + params.splitKeys);
@@ -269,8 +272,8 @@ fn main(
 export const appendKernel = variants((headDim: number) =>
   defineKernel({
     name: `cacheAppend.${headDim}`,
-    buffers: { x: read('f32'), cache: write('u32') },
-    params: { count: 'u32', tokens: 'u32', kvHeads: 'u32', start: 'u32', capacity: 'u32' },
+    buffers: { x: read('f32'), starts: read('u32'), cache: write('u32') },
+    params: { count: 'u32', tokens: 'u32', kvHeads: 'u32', start: 'u32', ragged: 'u32', capacity: 'u32' },
     body: /* wgsl */ `
 ${HALF_BITS}
 const D = ${headDim}u;
@@ -287,7 +290,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     var second = 0.0;
     if (2u * word + 1u < D) { second = x[at + 1u]; }
     let sequence = row / params.tokens;
-    let position = params.start + row % params.tokens;
+    var position = params.start + row % params.tokens;
+    if (params.ragged != 0u) { position = starts[sequence] + row % params.tokens; }
     cache[((sequence * params.kvHeads + head) * params.capacity + position) * WORDS + word] = packHalves(x[at], second);
   }
 }`,

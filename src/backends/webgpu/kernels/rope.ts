@@ -24,11 +24,12 @@ export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm }: 
       sines: read('f32'),
       qWeight: read('f32'),
       kWeight: read('f32'),
+      starts: read('u32'),
       q: write('f32'),
       k: write('f32'),
       v: write('f32'),
     },
-    params: { items: 'u32', heads: 'u32', kvHeads: 'u32', tokens: 'u32', start: 'u32', eps: 'f32' },
+    params: { items: 'u32', heads: 'u32', kvHeads: 'u32', tokens: 'u32', start: 'u32', ragged: 'u32', eps: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
 const D = ${headDim}u;
@@ -69,7 +70,9 @@ ${kNorm ? '    if (!isQ && !isV) { values[i] *= factor * kWeight[i]; }' : ''}
     : ''
 }
   workgroupBarrier();
-  let angles = (params.start + row % params.tokens) * HALF;
+  var start = params.start;
+  if (params.ragged != 0u) { start = starts[row / params.tokens]; }
+  let angles = (start + row % params.tokens) * HALF;
   for (var i = lid; i < D; i += 64u) {
     var value = values[i];
     if (i < 2u * HALF && !isV) {

@@ -124,17 +124,18 @@ function codeBytes(d: u32, nibbles: u32): usize {
 
 /**
  * Appends rows [batch · tokens, kvHeads · d] to a cache of codes [batch, kvHeads, capacity, bytes] with grids
- * [batch, kvHeads, capacity, 2] (low, scale) at `start`; units are sequences. Nibbles: channel i in the low half of byte i,
+ * [batch, kvHeads, capacity, 2] (low, scale) at starts[sequence]; units are sequences. Nibbles: channel i in the low half of byte i,
  * channel i + ⌈d/2⌉ in its high half.
  */
 export function appendQuantized(
   begin: u32, end: u32, scratch: usize,
-  rows: usize, codes: usize, grids: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, start: u32, nibbles: u32, clip: f32,
+  rows: usize, codes: usize, grids: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, starts: usize, nibbles: u32, clip: f32,
 ): void {
   const width = codeBytes(d, nibbles);
   const levels: f32 = nibbles ? 15 : 255;
   const half = (d + 1) >> 1;
   for (let b = begin; b < end; b++) {
+    const start = load<u32>(starts + (<usize>b << 2));
     for (let t: u32 = 0; t < tokens; t++) {
       for (let h: u32 = 0; h < kvHeads; h++) {
         const from = rows + (((<usize>b * tokens + t) * kvHeads + h) * d << 2);
@@ -214,16 +215,17 @@ export function decodeCache(
 export function attentionQuantized(
   begin: u32, end: u32, scratch: usize,
   q: usize, keys: usize, keyGrids: usize, values: usize, valueGrids: usize, out: usize, tokens: u32, heads: u32, kvHeads: u32,
-  d: u32, capacity: u32, start: u32, window: u32, scale: f32, nibbles: u32,
+  d: u32, capacity: u32, starts: usize, window: u32, scale: f32, nibbles: u32,
 ): void {
   const share = heads / kvHeads;
   const bytes = <usize>d << 2;
   const width = codeBytes(d, nibbles);
-  const total = start + tokens;
-  const padded = <usize>((total + 7) & ~3) << 2;
-  const block = scratch + tokens * share * padded;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / kvHeads;
+    const start = load<u32>(starts + (<usize>b << 2));
+    const total = start + tokens;
+    const padded = <usize>((total + 7) & ~3) << 2;
+    const block = scratch + tokens * share * padded;
     const h = unit - b * kvHeads;
     const slots = <usize>unit * capacity;
     const first = q + (b * tokens * heads + h * share) * bytes;

@@ -99,22 +99,23 @@ export function addWeighted(weights: usize, values: usize, step: usize, count: u
 
 /**
  * Causal attention. q, out: [batch · tokens, heads · d]. Keys and values: position p of head h of sequence b at
- * b·batchStep + h·headStep + p·step bytes (a cache, or a chunk as projected). Token t sits at position start + t and sees
- * the last `window` positions up to its own (0: all). Units are (sequence, kv head): the heads that share keys run
- * together, so that keys and values are read once. Scratch: queries · (start + tokens, padded) floats.
+ * b·batchStep + h·headStep + p·step bytes (a cache, or a chunk as projected). Token t of sequence b sits at position
+ * starts[b] + t and sees the last `window` positions up to its own (0: all). Units are (sequence, kv head): the heads
+ * that share keys run together, so that keys and values are read once. Scratch: queries · (start + tokens, padded) floats.
  */
 export function attention(
   begin: u32, end: u32, scratch: usize,
   q: usize, keys: usize, values: usize, out: usize, tokens: u32, heads: u32, kvHeads: u32, d: u32,
-  batchStep: usize, headStep: usize, step: usize, start: u32, window: u32, scale: f32,
+  batchStep: usize, headStep: usize, step: usize, starts: usize, window: u32, scale: f32,
 ): void {
   const share = heads / kvHeads;
   const bytes = <usize>d << 2;
-  const total = start + tokens;
-  const padded = <usize>((total + 7) & ~3) << 2;
   let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / kvHeads;
+    const start = load<u32>(starts + (<usize>b << 2));
+    const total = start + tokens;
+    const padded = <usize>((total + 7) & ~3) << 2;
     const h = unit - b * kvHeads;
     const keyAt = keys + b * batchStep + h * headStep;
     const valueAt = values + b * batchStep + h * headStep;
@@ -173,12 +174,13 @@ export function attention(
   store<u32>(scratch, touched);
 }
 
-/** Appends rows [batch · tokens, kvHeads · d] to a cache [batch, kvHeads, capacity, d] at `start`; units are sequences. */
+/** Appends rows [batch · tokens, kvHeads · d] to a cache [batch, kvHeads, capacity, d] at starts[sequence]; units are sequences. */
 export function appendCache(
-  begin: u32, end: u32, scratch: usize, rows: usize, cache: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, start: u32,
+  begin: u32, end: u32, scratch: usize, rows: usize, cache: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, starts: usize,
 ): void {
   const bytes = <usize>d << 2;
   for (let b = begin; b < end; b++) {
+    const start = load<u32>(starts + (<usize>b << 2));
     for (let t: u32 = 0; t < tokens; t++) {
       for (let h: u32 = 0; h < kvHeads; h++) {
         memory.copy(

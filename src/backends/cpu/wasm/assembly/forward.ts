@@ -173,18 +173,19 @@ export function rotateRows(
 /**
  * Merged projections qkv [rows, (heads + 2·kvHeads)·d] → q, k, v, with RMSNorm per head of q and k (norm weights may be
  * null) and half-split RoPE on the first `rotary` of d dimensions. Units are rows. cos, sin: [positions, rotary/2]; the
- * position of row r is start + r mod tokens.
+ * position of row r is starts[r / tokens] + r mod tokens.
  */
 export function splitHeads(
   begin: u32, end: u32, scratch: usize,
   qkv: usize, q: usize, k: usize, v: usize, heads: u32, kvHeads: u32, d: u32, qNorm: usize, kNorm: usize, eps: f32,
-  cos: usize, sin: usize, rotary: u32, start: u32, tokens: u32,
+  cos: usize, sin: usize, rotary: u32, starts: usize, tokens: u32,
 ): void {
   const bytes = <usize>d << 2;
   const all = heads + 2 * kvHeads;
   const half = rotary >> 1;
   for (let row = begin; row < end; row++) {
     const from = qkv + row * all * bytes;
+    const start = load<u32>(starts + (<usize>(row / tokens) << 2));
     const table = <usize>((start + row % tokens) * half) << 2;
     for (let h: u32 = 0; h < heads + kvHeads; h++) {
       const isQ = h < heads;

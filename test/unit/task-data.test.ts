@@ -1,0 +1,393 @@
+// Task files and their data: every bundled definition, odd and damaged files, limits, prompts as the harness writes them.
+import { createHash } from 'node:crypto';
+import { existsSync, readFileSync } from 'node:fs';
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { createServer, type Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { gzipSync } from 'node:zlib';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { loadRows, loadTask, taskNames } from '../../src/evaluation/data.node.js';
+import { parseTaskDefinition, type ChoicesTask, type GenerationTask } from '../../src/evaluation/definition.js';
+import { choiceItems, completionItems, fewShotCount, generationItems, taskTexts } from '../../src/evaluation/items.js';
+import { readRows, type Row } from '../../src/evaluation/rows.js';
+import { evalFolder } from '../support/eval-data.js';
+
+let folder: string;
+beforeAll(async () => {
+  folder = await mkdtemp(path.join(tmpdir(), 'gyre-tasks-'));
+});
+afterAll(() => rm(folder, { recursive: true, force: true }));
+
+const names = await taskNames();
+const bytes = (text: string): Uint8Array => new TextEncoder().encode(text);
+const choices = async (name: string): Promise<ChoicesTask> => {
+  const task = await loadTask(name);
+  if (task.type !== 'choices') throw new Error(`${name} has no choices`);
+  return task;
+};
+const generation = async (name: string): Promise<GenerationTask> => {
+  const task = await loadTask(name);
+  if (task.type !== 'generation') throw new Error(`${name} is not generated`);
+  return task;
+};
+
+describe('task files', () => {
+  it.each(names)('%s is valid and called like its file', async (name) => {
+    expect((await loadTask(name)).name).toBe(name);
+  });
+
+  it('are those of the issue', () => {
+    const wanted =
+      'wikitext2 c4 ptb piqa hellaswag arc_easy arc_challenge winogrande lambada boolq openbookqa mmlu gsm8k math500 aime24 aime25 gpqa_diamond mmlu_pro chains';
+    for (const name of wanted.split(' ')) expect(names).toContain(name);
+  });
+
+  it('may lie anywhere: one file is a task', async () => {
+    const own = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<
+      string,
+      unknown
+    >;
+    const file = path.join(folder, 'mine.json');
+    await writeFile(file, JSON.stringify({ ...own, name: 'mine' }));
+    expect((await loadTask(file)).name).toBe('mine');
+  });
+
+  it.each<[string, (task: Record<string, unknown>) => void, RegExp]>([
+    ['an unknown field', (t) => (t['promt'] = 'x'), /promt/],
+    ['no revision', (t) => delete (t['source'] as Record<string, unknown>)['revision'], /source\.revision/],
+    ['a branch as revision', (t) => ((t['source'] as Record<string, unknown>)['revision'] = 'main'), /40 hexadecimal/],
+    ['a split without files', (t) => (t['split'] = 'dev'), /no 'dev'/],
+    ['an unknown metric', (t) => (t['metrics'] = ['f1']), /metrics/],
+    ['an unknown kind', (t) => (t['type'] = 'ranking'), /type/],
+    ['neither prompt nor contexts', (t) => delete t['prompt'], /prompt and choices/],
+    [
+      'a path that climbs',
+      (t) =>
+        ((t['source'] as { splits: Record<string, unknown> }).splits = { validation: [{ path: '../../etc/passwd' }] }),
+      /relative path/,
+    ],
+  ])('are refused with %s', (_, change, message) => {
+    const task = JSON.parse(readFileSync(path.join(import.meta.dirname, '../../tasks/piqa.json'), 'utf8')) as Record<
+      string,
+      unknown
+    >;
+    change(task);
+    expect(() => parseTaskDefinition(JSON.stringify(task), 'piqa.json')).toThrow(message);
+  });
+
+  it('name what is there when there is none of the name', async () => {
+    await expect(loadTask('arc_hard')).rejects.toMatchObject({
+      code: 'not-found',
+      remedy: expect.stringContaining('arc_easy') as string,
+    });
+    expect(() => parseTaskDefinition('{"schemaVersion": 1', 'x.json')).toThrow(
+      expect.objectContaining({ code: 'file-corrupt' }),
+    );
+    expect(() => parseTaskDefinition('x'.repeat(300_000), 'x.json')).toThrow(
+      expect.objectContaining({ code: 'limit-exceeded' }),
+    );
+  });
+});
+
+describe('readRows', () => {
+  const rows = [
+    { question: 'a, "b"\nc', answer: 1 },
+    { question: 'd', answer: 2 },
+  ];
+  it.each<[string, Uint8Array, Row[]]>([
+    ['x.jsonl', bytes(`${JSON.stringify(rows[0])}\n\n${JSON.stringify(rows[1])}\n`), rows],
+    ['x.json', bytes(JSON.stringify(rows)), rows],
+    ['x.json.gz', gzipSync(rows.map((row) => JSON.stringify(row)).join('\n')), rows],
+    [
+      'x.csv',
+      bytes('question,answer\r\n"a, ""b""\nc",1\r\nd,2\r\n'),
+      rows.map((row) => ({ ...row, answer: String(row.answer) })),
+    ],
+    ['x.raw', bytes(' = Title = \n \n text\n'), [{ text: ' = Title = \n' }, { text: '' }, { text: ' text\n' }]],
+  ])('reads %s', async (name, content, wanted) => {
+    expect(await readRows(content, name)).toEqual(wanted);
+    expect(await readRows(content, name, 1)).toEqual(wanted.slice(0, 1));
+  });
+
+  it.each<[string, string, Uint8Array, string]>([
+    ['a line cut short', 'x.jsonl', bytes('{"a": 1}\n{"a": '), 'line 2'],
+    ['a line that is no object', 'x.jsonl', bytes('{"a": 1}\n[2]'), 'line 2'],
+    ['a list cut short', 'x.json', bytes('[{"a": 1}, {"a"'), 'not JSON'],
+    ['a quote that never closes', 'x.csv', bytes('a,b\n1,"2\n3,4\n'), 'never closed'],
+    ['a record with too few fields', 'x.csv', bytes('a,b\n1\n'), 'record 2'],
+    ['bytes that are no text', 'x.jsonl', Uint8Array.of(0x7b, 0xff, 0xfe), 'UTF-8'],
+    ['gzip cut short', 'x.jsonl.gz', gzipSync('{"a": 1}\n'.repeat(500)).subarray(0, 40), 'gzip'],
+    ['Parquet that is none', 'x.parquet', bytes('PAR1 and nothing more'), 'Parquet'],
+    ['an empty Parquet file', 'x.parquet', new Uint8Array(0), 'Parquet'],
+  ])('refuses %s', async (_, name, content, message) => {
+    await expect(readRows(content, name)).rejects.toMatchObject({
+      code: 'file-corrupt',
+      message: expect.stringContaining(message) as string,
+    });
+  });
+
+  it('knows no other formats', async () => {
+    await expect(readRows(bytes('x'), 'x.arrow')).rejects.toMatchObject({ code: 'unsupported' });
+    await expect(readRows(bytes('x'), 'x.parquet.gz')).rejects.toMatchObject({ code: 'unsupported' });
+  });
+});
+
+describe('questions', () => {
+  it('of ARC are put as in lm-evaluation-harness', async () => {
+    const row = {
+      id: 'q7',
+      question: 'What is wet?',
+      choices: { text: ['Sand', 'Wäter'], label: ['A', 'B'] },
+      answerKey: 'B',
+    };
+    const [item] = choiceItems(await choices('arc_easy'), [row]);
+    expect(item).toEqual({
+      id: 'q7',
+      group: null,
+      contexts: ['Question: What is wet?\nAnswer:', 'Question: What is wet?\nAnswer:'],
+      continuations: [' Sand', ' Wäter'],
+      bytes: [4, 6],
+      answer: 1,
+    });
+  });
+
+  it('of WinoGrande differ before the gap and end alike', async () => {
+    const row = {
+      sentence: 'The cup was in the bag because _ was small, a_b.',
+      option1: 'cup',
+      option2: 'bag',
+      answer: '2',
+    };
+    const [item] = choiceItems(await choices('winogrande'), [row]);
+    expect(item.contexts).toEqual(['The cup was in the bag because cup', 'The cup was in the bag because bag']);
+    expect(item.continuations).toEqual([' was small, a_b.', ' was small, a_b.']);
+    expect(item.answer).toBe(1);
+  });
+
+  it('of HellaSwag are cleaned', async () => {
+    const row = {
+      ind: 3,
+      activity_label: 'Baking',
+      ctx_a: 'A man bakes.',
+      ctx_b: 'he Then',
+      endings: ['[header] eats [title] Bread', 'runs'],
+      label: '0',
+    };
+    const [item] = choiceItems(await choices('hellaswag'), [row]);
+    expect(item.contexts[0]).toBe('Baking: A man bakes. He then');
+    expect(item.continuations).toEqual(['  eats. Bread', ' runs']);
+  });
+
+  it('of LAMBADA ask for the last word', async () => {
+    const task = await loadTask('lambada');
+    if (task.type !== 'completion') throw new Error('no completion');
+    const [item] = completionItems(task, [{ text: 'He looked at the sea' }]);
+    expect([item.contexts, item.continuations]).toEqual([['He looked at the'], [' sea']]);
+  });
+
+  it('of BoolQ and MMLU take labels and subjects', async () => {
+    const [boolq] = choiceItems(await choices('boolq'), [{ passage: 'P.', question: 'is it', answer: true }]);
+    expect([boolq.contexts[0], boolq.continuations, boolq.answer]).toEqual([
+      'P.\nQuestion: is it?\nAnswer:',
+      [' no', ' yes'],
+      1,
+    ]);
+    const task = await choices('mmlu');
+    const row = (subject: string, n: number): Row => ({
+      question: ` ${subject} ${n}? `,
+      subject,
+      choices: ['w', 'x', 'y', 'z'],
+      answer: n % 4,
+    });
+    const examples = ['some_subject', 'other'].flatMap((subject) => [0, 1, 2].map((n) => row(subject, n)));
+    const [item] = choiceItems(task, [row('some_subject', 9)], { fewShot: 2, examples });
+    expect(item.group).toBe('some_subject');
+    expect(item.contexts[0]).toBe(
+      'The following are multiple choice questions (with answers) about some subject.\n\n' +
+        'some_subject 0?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\n' +
+        'some_subject 1?\nA. w\nB. x\nC. y\nD. z\nAnswer: B\n\n' +
+        'some_subject 9?\nA. w\nB. x\nC. y\nD. z\nAnswer:',
+    );
+    expect(() => choiceItems(task, [row('other', 1)], { fewShot: 4, examples })).toThrow(/the split has 3/);
+  });
+
+  it('of GPQA are shuffled by seed, and the letter follows', async () => {
+    const task = await generation('gpqa_diamond');
+    const row = {
+      'Record ID': 'r',
+      Question: ' Why? ',
+      'Correct Answer': 'right\n',
+      'Incorrect Answer 1': 'w1',
+      'Incorrect Answer 2': 'w2',
+      'Incorrect Answer 3': 'w3',
+    };
+    const rows = Array.from({ length: 40 }, () => row);
+    const items = generationItems(task, rows, { seed: 3 });
+    expect(new Set(items.map(({ answer }) => answer))).toEqual(new Set(['A', 'B', 'C', 'D']));
+    for (const { answer, prompt } of items) expect(prompt).toContain(`\n${answer}. right`);
+    expect(generationItems(task, rows, { seed: 3 })).toEqual(items);
+    expect(generationItems(task, rows, { seed: 4 })).not.toEqual(items);
+    expect(items[0].prompt).toMatch(/^Why\?\n\nA\. \w+\nB\. \w+\nC\. \w+\nD\. \w+\n\nPlease/);
+  });
+
+  it('say which row lacks a column or an answer', async () => {
+    const task = await choices('piqa');
+    const good = { goal: 'g', sol1: 'a', sol2: 'b', label: 0 };
+    expect(() => choiceItems(task, [good, { goal: 'g', sol1: 'a', label: 1 }])).toThrow(
+      /piqa, row 2: no column 'sol2'/,
+    );
+    expect(() => choiceItems(task, [{ ...good, label: -1 }])).toThrow(/names none of 2 choices/);
+    expect(() => choiceItems(task, [])).toThrow(/no questions/);
+    expect(() => fewShotCount({ ...task, fewShot: undefined }, 3)).toThrow(/no split/);
+  });
+
+  it('draw examples by seed, never the question itself', async () => {
+    const task = await choices('piqa');
+    const rows = Array.from({ length: 9 }, (_, i) => ({ goal: `g${i}`, sol1: 'a', sol2: 'b', label: 0 }));
+    const contexts = (seed: number): string[] =>
+      choiceItems(task, rows, { fewShot: 3, examples: rows, seed }).map((item) => item.contexts[0]);
+    expect(contexts(1)).toEqual(contexts(1));
+    expect(contexts(1)).not.toEqual(contexts(2));
+    contexts(1).forEach((context, i) => {
+      expect(context.match(new RegExp(`g${i}\\n`, 'g'))).toHaveLength(1);
+      expect(context.match(/Question/g)).toHaveLength(4);
+    });
+  });
+});
+
+describe('loadRows', () => {
+  it('finds data by the names people use', async () => {
+    const data = path.join(folder, 'data');
+    await mkdir(path.join(data, 'allenai/openbookqa/main'), { recursive: true });
+    await writeFile(path.join(data, 'piqa.jsonl'), '{"goal":"g","sol1":"a","sol2":"b","label":0}\n');
+    await writeFile(path.join(data, 'ptb.test.txt'), ' no it was \n yes \n');
+    const piqa = await loadRows(await loadTask('piqa'), 'validation', { data });
+    expect(piqa).toMatchObject({ local: true, rows: [{ goal: 'g' }], files: [{ name: 'piqa.jsonl' }] });
+    const ptb = await loadTask('ptb');
+    if (ptb.type !== 'text') throw new Error('no text');
+    expect(taskTexts(ptb, (await loadRows(ptb, 'test', { data })).rows).join(ptb.join)).toBe('no it was yes');
+    await expect(loadRows(ptb, 'test')).rejects.toMatchObject({ code: 'file-missing' });
+    await expect(loadRows(ptb, 'test', { data: path.join(folder, 'nowhere') })).rejects.toMatchObject({
+      code: 'not-found',
+    });
+    // The pinned file under its own path keeps its checksum.
+    await writeFile(path.join(data, 'allenai/openbookqa/main/test-00000-of-00001.parquet'), 'something else');
+    await expect(loadRows(await loadTask('openbookqa'), 'test', { data })).rejects.toMatchObject({
+      code: 'file-corrupt',
+      message: expect.stringContaining('SHA-256') as string,
+    });
+  });
+
+  it('brings the chains along', async () => {
+    const { rows } = await loadRows(await loadTask('chains'), 'test');
+    expect(rows.length).toBeGreaterThan(100);
+  });
+
+  describe('from a hub', () => {
+    const content = '{"text": "It was a dark night"}\n';
+    let server: Server;
+    let hubUrl: string;
+    let requests = 0;
+    beforeAll(async () => {
+      server = createServer((request, response) => {
+        requests++;
+        if (request.url?.startsWith('/api/datasets/me/set/tree/')) {
+          const oid = createHash('sha256').update(content).digest('hex');
+          const file = {
+            type: 'file',
+            path: 'data/test.jsonl',
+            size: content.length,
+            oid: 'a'.repeat(40),
+            lfs: { oid, size: content.length, pointerSize: 10 },
+          };
+          response.setHeader('content-type', 'application/json').end(JSON.stringify([file]));
+        } else if (request.url === `/datasets/me/set/resolve/${'1'.repeat(40)}/data/test.jsonl`) response.end(content);
+        else response.writeHead(404).end();
+      });
+      await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+      hubUrl = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+    });
+    afterAll(() => new Promise((resolve) => server.close(resolve)));
+
+    const task = (sha256?: string): ReturnType<typeof parseTaskDefinition> =>
+      parseTaskDefinition(
+        JSON.stringify({
+          schemaVersion: 1,
+          name: 'mine',
+          title: 'Mine',
+          version: 0,
+          type: 'text',
+          source: {
+            dataset: 'me/set',
+            revision: '1'.repeat(40),
+            splits: { test: [{ path: 'data/test.jsonl', ...(sha256 && { sha256 }) }] },
+          },
+          split: 'test',
+          columns: ['text'],
+          text: '{{ text }}',
+          join: '\n',
+        }),
+        'mine.json',
+      );
+
+    it('fetches a pinned file once and checks it', async () => {
+      const cacheDir = path.join(folder, 'hub');
+      const found = await loadRows(task(), 'test', { hubUrl, cacheDir });
+      expect(found).toMatchObject({
+        local: false,
+        rows: [{ text: 'It was a dark night' }],
+        files: [{ name: 'data/test.jsonl' }],
+      });
+      const before = requests;
+      expect(
+        (await loadRows(task(found.files[0].sha256), 'test', { hubUrl, cacheDir, offline: true })).rows,
+      ).toHaveLength(1);
+      expect(requests).toBe(before);
+      await expect(loadRows(task('0'.repeat(64)), 'test', { hubUrl, cacheDir })).rejects.toMatchObject({
+        code: 'file-corrupt',
+      });
+    });
+
+    it('says how to go on without it', async () => {
+      const cacheDir = path.join(folder, 'empty');
+      await expect(loadRows(task(), 'test', { hubUrl, cacheDir, offline: true })).rejects.toMatchObject({
+        code: 'not-found',
+        remedy: expect.stringContaining('--data') as string,
+      });
+      const other = { ...task(), source: { ...task().source, splits: { test: [{ path: 'data/other.jsonl' }] } } };
+      await expect(loadRows(other, 'test', { hubUrl, cacheDir })).rejects.toMatchObject({ code: 'file-missing' });
+    });
+  });
+});
+
+describe.skipIf(evalFolder === undefined)('real sets (need ../shared/data/eval)', () => {
+  const data = evalFolder ?? '';
+  it.each([
+    ['gsm8k', 1319],
+    ['math500', 500],
+    ['aime25', 30],
+  ] as const)('%s', async (name, count) => {
+    const task = await generation(name);
+    const { rows, files } = await loadRows(task, task.split, { data });
+    const items = generationItems(task, rows);
+    expect(items).toHaveLength(count);
+    expect(new Set(items.map(({ id }) => id)).size).toBe(count);
+    for (const { prompt, answer } of items) {
+      expect(prompt).toMatch(/\\boxed\{\}\.$/);
+      expect(answer).not.toBe('');
+    }
+    expect(files[0].name).toBe(`${name}-test.jsonl`);
+    if (name !== 'math500') for (const { answer } of items) expect(answer).toMatch(/^-?[\d,]+$/);
+  });
+
+  it('WikiText-2 has its lines and headings', async () => {
+    const task = await loadTask('wikitext2');
+    if (task.type !== 'text') throw new Error('no text');
+    if (!existsSync(path.join(data, 'wiki.test.tokens'))) return;
+    const texts = taskTexts(task, (await loadRows(task, 'test', { data })).rows);
+    expect(texts).toHaveLength(4358);
+    expect(texts.filter((text) => / = [^=]+ = \n$/.test(text) && !text.includes('= =')).length).toBeGreaterThan(50);
+  });
+});
