@@ -116,16 +116,12 @@ async function rotation(rows: number, channels: number): Promise<void> {
       const groups = [channels / groupSize, Math.ceil(rows / ROTATE_ROWS)] as const;
       return { kernel, dispatch: gpu.prepare(kernel, { x, y, scale, table }, { rows, channels }, groups) };
     }),
-    ...[512, 2048].flatMap((block) =>
-      [16, 32, 64].flatMap((tile) =>
-        [true, false].flatMap((stageIn) =>
-          [true, false].map((stageOut) => {
-            const kernel = rotateDenseKernel({ rows: block, tile, stageIn, stageOut });
-            const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
-            return { kernel, dispatch: gpu.prepare(kernel, { x, y, r }, { rows, channels }, groups) };
-          }),
-        ),
-      ),
+    ...[1024, 2048].flatMap((block) =>
+      [32, 64].map((tile) => {
+        const kernel = rotateDenseKernel({ rows: block, tile, stageIn: true, stageOut: true });
+        const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
+        return { kernel, dispatch: gpu.prepare(kernel, { x, y, r }, { rows, channels }, groups) };
+      }),
     ),
   ];
   for (const { kernel, dispatch } of candidates) {

@@ -65,7 +65,8 @@ export interface PlanModel {
   readonly embedding: { readonly table: GPUBuffer; readonly type: EmbeddingType };
   /** [vocab, hidden] f16, or int4. */
   readonly head:
-    { readonly kind: 'f16' | 'bf16'; readonly weight: GPUBuffer } | { readonly kind: 'int4'; readonly weight: PlanWeight };
+    | { readonly kind: 'f16' | 'bf16'; readonly weight: GPUBuffer }
+    | { readonly kind: 'int4'; readonly weight: PlanWeight };
   /** [hidden] f32. */
   readonly finalNorm: GPUBuffer;
   readonly blocks: readonly PlanBlock[];
@@ -83,6 +84,8 @@ export type PlanSampling = Pick<TokenChoice, 'temperature'> & Partial<TokenChoic
 
 /** Most steps submitted at once. */
 const MAX_STEPS = 64;
+/** Steps whose tokens stay readable: a read may come that many later, and reads of two submissions may be under way. */
+const RING = 4 * MAX_STEPS;
 
 /** Channels per grid or rotation group that the kernels take. */
 export const PLAN_GROUPS: readonly number[] = [32, 64, 128];
@@ -105,8 +108,8 @@ export class DecodePlan implements DecodeProgram {
   readonly #seeds: GPUBuffer;
   readonly #logits: GPUBuffer;
   readonly #history: GPUBuffer;
-  /** Tokens of the longest sequence, to refuse steps past the caches' end. */
-  #position = 0;
+  /** Tokens each sequence's cache will hold when everything submitted is done. */
+  #lengths: number[] = [];
   readonly #vocab: number;
 
   constructor(gpu: GpuDevice, model: PlanModel, { batch, capacity }: PlanOptions) {
@@ -150,7 +153,7 @@ export class DecodePlan implements DecodeProgram {
     const stats = make(batch * heads * splits * 8);
     const gateUp = make(batch * 2 * intermediate * 4);
     this.#logits = make(batch * vocab * 4);
-    this.#history = make(MAX_STEPS * batch * 4);
+    this.#history = make(RING * batch * 4);
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
@@ -303,8 +306,9 @@ export class DecodePlan implements DecodeProgram {
           spans,
           tokens: this.#tokens,
           positions: this.#positions,
+          history: this.#history,
         },
-        { vocab, spanCount },
+        { vocab, spanCount, batch, ring: RING },
         [batch],
       ),
     );
@@ -323,7 +327,7 @@ export class DecodePlan implements DecodeProgram {
       'usage',
       () => `a plan for ${batch} sequences was begun with ${tokens.length}`,
     );
-    this.#position = positions.reduce((a, b) => Math.max(a, b), 0);
+    this.#lengths = [...positions];
     this.#gpu.upload(this.#tokens, tokens);
     this.#gpu.upload(this.#positions, positions);
     this.#gpu.upload(
@@ -341,15 +345,20 @@ export class DecodePlan implements DecodeProgram {
    * next input. The promise gives the chosen tokens [count, batch]; more steps may be submitted before it settles.
    * @throws GyreError `context-length` for steps past the end of the caches.
    */
-  steps(count: number): Promise<Uint32Array> {
+  async steps(count: number): Promise<Uint32Array> {
     ensure(count >= 1 && count <= MAX_STEPS, 'usage', () => `from 1 to ${MAX_STEPS} steps at once, not ${count}`);
-    const bytes = this.batch * 4;
+    const { batch } = this;
+    // Where each sequence's tokens of these steps will lie in the ring.
+    const slots = this.#lengths.map((position) => position % RING);
     for (let i = 0; i < count; i++) {
       this.#advance();
       this.#gpu.run(this.#step);
-      this.#gpu.copy(this.#tokens, 0, this.#history, i * bytes, bytes);
     }
-    return this.#gpu.read(this.#history, 0, count * bytes).then((data) => new Uint32Array(data));
+    const ring = new Uint32Array(await this.#gpu.read(this.#history, 0, RING * batch * 4));
+    const out = new Uint32Array(count * batch);
+    for (let i = 0; i < count; i++)
+      for (let b = 0; b < batch; b++) out[i * batch + b] = ring[((slots[b] + i) % RING) * batch + b];
+    return out;
   }
 
   /** Submits one step without reading its tokens back. */
@@ -360,12 +369,13 @@ export class DecodePlan implements DecodeProgram {
   }
 
   #advance(): void {
+    const { capacity } = this;
     ensure(
-      this.#position < this.capacity,
+      this.#lengths.every((length) => length < capacity),
       'context-length',
-      () => `the caches hold ${this.capacity} tokens, and all are there`,
+      () => `the caches hold ${capacity} tokens, and all are there`,
     );
-    this.#position++;
+    this.#lengths = this.#lengths.map((length) => length + 1);
   }
 
   /** The logits of the last step [batch, vocab]. */
