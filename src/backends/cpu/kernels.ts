@@ -33,3 +33,14 @@ export {
   type VectorSource,
 } from './wasm/forward-kernels.js';
 export { MAX_GEMV_ROWS, PackedLinear } from './wasm/packed-linear.js';
+export {
+  adamW,
+  attentionGradient,
+  elementLoss,
+  freeGrid,
+  logitLoss,
+  rmsNormGradient,
+  rotateGradient,
+  siluMulGradient,
+  splitHeadsGradient,
+} from './wasm/gradient-kernels.js';

@@ -29,6 +29,7 @@ import {
   ReferenceRope,
   splitHeads,
 } from './attention.js';
+import { ReferenceGradients } from './gradients.js';
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import { embed, linear, matmul, ownLinear, ReferenceLinear, transpose } from './linear.js';
 import { rmsNorm, score, siluMul } from './norms.js';
@@ -53,6 +54,7 @@ export function createReferenceBackend(): Backend {
 
 class ReferenceBackend implements Backend {
   readonly info: BackendInfo = { name: 'reference', description: 'plain TypeScript, float64', threads: 1 };
+  readonly gradients = new ReferenceGradients();
 
   upload(tensor: HostTensor): Tensor {
     return new ReferenceTensor([...tensor.shape], hostValues(tensor));

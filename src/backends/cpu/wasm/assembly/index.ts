@@ -13,3 +13,7 @@ export {
   quantizeActivations, gemvNibbles, gemvBytes, packCodes, dequantizeRows, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
 export { scoreRows } from './score';
+export {
+  rmsNormGradient, siluMulGradient, splitHeadsGradient, scaleAndDot, gridForward, gridGradient, elementLoss, logitGradient, adamW,
+} from './gradients';
+export { attentionGradient } from './attention-gradient';
