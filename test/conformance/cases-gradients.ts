@@ -209,7 +209,10 @@ function gridInputs(duo: Duo, channels: number, cols: number, grid: GridSpec) {
   const groups = channels / grid.groupSize;
   const top = 2 ** grid.bits - 1;
   const scales = Float32Array.from({ length: groups * cols }, () => 0.01 + 0.05 * duo.rng.uniform());
-  const zeros = Float32Array.from({ length: groups * cols }, () => duo.rng.uniform() * 0.8 - 0.4 + duo.rng.int(0, top + 1));
+  const zeros = Float32Array.from(
+    { length: groups * cols },
+    () => duo.rng.uniform() * 0.8 - 0.4 + duo.rng.int(0, top + 1),
+  );
   const w = Float32Array.from({ length: channels * cols }, (_, at) => {
     const slot = Math.floor(at / cols / grid.groupSize) * cols + (at % cols);
     const code = duo.rng.int(-2, top + 3) - Math.round(zeros[slot]);

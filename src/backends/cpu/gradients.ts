@@ -134,12 +134,7 @@ export class CpuGradients implements GradientOps {
   fakeQuantize(w: Tensor, scales: Tensor, zeros: Tensor, grid: GridSpec): Tensor {
     const { data, cols } = own(w).matrix;
     const out = this.#tensors.make(w.shape);
-    freeGrid(
-      this.#pool,
-      data,
-      { ...grid, columns: cols, scales: own(scales).data, zeros: own(zeros).data },
-      out.data,
-    );
+    freeGrid(this.#pool, data, { ...grid, columns: cols, scales: own(scales).data, zeros: own(zeros).data }, out.data);
     return out;
   }
 

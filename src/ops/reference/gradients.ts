@@ -1,12 +1,6 @@
 // The gradient ops in float64: one loop per formula, nothing shared with the forward ops but the inputs.
 import type { GridSpec, RopeHandle, SplitHeadsOptions, Tensor, TransformHandle } from '../backend.js';
-import type {
-  AdamWStep,
-  AttentionGradientOptions,
-  ElementLoss,
-  GradientOps,
-  LossGradient,
-} from '../gradients.js';
+import type { AdamWStep, AttentionGradientOptions, ElementLoss, GradientOps, LossGradient } from '../gradients.js';
 import { ensure } from '../../core/errors.js';
 import { ownRope, takeColumns } from './attention.js';
 import { roundHalfEven } from './quantize.js';
@@ -37,11 +31,7 @@ export class ReferenceGradients implements GradientOps {
     return { x: new ReferenceTensor(x.shape, dx), weight: new ReferenceTensor([n], dWeight) };
   }
 
-  rotateGradient(
-    x: Tensor,
-    handle: TransformHandle,
-    dy: Tensor,
-  ): { x: Tensor; theta: Tensor; channelScales: Tensor } {
+  rotateGradient(x: Tensor, handle: TransformHandle, dy: Tensor): { x: Tensor; theta: Tensor; channelScales: Tensor } {
     const t = ownTransform(handle);
     const [rows, channels] = matrixShape(x, 'rotateGradient');
     expectSize(channels, t.channels, 'channels of rotateGradient');
@@ -135,7 +125,10 @@ export class ReferenceGradients implements GradientOps {
         for (let t = 0; t < tokens; t++) {
           const first = Math.max(0, t - window + 1);
           const count = t - first + 1;
-          const logits = Array.from({ length: count }, (_, n) => scale * dot(Q, queryAt(t), K, keyAt(first + n), headDim));
+          const logits = Array.from(
+            { length: count },
+            (_, n) => scale * dot(Q, queryAt(t), K, keyAt(first + n), headDim),
+          );
           const max = logits.reduce((a, z) => Math.max(a, z), -Infinity);
           const weights = logits.map((z) => Math.exp(z - max));
           const total = weights.reduce((a, w) => a + w, 0);
@@ -241,8 +234,7 @@ export class ReferenceGradients implements GradientOps {
       ensure(target >= 0 && target < classes, 'usage', () => `target ${target} is outside ${classes} classes`);
       const logQ = logSoftmax(own(logits).values.subarray(r * classes, (r + 1) * classes));
       sum -= logQ[target];
-      for (let c = 0; c < classes; c++)
-        gradient[r * classes + c] = (Math.exp(logQ[c]) - (c === target ? 1 : 0)) / rows;
+      for (let c = 0; c < classes; c++) gradient[r * classes + c] = (Math.exp(logQ[c]) - (c === target ? 1 : 0)) / rows;
     }
     return { loss: sum / rows, gradient: new ReferenceTensor(logits.shape, gradient) };
   }
