@@ -2,13 +2,14 @@
 // calibration text (given or written by the model), the pipeline and the output folder.
 import { createHash } from 'node:crypto';
 import { readdir, readFile, stat } from 'node:fs/promises';
-import { availableParallelism } from 'node:os';
+import { availableParallelism, freemem } from 'node:os';
 import path from 'node:path';
 import { openBackend, type BackendName } from './backends/registry.js';
 import { GyreError, ensure } from './core/errors.js';
 import { silent, type ProgressListener } from './core/progress.js';
 import { createRng } from './core/rng.js';
 import { bytesOf, hostTensor } from './core/tensor.js';
+import { ActivationFiles } from './formats/activations.node.js';
 import { freeBytes } from './formats/atomic.node.js';
 import { resolveModel } from './formats/hub.node.js';
 import { quantizationConfigJson, type QuantizationConfig } from './formats/quantization-config.js';
@@ -27,13 +28,22 @@ import {
   type CalibrationText,
   type CalibrationTokens,
 } from './quant/calibration/tokens.js';
+import { TRAINING_KEY } from './quant/block-pipeline.js';
 import { quantizeModel } from './quant/pipeline.js';
-import type { GroupReport, PipelineReport } from './quant/run.js';
+import type { BlockReport, GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
 import { rotationGroup } from './quant/recipes/paroquant.js';
 import { findRecipe } from './quant/recipes/index.js';
 import { blockShard, REST_SHARD } from './quant/sink.js';
-import type { QuantizeSettings, Recipe, Rounding } from './quant/types.js';
+import {
+  BLOCK_DEFAULTS,
+  isBlockRecipe,
+  type BlockSettings,
+  type QuantizeSettings,
+  type Recipe,
+  type Rounding,
+  type StageCurve,
+} from './quant/types.js';
 import { loadTokenizer } from './tokenizer/index.js';
 import { VERSION } from './version.js';
 
@@ -60,6 +70,10 @@ export interface QuantizeOptions {
   /** Optimiser steps per transform; default 100. */
   readonly steps?: number;
   readonly seed?: number;
+  /** Settings of recipes that train whole blocks; the rest default to the published ones. */
+  readonly block?: Partial<BlockSettings>;
+  /** Bytes of residual streams that such recipes may keep in memory; more goes to disk. Default half of what is free. */
+  readonly activationBytes?: number;
   /** Calibration texts (.txt, .jsonl with "text"); without any, the model writes its own. */
   readonly calib?: readonly string[];
   /** Calibration sequences made before (by {@link writeCalibrationText}, say), instead of texts. */
@@ -100,6 +114,8 @@ export interface QuantizeReport {
   readonly seconds: number;
   readonly breakdown: PipelineReport['seconds'] & { readonly calibrationText: number };
   readonly groups: readonly GroupReport[];
+  /** Of recipes that train whole blocks; losses by epoch are in `training.json` beside the weights. */
+  readonly blocks?: readonly BlockReport[];
 }
 
 const DEFAULTS = {
@@ -108,7 +124,6 @@ const DEFAULTS = {
   groupSize: 128,
   krot: 8,
   scales: true,
-  share: true,
   steps: 100,
   seed: 0,
   calibSamples: 64,
@@ -144,6 +159,13 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       });
     }
     checkTensors(source);
+    if (isBlockRecipe(recipe))
+      ensure(
+        (options.calibrationTokens?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples) >= 2,
+        'usage',
+        `${recipe.name} needs at least two calibration sequences: one to train on, one to choose the best epoch by`,
+        'raise --calib-samples',
+      );
     const calibrated = recipe.needs !== 'nothing';
     const given = calibrated ? options.calibrationTokens : undefined;
     const shape = {
@@ -157,7 +179,9 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const ready =
       given ??
       (tokenizer && texts.length > 0
-        ? sampleWindows(tokenizer, texts, shape, createRng(settings.seed).fork('calibration'))
+        ? sampleWindows(tokenizer, texts, shape, createRng(settings.seed).fork('calibration'), {
+            evenly: isBlockRecipe(recipe),
+          })
         : undefined);
     const fingerprint = await fingerprintOf(source, settings, calibrated ? { shape, texts, tokens: given } : undefined);
     options.onPlan?.({ ...plan, lines: describePlan(source, plan, settings, recipe, shape, texts) });
@@ -197,6 +221,9 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));
         const calibrationText = (performance.now() - textStart) / 1000;
         const quantization = quantizationOf(source, settings, recipe, plan);
+        const activations = isBlockRecipe(recipe)
+          ? activationFiles(folder, source, shape, options.activationBytes ?? freemem() / 2)
+          : undefined;
         const pipeline = await quantizeModel({
           backend,
           source,
@@ -206,9 +233,10 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           quantization,
           calibration,
           sink: folder,
+          activations,
           onProgress,
           signal: options.signal,
-        });
+        }).finally(() => activations?.remove());
         const description = calibration?.description ?? 'none';
         await folder.finish(
           await resultFiles(source, quantization, {
@@ -216,6 +244,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
             settings,
             calibration: description,
             notes: plan.notes,
+            training: isBlockRecipe(recipe) ? await trainingOf(folder, source) : undefined,
           }),
         );
         return report({
@@ -224,6 +253,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           seconds: (performance.now() - start) / 1000,
           breakdown: { ...pipeline.seconds, calibrationText },
           groups: pipeline.groups,
+          ...(pipeline.blocks && { blocks: pipeline.blocks }),
         });
       } finally {
         await folder.close();
@@ -240,6 +270,7 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
   const bits = options.bits ?? DEFAULTS.bits;
   const groupSize = options.groupSize ?? DEFAULTS.groupSize;
   const krot = options.krot ?? DEFAULTS.krot;
+  const recipe = findRecipe(options.method ?? DEFAULTS.method);
   ensure([2, 3, 4, 8].includes(bits), 'usage', () => `--bits must be 2, 3, 4 or 8, found ${bits}`);
   ensure(
     [-1, 32, 64, 128].includes(groupSize),
@@ -252,16 +283,36 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
     () => `--krot must be between 0 and 31, found ${krot}`,
   );
   return {
-    method: options.method ?? DEFAULTS.method,
+    method: recipe.name,
     bits,
     groupSize,
     krot,
     scales: options.scales ?? DEFAULTS.scales,
-    share: options.share ?? DEFAULTS.share,
+    // The published recipe has a transform for each projection, ours one for each linear group.
+    share: options.share ?? !isBlockRecipe(recipe),
     rounding: options.rounding,
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
+    ...(isBlockRecipe(recipe) ? { block: blockSettings(options.block) } : {}),
   };
+}
+
+function blockSettings(given: Partial<BlockSettings> = {}): BlockSettings {
+  const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
+  const block: BlockSettings = { ...BLOCK_DEFAULTS, ...chosen };
+  for (const name of ['epochs', 'batch', 'validation'] as const)
+    ensure(
+      Number.isInteger(block[name]) && block[name] >= 1,
+      'usage',
+      () => `${name} must be a whole number of at least 1, found ${block[name]}`,
+    );
+  for (const name of ['transformRate', 'weightRate', 'gridRate', 'weightDecay', 'beta'] as const)
+    ensure(
+      Number.isFinite(block[name]) && block[name] >= 0 && (name !== 'beta' || block[name] > 0),
+      'usage',
+      () => `${name} must be a positive number, found ${block[name]}`,
+    );
+  return block;
 }
 
 function checkShape(
@@ -410,6 +461,35 @@ async function storedTokens(
   return tokens;
 }
 
+/** Residual streams on disk when they would take more than `budget` bytes; undefined: keep them in memory. */
+function activationFiles(
+  folder: RunFolder,
+  source: ModelSource,
+  shape: { sequences: number; length: number },
+  budget: number,
+): ActivationFiles | undefined {
+  const elements = shape.length * source.config.hiddenSize;
+  if (2 * shape.sequences * elements * 4 <= budget) return undefined;
+  return new ActivationFiles(folder.temporary('activations'), elements);
+}
+
+/** Losses of one block's training, as `training.json` has them. */
+interface BlockTraining {
+  readonly layer: number;
+  readonly stages: readonly StageCurve[];
+}
+
+/** The losses that finished shards carry, those of an interrupted run included. */
+async function trainingOf(folder: RunFolder, source: ModelSource): Promise<BlockTraining[]> {
+  const blocks: BlockTraining[] = [];
+  for (let layer = 0; layer < source.config.layers; layer++) {
+    const file = await SafetensorsFile.open(await folder.open(blockShard(layer)).open('model.safetensors'));
+    blocks.push({ layer, stages: JSON.parse(file.metadata[TRAINING_KEY] ?? '[]') as StageCurve[] });
+    await file.close();
+  }
+  return blocks;
+}
+
 /** The quantization config of a planned run. */
 export function quantizationOf(
   source: ModelSource,
@@ -452,12 +532,22 @@ function commonRotationGroup(source: ModelSource): number {
 async function resultFiles(
   source: ModelSource,
   quantization: QuantizationConfig,
-  record: { fingerprint: string; settings: QuantizeSettings; calibration: string; notes: readonly string[] },
+  run: {
+    fingerprint: string;
+    settings: QuantizeSettings;
+    calibration: string;
+    notes: readonly string[];
+    training?: readonly BlockTraining[];
+  },
 ): Promise<Record<string, string>> {
+  const { training, ...record } = run;
   const result: Record<string, string> = {
     'config.json': `${JSON.stringify({ ...source.rawConfig, quantization_config: quantizationConfigJson(quantization) }, null, 2)}\n`,
     'gyre.json': `${JSON.stringify({ ...record, gyre: VERSION, model: source.name }, null, 2)}\n`,
   };
+  if (training)
+    result['training.json'] =
+      `${JSON.stringify({ gyre: VERSION, model: source.name, settings: run.settings, blocks: training }, null, 2)}\n`;
   const present = new Set(await source.files.list());
   for (const name of COPIED_FILES) if (present.has(name)) result[name] = await readRaw(source.files, name);
   return result;

@@ -13,7 +13,7 @@ import type { Backend, RopeHandle, Tensor } from '../ops/backend.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { InputStatistics } from './statistics.js';
-import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
+import { isBlockRecipe, type GroupResult, type GroupTask, type QuantizedPart } from './types.js';
 
 /** What a block asks of the pipeline. */
 export interface BlockHooks {
@@ -204,6 +204,7 @@ export class BlockQuantizer {
     statistics?: { gram: Tensor; cross: Tensor | undefined },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
+    if (isBlockRecipe(recipe)) throw new Error(`${recipe.name} quantizes whole blocks`);
     const decision = plan.decisions[group];
     const read = parts ?? (await this.#readParts(group));
     if (decision.kind === 'keep') return read;

@@ -246,7 +246,8 @@ export class CpuInference implements InferenceOps {
     const [keys, values] = [own(k).data, own(v).data];
     const out = this.#tensors.make(q.shape);
     if (cache && !(cache instanceof KvCache)) throw foreign();
-    if (tokens <= FEW_QUERY_ROWS) {
+    // ONNX Runtime takes head dimensions in multiples of 8 only.
+    if (tokens <= FEW_QUERY_ROWS || headDim % 8 !== 0) {
       cache?.append(keys, values, start);
       const source = cache ?? { k: keys, v: values };
       attention(this.#pool, { q: data, out: out.data, batch, heads, kvHeads, headDim, scale, window, start, source });

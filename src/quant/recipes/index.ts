@@ -4,10 +4,11 @@ import type { Recipe } from '../types.js';
 import { awq } from './awq.js';
 import { gptq } from './gptq.js';
 import { paroquant } from './paroquant.js';
+import { paroquantBlock } from './paroquant-block.js';
 import { rtn } from './rtn.js';
 
 /** Every recipe by name. */
-export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant];
+export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant, paroquantBlock];
 
 /** @throws GyreError `usage` naming the recipes there are. */
 export function findRecipe(name: string): Recipe {
