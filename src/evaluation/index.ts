@@ -15,6 +15,14 @@ export {
   type Predictor,
   type TextEvaluation,
 } from './perplexity.js';
+export {
+  evaluateDrift,
+  type DriftEvaluation,
+  type DriftOptions,
+  type LengthDrift,
+  type PositionDrift,
+  type TaskDrift,
+} from './drift.js';
 export * from './tasks/index.js';
 export {
   evaluateTasks,

@@ -27,6 +27,7 @@ import {
   runtimeSchema,
   wholeNumber,
 } from '../options.js';
+import { driftReport, onDrift } from './eval-drift.js';
 import { formatDuration, formatFields, formatMeasure, formatTable } from '../ui/table.js';
 
 const schema = z.object({
@@ -37,6 +38,7 @@ const schema = z.object({
   seqLen: wholeNumber(2, 10_000_000).optional(),
   samples: wholeNumber(1).optional(),
   tasks: z.string().optional(),
+  drift: z.string().optional(),
   limit: wholeNumber(1).optional(),
   maxTokens: wholeNumber(1),
 });
@@ -53,6 +55,7 @@ export function evalCommand(context: CommandContext): Command {
     .option('--seq-len <n>', "tokens per window (default: 1024, or the model's context)")
     .option('--samples <n>', 'windows, spread evenly over the text (default: all)')
     .option('--tasks <file>', 'tasks as .jsonl (models/gyre-14m/eval/tasks.jsonl): greedy answers, exact match')
+    .option('--drift <file>', "tasks as .jsonl: KL along the reference's chains, and where the model's own depart")
     .option('--limit <n>', 'tasks, from the first (default: all)')
     .option('--max-tokens <n>', 'tokens per answer of --tasks', '512');
   for (const option of [...runtimeOptions(), ...modelOptions(), jsonOption()]) command.addOption(option);
@@ -64,18 +67,19 @@ Examples:
   $ gyre eval qwen3-w4 --text book.txt
   $ gyre eval qwen3-w4 --text book.txt --reference Qwen/Qwen3-0.6B --samples 32 --json
   $ gyre eval models/gyre-14m --tasks models/gyre-14m/eval/tasks.jsonl --limit 100
+  $ gyre eval gyre-14m-w3 --drift models/gyre-14m/eval/tasks.jsonl --reference models/gyre-14m --limit 200
 
 The text is tokenized once and cut into windows of --seq-len tokens, each opened by the start token if the model has
 one; every next token of a window is scored. kl is the mean of KL(reference‖model) per token in nats.`,
     )
     .action(async (model: string, raw: unknown) => {
       const options = parseOptions(schema, raw);
-      if (options.text === undefined && options.tasks === undefined) {
+      if (options.text === undefined && options.tasks === undefined && options.drift === undefined) {
         throw new GyreError('usage', 'nothing to evaluate on: neither --text nor --tasks was given', {
           remedy: `add --text <file>, e.g. gyre eval ${model} --text book.txt`,
         });
       }
-      if (options.reference !== undefined && options.text === undefined) {
+      if (options.reference !== undefined && options.text === undefined && options.drift === undefined) {
         throw new GyreError('usage', '--reference compares on a text, and no --text was given', {
           remedy: 'add --text <file>',
         });
@@ -83,6 +87,8 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
       // Read before any model is: a wrong path should cost nothing.
       const texts = (await Promise.all((options.text ?? []).map(readTexts))).flat();
       const tasks = options.tasks === undefined ? [] : parseTasks(await readInput(options.tasks), options.tasks);
+      const drift =
+        options.drift === undefined ? undefined : { name: options.drift, text: await readInput(options.drift) };
       await withModel(context, model, options, (source) =>
         withBackend(options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
@@ -100,6 +106,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
                       signal: context.signal,
                     })
                   : undefined,
+              drift: drift && (await onDrift(context, decoder, tokenizer, drift, options)),
             }),
             options,
           );
@@ -107,6 +114,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
           context.result({
             ...found.text,
             ...(found.tasks && { tasksEvaluation: found.tasks }),
+            ...(found.drift && { drift: found.drift }),
             model: await describe(source),
             reference: options.reference ?? null,
             text: options.text ?? null,
@@ -117,6 +125,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
             machine: machineInfo(),
           });
           context.print(report(source, found.text, found.tasks, options.reference));
+          if (found.drift) context.print(`\n${driftReport(found.drift)}`);
         }),
       );
     });
