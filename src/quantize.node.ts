@@ -36,7 +36,6 @@ import { rotationGroup } from './quant/recipes/paroquant.js';
 import { findRecipe } from './quant/recipes/index.js';
 import { blockShard, REST_SHARD } from './quant/sink.js';
 import {
-  BLOCK_DEFAULTS,
   isBlockRecipe,
   type BlockSettings,
   type QuantizeSettings,
@@ -288,18 +287,17 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
     groupSize,
     krot,
     scales: options.scales ?? DEFAULTS.scales,
-    // The published recipe has a transform for each projection, ours one for each linear group.
-    share: options.share ?? !isBlockRecipe(recipe),
+    share: options.share ?? (isBlockRecipe(recipe) ? recipe.share : true),
     rounding: options.rounding,
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
-    ...(isBlockRecipe(recipe) ? { block: blockSettings(options.block) } : {}),
+    ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.defaults, options.block) } : {}),
   };
 }
 
-function blockSettings(given: Partial<BlockSettings> = {}): BlockSettings {
+function blockSettings(defaults: BlockSettings, given: Partial<BlockSettings> = {}): BlockSettings {
   const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
-  const block: BlockSettings = { ...BLOCK_DEFAULTS, ...chosen };
+  const block: BlockSettings = { ...defaults, ...chosen };
   for (const name of ['epochs', 'batch', 'validation'] as const)
     ensure(
       Number.isInteger(block[name]) && block[name] >= 1,

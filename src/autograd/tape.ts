@@ -281,6 +281,13 @@ export class Tape {
     });
   }
 
+  /** A fixed x [in, cols] with each group's rows times variable scales [in / groupSize, cols]. */
+  async scaleGroups(x: Tensor, scales: Variable, groupSize: number): Promise<Variable> {
+    return this.#unary([scales], await this.#ops.scaleGroups(x, scales.value, groupSize), async (dy) =>
+      this.#add(scales, await this.#ops.scaleGroupsGradient(x, groupSize, dy)),
+    );
+  }
+
   /** Smooth-L1 or mean squared error against a fixed target. */
   async elementLoss(prediction: Variable, target: Tensor, loss: ElementLoss): Promise<Loss> {
     return this.#loss(prediction, await this.#ops.elementLoss(prediction.value, target, loss));

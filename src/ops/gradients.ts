@@ -94,6 +94,11 @@ export interface GradientOps {
     dy: Tensor,
   ): Awaitable<{ w: Tensor; scales: Tensor; zeros: Tensor }>;
 
+  /** Rows of x [in, cols] times the scales [in / groupSize, cols] of their groups. */
+  scaleGroups(x: Tensor, scales: Tensor, groupSize: number): Awaitable<Tensor>;
+  /** ∂scales of scaleGroups, for an x that is fixed: Σ over each group's rows of dy·x, [in / groupSize, cols]. */
+  scaleGroupsGradient(x: Tensor, groupSize: number, dy: Tensor): Awaitable<Tensor>;
+
   /** Mean over all elements of prediction and target (of one shape). */
   elementLoss(prediction: Tensor, target: Tensor, loss: ElementLoss): Awaitable<LossGradient>;
   /** Mean over rows of −log softmax(logits)[target]: logits [rows, classes], targets [rows]. */

@@ -17,7 +17,7 @@ import type { CalibrationTokens } from './calibration/tokens.js';
 import { perGroup } from './objectives/block.js';
 import { copyEntry, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { blockShard, REST_SHARD } from './sink.js';
-import { BLOCK_DEFAULTS, type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples } from './types.js';
+import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples } from './types.js';
 
 /** Tokens of a forward pass, and of a training pass. */
 export const PASS_TOKENS = 4096;
@@ -156,7 +156,7 @@ export class BlockPipeline {
     const partBiases = new Map<string, Float32Array>();
     const groups = await perGroup((group) => this.#readGroup(layer, group, biases, partBiases));
     // Validation sequences are spread over the set, so that texts given one after the other are all in both parts.
-    const held = validationCount(sequences, settings.block?.validation ?? BLOCK_DEFAULTS.validation);
+    const held = validationCount(sequences, (settings.block ?? this.#recipe.defaults).validation);
     const isHeld = (i: number) => Math.floor(((i + 1) * held) / sequences) > Math.floor((i * held) / sequences);
     const all = Array.from({ length: sequences }, (_, i) => i);
     const samples = (indices: readonly number[]): BlockSamples => ({

@@ -181,6 +181,10 @@ export interface GroupRecipe extends RecipeBase {
 
 /** A quantization method that trains a whole decoder block. */
 export interface BlockRecipe extends RecipeBase {
+  /** Whether a linear group shares one transform unless settings say otherwise. */
+  readonly share: boolean;
+  /** Settings of training unless given. */
+  readonly defaults: BlockSettings;
   quantizeBlock(backend: Backend, task: BlockTask): Promise<BlockResult>;
 }
 

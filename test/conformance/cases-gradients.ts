@@ -29,6 +29,8 @@ export const GRADIENT_OPS = Object.keys({
   siluMulGradient: true,
   fakeQuantize: true,
   fakeQuantizeGradient: true,
+  scaleGroups: true,
+  scaleGroupsGradient: true,
   elementLoss: true,
   crossEntropy: true,
   klDivergence: true,
@@ -258,6 +260,32 @@ const fakeQuantizeGradient: GradientCase[] = GRIDS.map(([channels, cols, bits, g
   },
 }));
 
+/** Tolerance: one product; sums over a group: λ·√(g + 2)·u·√g·max|x·dy|, of normal values. */
+const scaleGroups: GradientCase[] = GRIDS.flatMap(([channels, cols, , groupSize]): GradientCase[] => [
+  {
+    op: 'scaleGroups',
+    name: `${channels} × ${cols}, groups of ${groupSize}`,
+    run: async (duo, subject, oracle) => {
+      const x = await duo.input([channels, cols]);
+      const scales = await duo.input([channels / groupSize, cols]);
+      const expected = await oracle.scaleGroups(x.oracle, scales.oracle, groupSize);
+      const values = readF64(expected);
+      const tolerance = (at: number): number => 2 * duo.allowance.roundoff * Math.abs(values[at]);
+      await duo.close(await subject.scaleGroups(x.subject, scales.subject, groupSize), expected, tolerance);
+    },
+  },
+  {
+    op: 'scaleGroupsGradient',
+    name: `${channels} × ${cols}, groups of ${groupSize}`,
+    run: async (duo, subject, oracle) => {
+      const [x, dy] = [await duo.input([channels, cols]), await duo.input([channels, cols])];
+      const expected = await oracle.scaleGroupsGradient(x.oracle, groupSize, dy.oracle);
+      const u = LAMBDA * Math.sqrt(groupSize * (groupSize + 2)) * duo.allowance.roundoff;
+      await duo.close(await subject.scaleGroupsGradient(x.subject, groupSize, dy.subject), expected, u * 4);
+    },
+  },
+]);
+
 /** Tolerance: 4·u relative on a slope, the same on the mean. Differences stay away from the kink at |d| = β. */
 const elementLoss: GradientCase[] = (['mse', 'smooth-l1'] as const).flatMap((kind) =>
   [7, 4096, 10_000].map((count): GradientCase => ({
@@ -361,6 +389,7 @@ export const gradientCases: readonly GradientCase[] = [
   siluMul,
   fakeQuantize,
   fakeQuantizeGradient,
+  scaleGroups,
   elementLoss,
   crossEntropy,
   klDivergence,

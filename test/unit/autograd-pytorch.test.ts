@@ -10,7 +10,7 @@ import { openFile } from '../../src/formats/source.node.js';
 import type { BlockFrame } from '../../src/models/block.js';
 import type { Backend, PairwiseTransform, Tensor } from '../../src/ops/backend.js';
 import { readF64 } from '../../src/ops/reference/backend.js';
-import { blockForward } from '../../src/quant/objectives/block.js';
+import { blockForward, byWeights } from '../../src/quant/objectives/block.js';
 
 const FIXTURE = path.join(import.meta.dirname, '../fixtures/autograd/expected.safetensors');
 /** As in make.py. */
@@ -82,7 +82,7 @@ describe.each([
     const config = { heads, kvHeads, headDim, rmsNormEps: eps, windows: [undefined] };
     const frame = { backend, config, layer: 0, norms } as unknown as BlockFrame;
     const tape = new Tape(backend);
-    const y = await blockForward(tape, x, { frame, biases: {} }, weights, { batch, rope });
+    const y = await blockForward(tape, x, { frame, biases: {} }, byWeights(tape, weights), { batch, rope });
     const target = await upload('in.block.target', [batch * tokens, hidden]);
     const loss = await tape.elementLoss(y, target, { kind: 'smooth-l1', beta: 0.5 });
     expect(loss.value).toBeCloseTo(values('out.block.loss')[0], name === 'reference' ? 10 : 5);

@@ -159,6 +159,13 @@ describe('gradients against finite differences, float64', () => {
       );
   });
 
+  it('scaleGroups', async () => {
+    const codes = await upload([8, 5], leaf([8, 5], rng, 3).values);
+    await check({ scales: leaf([2, 5], rng, 0.2, 1) }, async (tape, v) =>
+      scalar(tape, await tape.scaleGroups(codes, v.scales, 4)),
+    );
+  });
+
   it('losses: smooth-L1, MSE, cross-entropy, KL', async () => {
     const x = leaf([4, 9], rng);
     const reference = await upload([4, 9], leaf([4, 9], rng).values);

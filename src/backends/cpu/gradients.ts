@@ -18,8 +18,10 @@ import {
   RopeTable,
   rotateGradient,
   RowTransform,
+  scaleGroups,
   siluMulGradient,
   splitHeadsGradient,
+  sumGroups,
   type KernelPool,
 } from './kernels.js';
 import { own, type TensorPool } from './tensor.js';
@@ -154,6 +156,20 @@ export class CpuGradients implements GradientOps {
       scales: out.scales.data,
       zeros: out.zeros.data,
     });
+    return out;
+  }
+
+  scaleGroups(x: Tensor, scales: Tensor, groupSize: number): Tensor {
+    const { data, cols } = own(x).matrix;
+    const out = this.#tensors.make(x.shape);
+    scaleGroups(this.#pool, data, cols, own(scales).data, groupSize, out.data);
+    return out;
+  }
+
+  scaleGroupsGradient(x: Tensor, groupSize: number, dy: Tensor): Tensor {
+    const { data, rows, cols } = own(x).matrix;
+    const out = this.#tensors.make([rows / groupSize, cols]);
+    sumGroups(this.#pool, data, cols, groupSize, own(dy).data, out.data);
     return out;
   }
 

@@ -41,6 +41,8 @@ export {
   logitLoss,
   rmsNormGradient,
   rotateGradient,
+  scaleGroups,
   siluMulGradient,
   splitHeadsGradient,
+  sumGroups,
 } from './wasm/gradient-kernels.js';

@@ -210,6 +210,23 @@ export class ReferenceGradients implements GradientOps {
     };
   }
 
+  scaleGroups(x: Tensor, scales: Tensor, groupSize: number): Tensor {
+    const [channels, cols] = matrixShape(x, 'scaleGroups');
+    expectSize(own(scales).values.length, (channels / groupSize) * cols, 'scales of scaleGroups');
+    const y = own(x).values.map((value, at) => value * own(scales).values[slotOf(at, cols, groupSize)]);
+    return new ReferenceTensor(x.shape, y);
+  }
+
+  scaleGroupsGradient(x: Tensor, groupSize: number, dy: Tensor): Tensor {
+    const [channels, cols] = matrixShape(x, 'scaleGroupsGradient');
+    ensure(channels % groupSize === 0, 'tensor-shape', () => `group size ${groupSize} for ${channels} channels`);
+    const values = own(x).values;
+    expectSize(own(dy).values.length, values.length, 'elements of dy in scaleGroupsGradient');
+    const sums = new Float64Array((channels / groupSize) * cols);
+    for (const [at, g] of own(dy).values.entries()) sums[slotOf(at, cols, groupSize)] += g * values[at];
+    return new ReferenceTensor([channels / groupSize, cols], sums);
+  }
+
   elementLoss(prediction: Tensor, target: Tensor, loss: ElementLoss): LossGradient {
     const p = own(prediction).values;
     const t = own(target).values;
@@ -335,6 +352,11 @@ function unrotate(
   return out;
 }
 
+/** Index of the group that element `at` of [in, cols] belongs to. */
+function slotOf(at: number, cols: number, groupSize: number): number {
+  return Math.floor(at / cols / groupSize) * cols + (at % cols);
+}
+
 /** One weight on its grid. */
 interface Code {
   /** Index of the weight, and of its group. */
@@ -366,7 +388,7 @@ function eachCode(
   for (let i = 0; i < channels; i++) {
     for (let c = 0; c < cols; c++) {
       const at = i * cols + c;
-      const slot = Math.floor(i / groupSize) * cols + c;
+      const slot = slotOf(at, cols, groupSize);
       const scale = own(scales).values[slot];
       const zero = Math.min(Math.max(roundHalfEven(own(zeros).values[slot]), 0), top);
       const code = roundHalfEven(own(w).values[at] / scale) + zero;

@@ -1,12 +1,12 @@
 // Training a decoder block as one function (design §4.4): steps of AdamW on the block's output error over shuffled batches,
 // the best epoch kept by the loss on held-out sequences.
-import { constant, Optimizer, Tape, type ParameterGroup, type Variable } from '../../autograd/index.js';
+import { constant, Optimizer, Tape, type ParameterGroup } from '../../autograd/index.js';
 import { GyreError } from '../../core/errors.js';
 import type { Rng } from '../../core/rng.js';
 import type { Backend } from '../../ops/backend.js';
 import type { ElementLoss } from '../../ops/gradients.js';
 import type { BlockSamples, BlockSettings, BlockTask, StageCurve } from '../types.js';
-import { blockForward, type BlockContext, type BlockWeights, type FixedBlock } from './block.js';
+import { blockForward, type ApplyLinear } from './block.js';
 
 /** Tokens of one pass: a batch of more is split, and its gradients are added up. */
 const PASS_TOKENS = 4096;
@@ -14,10 +14,11 @@ const PASS_TOKENS = 4096;
 /** What is trained, and how the block's forward pass is made of it. */
 export interface BlockModel {
   readonly groups: readonly ParameterGroup[];
-  /** The block's weights as functions of the parameters, once per step. */
-  weights(tape: Tape): Promise<BlockWeights>;
-  /** The block itself; the plain one unless given. */
-  forward?(tape: Tape, x: Variable, weights: BlockWeights, context: BlockContext): Promise<Variable>;
+  /**
+   * Makes of the parameters, once per step and on a tape of its own, what all batches of the step share (weights, say);
+   * returns how a batch's tape applies the linears.
+   */
+  prepare(tape: Tape): Promise<(tape: Tape) => ApplyLinear>;
   /** Remembers the parameters as they are now (called when an epoch is the best so far). */
   keep(): Promise<void>;
 }
@@ -91,12 +92,15 @@ async function trainStep(
   indices: readonly number[],
 ): Promise<number> {
   const weightTape = new Tape(backend);
-  const weights = await model.weights(weightTape);
+  const apply = await model.prepare(weightTape);
   let sum = 0;
   for (const part of passes(indices, task.length)) {
     const { input, target } = await task.training.read(part);
     const tape = new Tape(backend);
-    const y = await forward(tape, constant(input), task.fixed, model, weights, { batch: part.length, rope: task.rope });
+    const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
+      batch: part.length,
+      rope: task.rope,
+    });
     const found = await tape.elementLoss(y, target, loss);
     sum += found.value * part.length;
     await found.backward(part.length / indices.length);
@@ -117,7 +121,7 @@ export async function validationLoss(
 ): Promise<number> {
   const samples: BlockSamples = task.validation;
   const weightTape = new Tape(backend, { record: false });
-  const weights = await model.weights(weightTape);
+  const apply = await model.prepare(weightTape);
   let sum = 0;
   for (const part of passes(
     Array.from({ length: samples.count }, (_, i) => i),
@@ -125,24 +129,16 @@ export async function validationLoss(
   )) {
     const { input, target } = await samples.read(part);
     const tape = new Tape(backend, { record: false });
-    const y = await forward(tape, constant(input), task.fixed, model, weights, { batch: part.length, rope: task.rope });
+    const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
+      batch: part.length,
+      rope: task.rope,
+    });
     sum += (await tape.elementLoss(y, target, loss)).value * part.length;
     tape.free();
     backend.free(input, target);
   }
   weightTape.free();
   return sum / samples.count;
-}
-
-function forward(
-  tape: Tape,
-  x: Variable,
-  fixed: FixedBlock,
-  model: BlockModel,
-  weights: BlockWeights,
-  context: BlockContext,
-): Promise<Variable> {
-  return model.forward ? model.forward(tape, x, weights, context) : blockForward(tape, x, fixed, weights, context);
 }
 
 function passes(indices: readonly number[], length: number): number[][] {

@@ -1,4 +1,4 @@
-// A decoder block as a differentiable function of its input and of the weights of its linear groups: the block objective
+// A decoder block as a differentiable function of its input and of its linear groups: the block objective
 // of the published recipe (design §4.4), and the pieces of an end-to-end gradient.
 import { constant, type Tape, type Variable } from '../../autograd/index.js';
 import { GROUP_NAMES, type BlockFrame, type GroupName } from '../../models/block.js';
@@ -21,6 +21,14 @@ export interface BlockContext {
   readonly rope: RopeHandle;
 }
 
+/** A group's linears without their bias: input [rows, in] → [rows, Σ out]. */
+export type ApplyLinear = (group: GroupName, input: Variable) => Promise<Variable>;
+
+/** Plain products with the groups' weights. */
+export function byWeights(tape: Tape, weights: BlockWeights): ApplyLinear {
+  return (group, input) => tape.matmul(input, weights[group]);
+}
+
 /** Called with each group's output as it is made, to look at its gradient later. */
 export type WatchOutput = (group: GroupName, input: Variable, output: Variable) => void;
 
@@ -29,7 +37,7 @@ export async function blockForward(
   tape: Tape,
   x: Variable,
   block: FixedBlock,
-  weights: BlockWeights,
+  apply: ApplyLinear,
   context: BlockContext,
   watch: WatchOutput = () => undefined,
 ): Promise<Variable> {
@@ -37,7 +45,7 @@ export async function blockForward(
   const { heads, kvHeads, headDim, rmsNormEps } = config;
   const shape = { heads, kvHeads, headDim, batch: context.batch };
   const linear = async (group: GroupName, input: Variable): Promise<Variable> => {
-    const product = await tape.matmul(input, weights[group]);
+    const product = await apply(group, input);
     const bias = block.biases[group];
     const output = bias ? await addBias(tape, product, bias) : product;
     watch(group, input, output);

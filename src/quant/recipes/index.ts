@@ -5,10 +5,11 @@ import { awq } from './awq.js';
 import { gptq } from './gptq.js';
 import { paroquant } from './paroquant.js';
 import { paroquantBlock } from './paroquant-block.js';
+import { paroquantTuned } from './paroquant-tuned.js';
 import { rtn } from './rtn.js';
 
 /** Every recipe by name. */
-export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant, paroquantBlock];
+export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant, paroquantBlock, paroquantTuned];
 
 /** @throws GyreError `usage` naming the recipes there are. */
 export function findRecipe(name: string): Recipe {

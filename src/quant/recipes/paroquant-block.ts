@@ -10,7 +10,7 @@ import { hostTensor } from '../../core/tensor.js';
 import { GROUP_NAMES, type GroupName } from '../../models/block.js';
 import type { Backend, GridSpec, PairwiseTransform, Tensor, TransformObjective } from '../../ops/backend.js';
 import { roundTransform } from '../../transforms/index.js';
-import { perGroup } from '../objectives/block.js';
+import { byWeights, perGroup, type ApplyLinear } from '../objectives/block.js';
 import { trainBlock, type BlockModel } from '../objectives/block-training.js';
 import {
   BLOCK_DEFAULTS,
@@ -36,6 +36,8 @@ export const paroquantBlock: BlockRecipe = {
   summary: 'the published ParoQuant recipe: transforms, then weights and grids, trained on the output of each block',
   needs: 'cross-gram',
   layout: 'paroquant',
+  share: false,
+  defaults: BLOCK_DEFAULTS,
   quantizeBlock: (backend, task) => new BlockTrainer(backend, task).run(),
 };
 
@@ -121,14 +123,18 @@ class BlockTrainer {
   }
 
   /** Joins what each unit makes of its weight into the block's weights. */
-  #weights(tape: Tape, make: (unit: Unit, index: number) => Promise<Variable>) {
-    return perGroup(async (group) => {
+  async #weights(
+    tape: Tape,
+    make: (unit: Unit, index: number) => Promise<Variable>,
+  ): Promise<(tape: Tape) => ApplyLinear> {
+    const weights = await perGroup(async (group) => {
       const fixed = this.#fixed.get(group);
       if (fixed) return constant(fixed);
       const made: Variable[] = [];
       for (const [i, unit] of this.#units.entries()) if (unit.group === group) made.push(await make(unit, i));
       return tape.concatColumns(made);
     });
+    return (batchTape) => byWeights(batchTape, weights);
   }
 
   #rng(stage: string) {
@@ -156,7 +162,7 @@ class BlockTrainer {
         ...(settings.krot > 0 ? [{ parameters: learned.map((l) => l.theta), ...rate }] : []),
         ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, constrain: keepUsable }] : []),
       ],
-      weights: (tape) =>
+      prepare: (tape) =>
         this.#weights(tape, (_, i) =>
           tape.transformedWeight(learned[i].objective, learned[i].theta, learned[i].scales),
         ),
@@ -198,7 +204,7 @@ class BlockTrainer {
         { parameters: trained.map((t) => t.weight), learningRate: weightRate },
         { parameters: trained.flatMap((t) => [t.scales, t.zeros]), learningRate: gridRate },
       ],
-      weights: (tape) =>
+      prepare: (tape) =>
         this.#weights(tape, async ({ transform, grid }, i) => {
           const { weight, scales, zeros } = trained[i];
           const turned = await tape.transformChannels(weight, transform, 'forward');

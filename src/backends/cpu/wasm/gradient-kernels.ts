@@ -293,45 +293,115 @@ export function freeGrid(
   const groups = channels / groupSize;
   for (const values of [grid.scales, grid.zeros]) checkLength('grid', values, groups * columns);
   if (gradient) checkLength('gradient', gradient.dy, w.length);
-  // Kernels work on vectors of four columns: rows of other widths are padded.
+  eachGroupBand(pool, groups, groupSize, columns, (band) => {
+    const at = [band.push(w, groupSize, 0), band.push(grid.scales, 1, 1), band.push(grid.zeros, 1, 0)];
+    if (!gradient) {
+      band.run('gridForward', [...at, at[0], band.columns, groupSize, 2 ** bits - 1]);
+      band.read(at[0], groupSize, out);
+      return;
+    }
+    const g = band.push(gradient.dy, groupSize, 0);
+    const sums = [band.take(1), band.take(1)];
+    band.run('gridGradient', [...at, g, g, ...sums, band.columns, groupSize, 2 ** bits - 1]);
+    band.read(g, groupSize, out);
+    band.read(sums[0], 1, gradient.scales);
+    band.read(sums[1], 1, gradient.zeros);
+  });
+}
+
+/** Rows of x [channels, columns] times the scales [channels / groupSize, columns] of their groups. */
+export function scaleGroups(
+  pool: KernelPool,
+  x: Float32Array,
+  columns: number,
+  scales: Float32Array,
+  groupSize: number,
+  out: Float32Array,
+): void {
+  const channels = x.length / columns;
+  checkGrid(channels, groupSize);
+  checkLength('scales', scales, (channels / groupSize) * columns);
+  eachGroupBand(pool, channels / groupSize, groupSize, columns, (band) => {
+    const at = band.push(x, groupSize, 0);
+    band.run('scaleGroups', [at, band.push(scales, 1, 1), at, band.columns, groupSize]);
+    band.read(at, groupSize, out);
+  });
+}
+
+/** Σ over each group's rows of x·dy, both [channels, columns]: [channels / groupSize, columns]. */
+export function sumGroups(
+  pool: KernelPool,
+  x: Float32Array,
+  columns: number,
+  groupSize: number,
+  dy: Float32Array,
+  out: Float32Array,
+): void {
+  const channels = x.length / columns;
+  checkGrid(channels, groupSize);
+  checkLength('gradient', dy, x.length);
+  eachGroupBand(pool, channels / groupSize, groupSize, columns, (band) => {
+    const sums = band.take(1);
+    band.run('sumGroups', [band.push(x, groupSize, 0), band.push(dy, groupSize, 0), sums, band.columns, groupSize]);
+    band.read(sums, 1, out);
+  });
+}
+
+/** Whole groups of matrices [rows·groups, columns] staged in the arena, columns padded to vectors of four. */
+interface GroupBand {
+  /** Padded columns. */
+  readonly columns: number;
+  /** Stages this band of a matrix with `rows` rows per group; padding gets `fill`. */
+  push(values: Float32Array, rows: number, fill: number): Pointer;
+  /** Room for `rows` rows per group. */
+  take(rows: number): Pointer;
+  /** Copies this band of a matrix out. */
+  read(pointer: Pointer, rows: number, to: Float32Array): void;
+  /** Runs a kernel whose units are (group, GRID_COLUMNS columns). */
+  run(kernel: string, args: readonly number[]): void;
+}
+
+function eachGroupBand(
+  pool: KernelPool,
+  groups: number,
+  groupSize: number,
+  columns: number,
+  body: (band: GroupBand) => void,
+): void {
   const padded = Math.ceil(columns / 4) * 4;
   const { arena } = pool;
-  const perGroup = groupSize * padded * 12;
-  eachBand(groups, Math.max(1, Math.floor((4 * BAND_BYTES) / perGroup)), (begin, end) =>
-    arena.scoped(() => {
-      const push = (values: Float32Array, rows: number, fill: number): Pointer => {
-        const source = values.subarray(begin * rows * columns, end * rows * columns);
-        if (padded === columns) return arena.pushF32(source);
-        const count = source.length / columns;
-        const pointer = arena.scratch(count * padded * 4);
-        const { f32 } = arena;
-        f32.fill(fill, pointer >>> 2, (pointer >>> 2) + count * padded);
-        for (let r = 0; r < count; r++)
-          f32.set(source.subarray(r * columns, (r + 1) * columns), (pointer >>> 2) + r * padded);
-        return pointer;
-      };
-      const read = (pointer: Pointer, rows: number, to: Float32Array): void => {
-        const target = to.subarray(begin * rows * columns, end * rows * columns);
-        if (padded === columns) return arena.readF32(pointer, target);
-        const count = target.length / columns;
-        for (let r = 0; r < count; r++)
-          arena.readF32(pointer + r * padded * 4, target.subarray(r * columns, (r + 1) * columns));
-      };
-      const units = (end - begin) * Math.ceil(padded / GRID_COLUMNS);
-      const minUnits = Math.ceil(LIGHT_WORK / (groupSize * GRID_COLUMNS));
-      const at = [push(w, groupSize, 0), push(grid.scales, 1, 1), push(grid.zeros, 1, 0)];
-      if (!gradient) {
-        pool.run('gridForward', units, [...at, at[0], padded, groupSize, 2 ** bits - 1], minUnits);
-        read(at[0], groupSize, out);
-        return;
-      }
-      const g = push(gradient.dy, groupSize, 0);
-      const sums = [0, 1].map(() => arena.scratch((end - begin) * padded * 4));
-      pool.run('gridGradient', units, [...at, g, g, ...sums, padded, groupSize, 2 ** bits - 1], minUnits);
-      read(g, groupSize, out);
-      read(sums[0], 1, gradient.scales);
-      read(sums[1], 1, gradient.zeros);
-    }),
+  eachBand(groups, Math.max(1, Math.floor((4 * BAND_BYTES) / (groupSize * padded * 12))), (begin, end) =>
+    arena.scoped(() =>
+      body({
+        columns: padded,
+        take: (rows) => arena.scratch((end - begin) * rows * padded * 4),
+        push: (values, rows, fill) => {
+          const source = values.subarray(begin * rows * columns, end * rows * columns);
+          if (padded === columns) return arena.pushF32(source);
+          const count = source.length / columns;
+          const pointer = arena.scratch(count * padded * 4);
+          const { f32 } = arena;
+          f32.fill(fill, pointer >>> 2, (pointer >>> 2) + count * padded);
+          for (let r = 0; r < count; r++)
+            f32.set(source.subarray(r * columns, (r + 1) * columns), (pointer >>> 2) + r * padded);
+          return pointer;
+        },
+        read: (pointer, rows, to) => {
+          const target = to.subarray(begin * rows * columns, end * rows * columns);
+          if (padded === columns) return arena.readF32(pointer, target);
+          const count = target.length / columns;
+          for (let r = 0; r < count; r++)
+            arena.readF32(pointer + r * padded * 4, target.subarray(r * columns, (r + 1) * columns));
+        },
+        run: (kernel, args) =>
+          pool.run(
+            kernel,
+            (end - begin) * Math.ceil(padded / GRID_COLUMNS),
+            args,
+            Math.ceil(LIGHT_WORK / (groupSize * GRID_COLUMNS)),
+          ),
+      }),
+    ),
   );
 }
 

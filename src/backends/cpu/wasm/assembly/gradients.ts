@@ -229,6 +229,45 @@ export function gridGradient(
   }
 }
 
+/**
+ * Rows of x [channels, columns] times their group's scales (columns padded to 4); with `g` instead: sums[group] = Σ g·x.
+ * Units are (group, GRID_COLUMNS columns).
+ */
+export function scaleGroups(
+  begin: u32, end: u32, scratch: usize, x: usize, scales: usize, out: usize, columns: u32, size: u32,
+): void {
+  const tiles = (columns + GRID_COLUMNS - 1) / GRID_COLUMNS;
+  for (let unit = begin; unit < end; unit++) {
+    const group = unit / tiles;
+    const first = (unit - group * tiles) * GRID_COLUMNS;
+    const stop = min(columns, first + GRID_COLUMNS);
+    for (let c = first; c < stop; c += 4) {
+      const s = v128.load(scales + (<usize>(group * columns + c) << 2));
+      let at = <usize>(group * size * columns + c) << 2;
+      for (let r: u32 = 0; r < size; r++, at += <usize>columns << 2) v128.store(out + at, f32x4.mul(v128.load(x + at), s));
+    }
+  }
+}
+
+export function sumGroups(
+  begin: u32, end: u32, scratch: usize, x: usize, g: usize, sums: usize, columns: u32, size: u32,
+): void {
+  const tiles = (columns + GRID_COLUMNS - 1) / GRID_COLUMNS;
+  for (let unit = begin; unit < end; unit++) {
+    const group = unit / tiles;
+    const first = (unit - group * tiles) * GRID_COLUMNS;
+    const stop = min(columns, first + GRID_COLUMNS);
+    for (let c = first; c < stop; c += 4) {
+      let sum = f32x4.splat(0);
+      let at = <usize>(group * size * columns + c) << 2;
+      for (let r: u32 = 0; r < size; r++, at += <usize>columns << 2) {
+        sum = f32x4.add(sum, f32x4.mul(v128.load(x + at), v128.load(g + at)));
+      }
+      v128.store(sums + (<usize>(group * columns + c) << 2), sum);
+    }
+  }
+}
+
 /** Elements per partial sum of a loss. */
 export const LOSS_CHUNK: u32 = 4096;
 

@@ -14,6 +14,6 @@ export {
 } from './products';
 export { scoreRows } from './score';
 export {
-  rmsNormGradient, siluMulGradient, splitHeadsGradient, scaleAndDot, gridForward, gridGradient, elementLoss, logitGradient, adamW,
+  rmsNormGradient, siluMulGradient, splitHeadsGradient, scaleAndDot, gridForward, gridGradient, scaleGroups, sumGroups, elementLoss, logitGradient, adamW,
 } from './gradients';
 export { attentionGradient } from './attention-gradient';
