@@ -83,6 +83,7 @@ export class Tape {
   #nodes: Node[] = [];
   #owned: Tensor[] = [];
   #handles: TransformHandle[] = [];
+  #whenFreed: (() => void)[] = [];
 
   constructor(backend: Backend, options: TapeOptions = {}) {
     this.backend = backend;
@@ -130,6 +131,21 @@ export class Tape {
     return this.#unary([x], await this.backend.addScaled(x.value, x.value, factor - 1), (dy) =>
       this.#add(x, dy, factor, false),
     );
+  }
+
+  /** x itself; `look` sees ∂loss/∂x on the way back (the tensor is only lent). */
+  tap(x: Variable, look: (gradient: Tensor) => Promise<void>): Variable {
+    const [output] = this.#push(
+      [x],
+      [x.value],
+      async ([dy]) => {
+        if (!dy) return;
+        await look(dy);
+        await this.#add(x, dy, 1, false);
+      },
+      false,
+    );
+    return output;
   }
 
   /** [rows, a], [rows, b], … → [rows, a + b + …]. */
@@ -355,11 +371,18 @@ export class Tape {
     this.#nodes = [];
   }
 
+  /** Frees something the tape's functions read for as long as they may be walked back. */
+  onFree(release: () => void): void {
+    this.#whenFreed.push(release);
+  }
+
   /** Frees the values the tape made, but for `kept`. */
   free(...kept: readonly Variable[]): void {
     const keep = new Set(kept.map((v) => v.value));
     this.backend.free(...this.#owned.filter((tensor) => !keep.has(tensor)));
     this.backend.release(...this.#handles);
+    for (const release of this.#whenFreed) release();
+    this.#whenFreed = [];
     this.#owned = [];
     this.#handles = [];
     this.#nodes = [];

@@ -3,7 +3,7 @@
 import { constant, type Tape, type Variable } from '../../autograd/index.js';
 import { GROUP_NAMES, type BlockFrame, type GroupName } from '../../models/block.js';
 import { hostTensor } from '../../core/tensor.js';
-import type { RopeHandle } from '../../ops/backend.js';
+import type { RopeHandle, Tensor } from '../../ops/backend.js';
 
 /** Weights of a block's linear groups, channel-major and merged: [in, Σ out]. */
 export type BlockWeights = Readonly<Record<GroupName, Variable>>;
@@ -29,8 +29,8 @@ export function byWeights(tape: Tape, weights: BlockWeights): ApplyLinear {
   return (group, input) => tape.matmul(input, weights[group]);
 }
 
-/** Called with each group's output as it is made, to look at its gradient later. */
-export type WatchOutput = (group: GroupName, input: Variable, output: Variable) => void;
+/** Sees ∂loss/∂output of each group on the way back; the tensor is only lent. */
+export type WatchOutput = (group: GroupName, gradient: Tensor) => Promise<void>;
 
 /** Residual stream x [rows, hidden] → after the block. */
 export async function blockForward(
@@ -39,7 +39,7 @@ export async function blockForward(
   block: FixedBlock,
   apply: ApplyLinear,
   context: BlockContext,
-  watch: WatchOutput = () => undefined,
+  watch?: WatchOutput,
 ): Promise<Variable> {
   const { config, norms, layer } = block.frame;
   const { heads, kvHeads, headDim, rmsNormEps } = config;
@@ -48,8 +48,7 @@ export async function blockForward(
     const product = await apply(group, input);
     const bias = block.biases[group];
     const output = bias ? await addBias(tape, product, bias) : product;
-    watch(group, input, output);
-    return output;
+    return watch ? tape.tap(output, (gradient) => watch(group, gradient)) : output;
   };
   const normed = await tape.rmsNorm(x, constant(norms.input), rmsNormEps);
   const { q, k, v } = await tape.splitHeads(

@@ -90,9 +90,7 @@ async function learn(
   const pairs = randomPairs(inFeatures, groupSize, settings.krot, rng);
   const cols = w.shape[1];
   const sampled =
-    cols > LEARNING_COLUMNS
-      ? Int32Array.from(rng.permutation(cols).subarray(0, LEARNING_COLUMNS)).sort()
-      : undefined;
+    cols > LEARNING_COLUMNS ? Int32Array.from(rng.permutation(cols).subarray(0, LEARNING_COLUMNS)).sort() : undefined;
   const ws = sampled ? await backend.gatherColumns(w, sampled) : w;
   const ts = sampled ? await backend.gatherColumns(target, sampled) : target;
   const norm = await quadraticForm(backend, gram, ws);
