@@ -22,6 +22,7 @@ import { writeCalibrationText } from './calibration-text.node.js';
 import { GROUP_NAMES } from './models/block.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
 import type { WeightBits } from './ops/backend.js';
+import { requireGradients } from './ops/gradients.js';
 import {
   documentsOf,
   sampleWindows,
@@ -208,13 +209,21 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const threads = options.threads ?? availableParallelism();
     const backend = await openBackend(options.device ?? 'cpu', { threads });
     try {
+      if (isBlockRecipe(recipe)) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
       const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
       try {
         // Another run may have finished between the look at the folder and the lock.
         if ((await inspectOutput(options.out, fingerprint)) === 'finished') return report({ skipped: true });
         const textStart = performance.now();
-        const writing = { ...shape, seed: settings.seed, threads, device: options.device, onProgress, signal: options.signal };
+        const writing = {
+          ...shape,
+          seed: settings.seed,
+          threads,
+          device: options.device,
+          onProgress,
+          signal: options.signal,
+        };
         const calibration =
           ready ??
           (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));
