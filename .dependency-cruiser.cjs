@@ -22,7 +22,7 @@ const allowed = {
   tokenizer: ['core', 'formats'],
   ops: ['core'],
   backends: ['core', 'ops'],
-  models: ['core', 'formats', 'ops', 'tokenizer'],
+  models: ['core', 'formats', 'ops', 'tokenizer', 'transforms'],
   transforms: ['core', 'ops'],
   autograd: ['core', 'ops'],
   quant: ['core', 'formats', 'tokenizer', 'ops', 'models', 'transforms', 'autograd'],

@@ -13,6 +13,8 @@ const { gpu } = backend;
 for (const end = performance.now() + 1000; performance.now() < end;) await copyBandwidth(gpu, 1 << 28);
 const bandwidth = await copyBandwidth(gpu);
 console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
+/** Steps submitted before a token is read. */
+const AHEAD = 3;
 const results: Record<string, unknown>[] = [];
 
 /** Tokens per second of several plans, steps interleaved in blocks. */
@@ -37,14 +39,13 @@ async function compare(
       plan.begin(tokens, positions, greedy);
       await plan.step();
       const start = performance.now();
-      // One step ahead: submitted before the last token is read.
-      let pending = plan.step();
-      for (let i = 1; i < steps; i++) {
-        const next = plan.step();
-        await pending;
-        pending = next;
+      // Steps ahead of the token being read: the GPU never waits for the host.
+      const pending: Promise<Uint32Array>[] = [];
+      for (let i = 0; i < steps; i++) {
+        pending.push(plan.step());
+        if (pending.length > AHEAD) await pending.shift();
       }
-      await pending;
+      await Promise.all(pending);
       if (roundIndex >= 0) times.push((performance.now() - start) / 1000 / steps);
     }
   const logits = await plans[0].plan.logits();
@@ -55,11 +56,35 @@ async function compare(
     plans.map(({ kind, plan }) => ({ name: kind, dispatches: plan.dispatches })),
     { milliseconds: 20, rounds: 3 },
   );
-  const encode = plans.map(({ plan }) => {
+  // What the host needs to submit a step, and steps submitted without reading tokens back.
+  const encode: number[] = [];
+  const unread: number[] = [];
+  for (const { plan } of plans) {
+    await gpu.sync();
     const start = performance.now();
-    plan.run();
-    return performance.now() - start;
-  });
+    for (let i = 0; i < 10; i++) plan.run();
+    encode.push((performance.now() - start) / 10);
+    const before = performance.now();
+    const encoder = gpu.device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    for (const { pipeline, bindGroup, groups } of plan.dispatches) {
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, bindGroup);
+      pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
+    }
+    pass.end();
+    const recorded = performance.now();
+    const commands = encoder.finish();
+    const finished = performance.now();
+    gpu.device.queue.submit([commands]);
+    const submitted = performance.now();
+    console.log(
+      `    record ${(recorded - before).toFixed(3)} finish ${(finished - recorded).toFixed(3)} submit ${(submitted - finished).toFixed(3)} ms`,
+    );
+    for (let i = 0; i < 30; i++) plan.run();
+    await gpu.sync();
+    unread.push((performance.now() - start) / 40);
+  }
   await gpu.sync();
   const base = median(plans[0].times);
   for (const [i, { kind, plan, times }] of plans.entries()) {
@@ -74,12 +99,13 @@ async function compare(
       dispatches: plan.dispatches.length,
       gpuMilliseconds: round((gpuTimes.get(kind) ?? NaN) * plan.dispatches.length * 1e3),
       encodeMilliseconds: round(encode[i]),
+      unreadMilliseconds: round(unread[i]),
       ofBandwidth: round(decoder.bytesPerToken / seconds / bandwidth),
       againstFirst: round(seconds / base),
     };
     results.push(line);
     console.log(
-      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches.length} dispatches), GPU ${line.gpuMilliseconds} ms, encoding ${line.encodeMilliseconds} ms`,
+      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${(100 * line.ofBandwidth).toFixed(0)}% of bandwidth, x${line.againstFirst} (${plan.dispatches.length} dispatches), GPU ${line.gpuMilliseconds} ms, encoding ${line.encodeMilliseconds} ms, unread ${line.unreadMilliseconds} ms`,
     );
   }
   if (batch === 1 && context === 512) {
@@ -108,7 +134,13 @@ async function compare(
 for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
   const decoder = new RandomDecoder(gpu, shape, 33_000);
   const main = shape.name.endsWith('8B');
-  await compare(shape, decoder, ['awq', 'paroquant', ...(main ? (['paroquant-per-projection'] as const) : [])], 1, 512);
+  await compare(
+    shape,
+    decoder,
+    ['awq', 'paroquant', ...(main ? (['paroquant-any-pairs', 'paroquant-per-projection'] as const) : [])],
+    1,
+    512,
+  );
   if (!quick) {
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 4096);
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 32256);

@@ -10,7 +10,7 @@ import { ROTATE_ROWS, pairTable, rotateRowsKernel } from '../src/backends/webgpu
 import { activationGroups, activationKernel, rotationTable } from '../src/backends/webgpu/fast/activations.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
-import { randomPairs } from '../src/transforms/index.js';
+import { randomPairs, xorPairs } from '../src/transforms/index.js';
 import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from './support/gpu.js';
 import { writeResult } from './support/results.js';
 
@@ -302,34 +302,49 @@ async function gemm(m: number, n: number, k: number, variants: GemmVariant[]): P
   for (const b of [a, bs.f16, bs.int4, grid, c]) gpu.release(b);
 }
 
-function activation(channels: number): Promise<void> {
-  const [groupSize, krot] = [128, 8];
-  const transform = {
-    channels,
-    groupSize,
-    krot,
-    pairs: randomPairs(channels, groupSize, krot, rng),
-    theta: new Float32Array((krot * channels) / 2).map(() => rng.normal()),
-    channelScales: new Float32Array(channels).fill(1),
-  };
-  const source = factorBuffer(channels);
+async function activation(channels: number): Promise<void> {
+  const [groupSize, krot, splits, headDim] = [128, 8, 16, 128];
+  const source = factorBuffer(channels * 8);
+  const stats = factorBuffer(1024 * splits);
   const gain = factorBuffer(channels / 2);
-  const table = gpu.buffer(krot * channels * 4);
-  gpu.upload(table, rotationTable(transform));
   const x = gpu.buffer(channels * 2);
   const factors = gpu.buffer(channels / 4);
-  const list = [0, 8].flatMap((k) =>
-    (['norm', 'silu', 'plain'] as const).map((kind) => {
-      const kernel = activationKernel({ f16, shuffle, source: kind, krot: k, groupSize });
-      type B = Record<'source' | 'stats' | 'gain' | 'table' | 'x' | 'factors', GPUBuffer>;
-      const dispatch = gpu.prepare(kernel, { source, gain, table, x, factors } as B, { channels, eps: 1e-5 }, [
-        activationGroups(channels, groupSize),
-        1,
-        1,
-      ]);
-      return { name: kernel.name, dispatches: [dispatch], error: 0 };
-    }),
-  );
+  const list: (GpuCandidate & { error: number })[] = [];
+  for (const [k, pairing] of [
+    [0, 'any'],
+    [krot, 'any'],
+    [krot, 'xor'],
+  ] as const) {
+    // Tables rotate so that they come from memory, as they do between the weights of a model.
+    const tables = Array.from({ length: 512 }, () => ({
+      table: gpu.buffer(krot * channels * 4),
+      masks: gpu.buffer(channels / 16),
+    }));
+    const { table, masks } = rotationTable(
+      {
+        channels,
+        groupSize,
+        krot,
+        pairs: (pairing === 'xor' ? xorPairs : randomPairs)(channels, groupSize, krot, rng),
+        theta: new Float32Array((krot * channels) / 2).map(() => rng.normal()),
+        channelScales: new Float32Array(channels).fill(1),
+      },
+      pairing,
+    );
+    for (const t of tables) {
+      gpu.upload(t.table, table);
+      gpu.upload(t.masks, masks);
+    }
+    for (const kind of ['norm', 'silu', 'plain', 'attention'] as const) {
+      if (kind === 'attention' && channels > 8192) continue;
+      const kernel = activationKernel({ f16, shuffle, source: kind, krot: k, pairing, groupSize, splits, headDim });
+      const groups = [activationGroups(channels, groupSize), 1, 1] as const;
+      const dispatches = tables.map((t) =>
+        gpu.prepare(kernel, { source, stats, gain, ...t, x, factors }, { channels, eps: 1e-5, krot: k }, groups),
+      );
+      list.push({ name: kernel.name, dispatches, error: 0 });
+    }
+  }
   return timed(`activations ${channels}`, list);
 }
 

@@ -124,8 +124,9 @@ async function divergence(original: string, quantized: string): Promise<{ kl: nu
     const texts = readdirSync(folder)
       .filter((name) => name.endsWith('.txt'))
       .map((name) => readFileSync(path.join(folder, name), 'utf8'));
-    const reference = await loadDecoder(backend, await openModel(files));
-    const decoder = await loadDecoder(backend, await openModel(await folderFiles(quantized)));
+    const sources = [await openModel(files), await openModel(await folderFiles(quantized))];
+    const [reference, decoder] = [await loadDecoder(backend, sources[0]), await loadDecoder(backend, sources[1])];
+    for (const source of sources) await source.checkpoint.close();
     const { kl, perplexity } = await evaluateText(decoder, tokenizeTexts(tokenizer, texts), {
       reference,
       bosTokenId: tokenizer.bosTokenId,
@@ -145,13 +146,15 @@ async function storedTokens(model: string): Promise<CalibrationTokens> {
     return { ...rest, ids: Int32Array.from(ids) };
   }
   const files = await folderFiles(model);
-  const written = await writeCalibrationText(await openModel(files), await loadTokenizer(files), {
+  const source = await openModel(files);
+  const written = await writeCalibrationText(source, await loadTokenizer(files), {
     sequences: 64,
     length: 512,
     seed: 0,
     threads: 4,
     device,
   });
+  await source.checkpoint.close();
   if (file) writeFileSync(file, JSON.stringify({ ...written, ids: [...written.ids] }));
   return written;
 }

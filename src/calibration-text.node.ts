@@ -34,7 +34,10 @@ export async function writeCalibrationText(
   const { sequences, length, seed } = options;
   const { config } = source;
   const onProgress = options.onProgress ?? silent;
-  const backend = await openBackend(options.device ?? 'cpu', { threads: options.threads, activations: 'int8' });
+  const device = options.device ?? 'cpu';
+  // 8-bit activations are the CPU's; on a GPU they would gain nothing here.
+  const activations = device === 'cpu' ? 'int8' : undefined;
+  const backend = await openBackend(device, { threads: options.threads, activations });
   try {
     const decoder = await loadDecoder(backend, source, { roundWeights: { bits: 8, groupSize: 32 }, onProgress });
     const start = tokenizer.bosTokenId ?? config.bosTokenId ?? config.eosTokenIds[0];

@@ -20,6 +20,7 @@ import { openFile } from './formats/source.node.js';
 import { MAX_TEXT_BYTES, type ModelFiles } from './formats/source.js';
 import { writeCalibrationText } from './calibration-text.node.js';
 import { GROUP_NAMES } from './models/block.js';
+import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
 import type { WeightBits } from './ops/backend.js';
 import { requireGradients } from './ops/gradients.js';
@@ -33,15 +34,18 @@ import { TRAINING_KEY } from './quant/block-pipeline.js';
 import { quantizeModel } from './quant/pipeline.js';
 import type { BlockReport, GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
+import { prepareModel, type PreparedModel } from './quant/prepare.js';
 import { rotationGroup } from './quant/recipes/paroquant.js';
 import { findRecipe } from './quant/recipes/index.js';
 import { blockShard, REST_SHARD } from './quant/sink.js';
+import type { NarrowBits } from './quant/grids/activations.js';
 import {
   isBlockRecipe,
   type BlockSettings,
   type QuantizeSettings,
   type Recipe,
   type Rounding,
+  type SmoothedGroups,
   type StageCurve,
 } from './quant/types.js';
 import { loadTokenizer } from './tokenizer/index.js';
@@ -58,9 +62,9 @@ export interface QuantizeOptions {
   readonly out: string;
   /** Recipe, default `paroquant`. */
   readonly method?: string;
-  /** Default 4. */
+  /** Default 4 (8 with `smoothquant`). */
   readonly bits?: WeightBits;
-  /** Input channels per group, -1 per channel; default 128. */
+  /** Input channels per group, -1 per channel; default 128, -1 with `smoothquant`, `quarot` and `smoothrot`. */
   readonly groupSize?: number;
   /** Rotations; default 8. */
   readonly krot?: number;
@@ -74,6 +78,16 @@ export interface QuantizeOptions {
   readonly block?: Partial<BlockSettings>;
   /** Bytes of residual streams that such recipes may keep in memory; more goes to disk. Default half of what is free. */
   readonly activationBytes?: number;
+  /** Bits of activations; default 16, or the recipe's own. */
+  readonly actBits?: NarrowBits | 16;
+  /** Bits of keys and values; default 16, or the recipe's own. */
+  readonly kvBits?: NarrowBits | 16;
+  /** Fold Hadamard rotations into the model first; default as the recipe has it. */
+  readonly rotate?: boolean;
+  /** Where activation outliers are scaled into the weights; default as the recipe has it. */
+  readonly smooth?: SmoothedGroups;
+  /** Exponent of the smoothing scales, 0 … 1; searched block by block when undefined. */
+  readonly alpha?: number;
   /** Calibration texts (.txt, .jsonl with "text"); without any, the model writes its own. */
   readonly calib?: readonly string[];
   /** Calibration sequences made before (by {@link writeCalibrationText}, say), instead of texts. */
@@ -116,6 +130,8 @@ export interface QuantizeReport {
   readonly groups: readonly GroupReport[];
   /** Of recipes that train whole blocks; losses by epoch are in `training.json` beside the weights. */
   readonly blocks?: readonly BlockReport[];
+  /** Smoothing as searched or given, per block and group. */
+  readonly smoothing: readonly { readonly layer: number; readonly group: string; readonly alpha: number | null }[];
 }
 
 const DEFAULTS = {
@@ -147,8 +163,8 @@ const COPIED_FILES = [
 /** Quantizes a checkpoint. @throws GyreError for bad input, before anything is written, and for failures, with nothing lost. */
 export async function quantizeCheckpoint(options: QuantizeOptions): Promise<QuantizeReport> {
   const start = performance.now();
-  const settings = settingsOf(options);
-  const recipe = findRecipe(settings.method);
+  const recipe = findRecipe(options.method ?? DEFAULTS.method);
+  const settings = settingsOf(options, recipe);
   const onProgress = options.onProgress ?? silent;
   const resolved = await resolveModel(options.model, { revision: options.revision, token: options.token, onProgress });
   const source = await openModel(resolved.files);
@@ -166,7 +182,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         `${recipe.name} needs at least two calibration sequences: one to train on, one to choose the best epoch by`,
         'raise --calib-samples',
       );
-    const calibrated = recipe.needs !== 'nothing';
+    const calibrated = needsCalibration(recipe, settings);
     const given = calibrated ? options.calibrationTokens : undefined;
     const shape = {
       sequences: given?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples,
@@ -201,6 +217,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       seconds: (performance.now() - start) / 1000,
       breakdown: { forward: 0, statistics: 0, quantize: 0, write: 0, calibrationText: 0 },
       groups: [],
+      smoothing: [],
       ...parts,
     });
     if (state === 'finished' || options.dryRun) return report({ skipped: true });
@@ -228,18 +245,26 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           ready ??
           (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));
         const calibrationText = (performance.now() - textStart) / 1000;
-        const quantization = quantizationOf(source, settings, recipe, plan);
         const activations = isBlockRecipe(recipe)
           ? activationFiles(folder, source, shape, options.activationBytes ?? freemem() / 2)
           : undefined;
-        const pipeline = await quantizeModel({
+        const prepared = await prepareModel({
           backend,
           source,
+          settings,
+          calibration,
+          onProgress,
+          signal: options.signal,
+        });
+        const quantization = quantizationOf(prepared.source, settings, recipe, plan);
+        const pipeline = await quantizeModel({
+          backend,
+          source: prepared.source,
           recipe,
           settings,
           plan,
           quantization,
-          calibration,
+          calibration: recipe.needs === 'nothing' ? undefined : calibration,
           sink: folder,
           activations,
           onProgress,
@@ -247,12 +272,13 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         }).finally(() => activations?.remove());
         const description = calibration?.description ?? 'none';
         await folder.finish(
-          await resultFiles(source, quantization, {
+          await resultFiles(prepared.source, quantization, {
             fingerprint,
             settings,
             calibration: description,
             notes: plan.notes,
             training: isBlockRecipe(recipe) ? await trainingOf(folder, source) : undefined,
+            ...(prepared.smoothing.length > 0 ? { smoothing: describeSmoothing(prepared) } : {}),
           }),
         );
         return report({
@@ -262,6 +288,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           breakdown: { ...pipeline.seconds, calibrationText },
           groups: pipeline.groups,
           ...(pipeline.blocks && { blocks: pipeline.blocks }),
+          smoothing: describeSmoothing(prepared),
         });
       } finally {
         await folder.close();
@@ -274,11 +301,26 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
   }
 }
 
-function settingsOf(options: QuantizeOptions): QuantizeSettings {
-  const bits = options.bits ?? DEFAULTS.bits;
-  const groupSize = options.groupSize ?? DEFAULTS.groupSize;
+/** Whether anything looks at calibration tokens: the recipe, or the search for smoothing scales. */
+function needsCalibration(recipe: Recipe, { smooth = 'none' }: QuantizeSettings): boolean {
+  return recipe.needs !== 'nothing' || smooth !== 'none';
+}
+
+function describeSmoothing({ smoothing }: PreparedModel): QuantizeReport['smoothing'] {
+  return smoothing.map(({ layer, group, alpha }) => ({ layer, group, alpha: alpha ?? null }));
+}
+
+/** Below 16 bits, or undefined. */
+function narrow(bits: NarrowBits | 16 | undefined, name: string): NarrowBits | undefined {
+  ensure(bits === undefined || [4, 8, 16].includes(bits), 'usage', () => `${name} must be 4, 8 or 16, found ${bits}`);
+  return bits === 16 ? undefined : bits;
+}
+
+function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings {
+  const defaults = { ...DEFAULTS, ...recipe.defaults };
+  const bits = options.bits ?? defaults.bits;
+  const groupSize = options.groupSize ?? defaults.groupSize;
   const krot = options.krot ?? DEFAULTS.krot;
-  const recipe = findRecipe(options.method ?? DEFAULTS.method);
   ensure([2, 3, 4, 8].includes(bits), 'usage', () => `--bits must be 2, 3, 4 or 8, found ${bits}`);
   ensure(
     [-1, 32, 64, 128].includes(groupSize),
@@ -290,6 +332,22 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
     'usage',
     () => `--krot must be between 0 and 31, found ${krot}`,
   );
+  const actBits = narrow(options.actBits ?? recipe.defaults?.actBits, '--act-bits');
+  const kvBits = narrow(options.kvBits ?? recipe.defaults?.kvBits, '--kv-bits');
+  const rotate = options.rotate ?? recipe.defaults?.rotate ?? false;
+  const smooth = options.smooth ?? recipe.defaults?.smooth ?? 'none';
+  const { alpha } = options;
+  ensure(
+    alpha === undefined || (alpha >= 0 && alpha <= 1),
+    'usage',
+    () => `--alpha must be between 0 and 1, found ${alpha}`,
+  );
+  ensure(
+    !isBlockRecipe(recipe) || (!actBits && !kvBits && !rotate && smooth === 'none'),
+    'usage',
+    () => `${recipe.name} trains blocks as they are, with activations in full precision`,
+    'leave out --act-bits, --kv-bits, --rotate and --smooth, or choose another method',
+  );
   return {
     method: recipe.name,
     bits,
@@ -300,7 +358,11 @@ function settingsOf(options: QuantizeOptions): QuantizeSettings {
     rounding: options.rounding,
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
-    ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.defaults, options.block) } : {}),
+    ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
+    ...(actBits ? { actBits } : {}),
+    ...(kvBits ? { kvBits } : {}),
+    ...(rotate ? { rotate } : {}),
+    ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
   };
 }
 
@@ -518,6 +580,7 @@ export function quantizationOf(
     }
   }
   const learned = recipe.layout === 'paroquant';
+  const online = onlineConfig(source.online ?? { groups: {} });
   const perChannel = settings.groupSize === -1;
   return {
     method: plan.layout,
@@ -527,6 +590,8 @@ export function quantizationOf(
     modulesToNotConvert: kept,
     groupSizeOverrides: overrides,
     ...(plan.layout === 'gyre' ? { recipe: recipe.name } : {}),
+    ...(plan.layout === 'gyre' && recipe.symmetric ? { symmetric: true } : {}),
+    ...(online ? { online } : {}),
     ...(plan.layout === 'gyre' && learned && perChannel ? { transformGroupSize: commonRotationGroup(source) } : {}),
   };
 }
@@ -545,6 +610,7 @@ async function resultFiles(
     calibration: string;
     notes: readonly string[];
     training?: readonly BlockTraining[];
+    smoothing?: QuantizeReport['smoothing'];
   },
 ): Promise<Record<string, string>> {
   const { training, ...record } = run;
@@ -586,6 +652,19 @@ function megabytes(bytes: number): string {
   return bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+/** A line on what happens to activations; none when nothing does. */
+function lowPrecision({ actBits, kvBits, rotate, smooth, alpha }: QuantizeSettings): string[] {
+  const parts = [
+    ...(rotate ? ['Hadamard rotations'] : []),
+    ...(smooth
+      ? [`smoothing ${smooth === 'all' ? 'everywhere' : 'before down'}, exponent ${alpha ?? 'searched'}`]
+      : []),
+    ...(actBits ? [`${actBits}-bit inputs, one grid per token`] : []),
+    ...(kvBits ? [`${kvBits}-bit keys and values`] : []),
+  ];
+  return parts.length > 0 ? [`activations  ${parts.join(', ')}`] : [];
+}
+
 function describePlan(
   source: ModelSource,
   plan: QuantizePlan,
@@ -596,14 +675,14 @@ function describePlan(
 ): string[] {
   const { config } = source;
   const grid = settings.groupSize === -1 ? 'per channel' : `groups of ${settings.groupSize}`;
-  const calibration =
-    recipe.needs === 'nothing'
-      ? 'none needed'
-      : `${shape.sequences} × ${shape.length} tokens ${texts.length > 0 ? `from ${texts.map((t) => t.name).join(', ')}` : 'written by the model itself'}`;
+  const calibration = !needsCalibration(recipe, settings)
+    ? 'none needed'
+    : `${shape.sequences} × ${shape.length} tokens ${texts.length > 0 ? `from ${texts.map((t) => t.name).join(', ')}` : 'written by the model itself'}`;
   return [
     `model        ${source.name}: ${config.family}, ${config.layers} blocks of ${config.hiddenSize}, vocabulary ${config.vocabSize}`,
     `method       ${recipe.name}: ${recipe.summary}`,
     `weights      ${settings.bits} bits, ${grid} (${plan.bitsPerWeight.toFixed(2)} bits per weight), ${plan.layout} layout`,
+    ...lowPrecision(settings),
     `calibration  ${calibration}`,
     `cost         about ${(plan.floatingPointOperations / 1e12).toFixed(2)} TFLOP, ${megabytes(plan.memoryBytes)} of memory, ${megabytes(plan.outputBytes)} on disk`,
     ...plan.notes.map((note) => `note         ${note}`),

@@ -1,9 +1,9 @@
-// Streaming read bandwidth of the machine, by the same threads and instruction set as the kernels: the GEMV kernel on bf16
-// weights far larger than the caches, the fastest reader that this WebAssembly build has.
+// Streaming read bandwidth of the machine: every core reads memory far larger than the caches at once. Stays open, so that
+// it can be measured between the runs that are compared with it (the machine may be shared).
 import { cpus } from 'node:os';
 import { Worker } from 'node:worker_threads';
 
-/** A WebAssembly loop would measure WebAssembly; memory is measured by summing 64-bit integers in native typed-array code. */
+/** A WebAssembly loop would measure WebAssembly: memory is measured by native code that Node.js brings along. */
 const READER = `
 const { workerData, parentPort } = require('node:worker_threads');
 const bytes = 256 * 1024 * 1024;
@@ -17,20 +17,35 @@ parentPort.on('message', () => {
 parentPort.postMessage('ready');
 `;
 
-/** GB/s read by all cores together: best of five. */
-export async function measureReadBandwidth(): Promise<number> {
-  const workers = cpus().map(() => new Worker(READER, { eval: true, execArgv: [] }));
-  const next = (worker: Worker) => new Promise<unknown>((resolve) => worker.once('message', resolve));
-  await Promise.all(workers.map(next));
-  let best = 0;
-  for (let i = 0; i < 5; i++) {
-    const answers = workers.map(next);
-    for (const worker of workers) worker.postMessage('go');
+/** Measures streaming reads; one thread per core waits between measurements. */
+export class BandwidthMeter {
+  readonly #workers: readonly Worker[];
+
+  private constructor(workers: readonly Worker[]) {
+    this.#workers = workers;
+  }
+
+  static async open(): Promise<BandwidthMeter> {
+    const workers = cpus().map(() => new Worker(READER, { eval: true, execArgv: [] }));
+    await Promise.all(workers.map(next));
+    return new BandwidthMeter(workers);
+  }
+
+  /** GB/s read by all cores together, once. */
+  async measure(): Promise<number> {
+    const answers = this.#workers.map(next);
+    for (const worker of this.#workers) worker.postMessage('go');
     const runs = (await Promise.all(answers)) as { start: bigint; end: bigint; bytes: number }[];
     const start = runs.reduce((m, r) => (r.start < m ? r.start : m), runs[0].start);
     const end = runs.reduce((m, r) => (r.end > m ? r.end : m), runs[0].end);
-    best = Math.max(best, runs.reduce((sum, r) => sum + r.bytes, 0) / Number(end - start));
+    return runs.reduce((sum, r) => sum + r.bytes, 0) / Number(end - start);
   }
-  await Promise.all(workers.map((worker) => worker.terminate()));
-  return best;
+
+  async close(): Promise<void> {
+    await Promise.all(this.#workers.map((worker) => worker.terminate()));
+  }
+}
+
+function next(worker: Worker): Promise<unknown> {
+  return new Promise((resolve) => worker.once('message', resolve));
 }

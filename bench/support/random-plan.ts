@@ -4,7 +4,7 @@ import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
 import { plainGroup, type PlanGroup, type PlanModel, type PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
-import { randomPairs } from '../../src/transforms/index.js';
+import { randomPairs, xorPairs } from '../../src/transforms/index.js';
 import { randomBuffer } from './gpu.js';
 
 /** Shapes of a decoder. */
@@ -79,8 +79,8 @@ export const SHAPES: readonly DecoderShape[] = [
   },
 ];
 
-/** AWQ has no transform; ParoQuant one per linear group, or one per projection as in published checkpoints. */
-export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection';
+/** AWQ has no transform; ParoQuant one per linear group with our pairs, with any pairs, or one per projection as published. */
+export type PlanKind = 'awq' | 'paroquant' | 'paroquant-any-pairs' | 'paroquant-per-projection';
 
 /** A decoder's weights without its caches: made once, planned with several kinds of transforms. */
 export class RandomDecoder {
@@ -92,7 +92,7 @@ export class RandomDecoder {
   readonly #common: Pick<PlanModel, 'rope' | 'embedding' | 'head' | 'finalNorm'>;
   readonly #norm: GPUBuffer;
   readonly #ones = new Map<number, GPUBuffer>();
-  readonly #tables = new Map<string, GPUBuffer>();
+  readonly #tables = new Map<string, { table: Uint32Array; masks: Uint32Array }>();
 
   constructor(gpu: GpuDevice, shape: DecoderShape, positions: number) {
     this.#gpu = gpu;
@@ -143,7 +143,7 @@ export class RandomDecoder {
   model(kind: PlanKind, batch: number, capacity: number): PlanModel {
     const { hidden, heads, kvHeads, headDim, intermediate, vocab, qkNorm } = this.shape;
     const bytes = batch * kvHeads * capacity * headDim * 2;
-    const apart = kind === 'paroquant-per-projection';
+    const split = apart(kind);
     return {
       hidden,
       intermediate,
@@ -155,10 +155,10 @@ export class RandomDecoder {
       eps: 1e-6,
       ...this.#common,
       blocks: this.#weights.map((w) => ({
-        qkv: this.#group(kind, apart ? [w.q, w.k, w.v] : [w.qkv]),
-        o: this.#group(kind, [w.o]),
-        gateUp: this.#group(kind, apart ? [w.gate, w.up] : [w.gateUp]),
-        down: this.#group(kind, [w.down]),
+        qkv: this.#group(kind, split ? [w.q, w.k, w.v] : [w.qkv], true),
+        o: this.#group(kind, [w.o], false),
+        gateUp: this.#group(kind, split ? [w.gate, w.up] : [w.gateUp], true),
+        down: this.#group(kind, [w.down], false),
         ...(qkNorm && { qNorm: this.#norm, kNorm: this.#norm }),
         keys: this.#gpu.buffer(bytes),
         values: this.#gpu.buffer(bytes),
@@ -197,34 +197,42 @@ export class RandomDecoder {
     };
   }
 
-  #group(kind: PlanKind, weights: readonly PlanWeight[]): PlanGroup {
+  #group(kind: PlanKind, weights: readonly PlanWeight[], norm: boolean): PlanGroup {
     const channels = weights[0].inFeatures;
     const count = channels * weights.length;
-    let gain = this.#ones.get(count);
-    if (!gain) this.#ones.set(count, (gain = this.#full(count, 1)));
+    // Norms have weights of their own in every model; elsewhere AWQ multiplies by nothing.
+    const own = norm || kind !== 'awq';
+    let gain = own ? undefined : this.#ones.get(count);
+    if (!gain) {
+      gain = this.#full(count, 1);
+      if (!own) this.#ones.set(count, gain);
+    }
     if (kind === 'awq') return { weights, krot: 0, rotationGroup: plainGroup(channels), gain };
     // Every group has a table of its own, as in a checkpoint, or the cache would serve them all.
     const krot = 8;
-    const words = krot * count;
-    let source = this.#tables.get(String(words));
+    const pairing = kind === 'paroquant-any-pairs' || apart(kind) ? 'any' : 'xor';
+    const key = `${pairing} ${count}`;
+    let source = this.#tables.get(key);
     if (!source) {
       const transform = {
         channels,
         groupSize: 128,
         krot,
-        pairs: randomPairs(channels, 128, krot, this.#rng),
+        pairs: (pairing === 'xor' ? xorPairs : randomPairs)(channels, 128, krot, this.#rng),
         theta: new Float32Array((krot * channels) / 2).map(() => this.#rng.normal()),
         channelScales: new Float32Array(channels).fill(1),
       };
-      const one = rotationTable(transform);
-      const all = new Uint32Array(words);
-      for (let i = 0; i < weights.length; i++) all.set(one, i * one.length);
-      source = this.#gpu.buffer(words * 4);
-      this.#gpu.upload(source, all);
-      this.#tables.set(String(words), source);
+      const one = rotationTable(transform, pairing);
+      const repeat = (words: Uint32Array): Uint32Array => Uint32Array.from(weights.flatMap(() => [...words]));
+      source = { table: repeat(one.table), masks: repeat(one.masks) };
+      this.#tables.set(key, source);
     }
-    const table = this.#gpu.buffer(words * 4);
-    this.#gpu.copy(source, 0, table, 0, words * 4);
-    return { weights, krot, rotationGroup: 128, gain, table };
+    const table = this.#gpu.buffer(source.table.byteLength);
+    this.#gpu.upload(table, source.table);
+    const masks = this.#gpu.buffer(Math.max(16, source.masks.byteLength));
+    this.#gpu.upload(masks, source.masks);
+    return { weights, krot, rotationGroup: 128, gain, rotations: { pairing, table, masks } };
   }
 }
+
+const apart = (kind: PlanKind): boolean => kind === 'paroquant-per-projection';

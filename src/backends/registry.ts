@@ -1,10 +1,47 @@
 // The one place that knows the concrete backends; each is loaded when it is asked for.
 import type { Backend } from '../ops/backend.js';
-import { GyreError, unreachable } from '../core/errors.js';
+import { ensure, GyreError, unreachable } from '../core/errors.js';
 
 /** Backends by name. `reference` is the slow float64 oracle. */
 export const BACKENDS = ['cpu', 'webgpu', 'reference'] as const;
 export type BackendName = (typeof BACKENDS)[number];
+
+/** What `--device` takes. */
+export const DEVICES = ['auto', 'cpu', 'webgpu'] as const;
+export type DeviceName = (typeof DEVICES)[number];
+
+/** A device, and why it was taken. */
+export interface ChosenDevice {
+  readonly name: Exclude<DeviceName, 'auto'>;
+  readonly reason: string;
+}
+
+/** What a job asks of a device. */
+export interface DeviceNeeds {
+  /** Bytes of the largest tensor: on a GPU each is one buffer. */
+  readonly largestTensor?: number;
+  readonly activations?: BackendOptions['activations'];
+}
+
+/**
+ * Decides where a job runs: on the device asked for, without looking; for `auto` on WebGPU if there is a GPU (a software
+ * one doesn't count: the CPU backend is faster) that holds the job's largest tensor, else on the CPU.
+ */
+export async function chooseDevice(wanted: DeviceName, needs: DeviceNeeds = {}): Promise<ChosenDevice> {
+  if (wanted !== 'auto') return { name: wanted, reason: 'as asked' };
+  if (needs.activations === 'int8') return { name: 'cpu', reason: '8-bit activations are its own' };
+  const found = await (await import('./webgpu/probe.js')).probeWebGpu();
+  if (!found.available) return { name: 'cpu', reason: found.reason };
+  const { description, software } = found.capabilities;
+  if (software) return { name: 'cpu', reason: `WebGPU has only a software GPU (${description})` };
+  const { largestTensor = 0 } = needs;
+  if (largestTensor > found.largestWeight)
+    return {
+      name: 'cpu',
+      reason: `a tensor of ${largestTensor} bytes exceeds the ${found.largestWeight} that ${description} takes in one buffer`,
+    };
+  return { name: 'webgpu', reason: `found ${description}` };
+}
 
 /** Options of {@link openBackend}. */
 export interface BackendOptions {
@@ -12,7 +49,7 @@ export interface BackendOptions {
   threads?: number;
   /**
    * How products with quantized weights treat activations on the CPU: `exact` (f32 products; a few rows at a time
-   * with activations rounded to 16 bits per group, the default) or `int8` (rounded to 8 bits: faster, some quality lost).
+   * with activations rounded to 15 or 16 bits per group, the default) or `int8` (rounded to 8 bits: faster, some quality lost).
    */
   activations?: 'exact' | 'int8';
 }
@@ -23,6 +60,12 @@ export async function openBackend(name: BackendName, options: BackendOptions = {
     case 'cpu':
       return (await import('./cpu/index.js')).openCpuBackend(options);
     case 'webgpu':
+      ensure(
+        options.activations !== 'int8',
+        'usage',
+        '8-bit activations are a choice of the CPU backend; WebGPU has none',
+        'leave out --activations, or use --device cpu',
+      );
       return (await import('./webgpu/index.js')).openWebGpuBackend();
     case 'reference':
       return (await import('../ops/reference/backend.js')).createReferenceBackend();

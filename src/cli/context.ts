@@ -1,6 +1,7 @@
 // What every command gets: where to print, how to show progress, when to stop; and models opened the same way everywhere.
 import { arch, cpus, platform, totalmem } from 'node:os';
-import { openBackend } from '../backends/registry.js';
+import { chooseDevice, openBackend, type ChosenDevice, type DeviceName } from '../backends/registry.js';
+import { byteLength } from '../core/tensor.js';
 import { resolveModel } from '../formats/hub.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../models/load.js';
 import type { Decoder } from '../models/decoder.js';
@@ -65,12 +66,43 @@ export async function withModel<T>(
   }
 }
 
-/** Opens the CPU backend; `use` gets it, and it is disposed of afterwards. */
+/** How and where a command computes. */
+export interface RuntimeChoice {
+  readonly device: DeviceName;
+  readonly threads?: number;
+  readonly activations?: 'exact' | 'int8';
+}
+
+/** Decides where a command runs a model, and says so. */
+export async function pickDevice(
+  context: CommandContext,
+  source: ModelSource,
+  options: Pick<RuntimeChoice, 'device' | 'activations'>,
+): Promise<ChosenDevice> {
+  const tensors = [...source.checkpoint.names()].map((name) => source.checkpoint.info(name));
+  const largestTensor = Math.max(0, ...tensors.map(({ dtype, shape }) => byteLength(dtype, shape)));
+  const device = await chooseDevice(options.device, { largestTensor, activations: options.activations });
+  context.progress.note(`device: ${device.name} (${device.reason})`);
+  return device;
+}
+
+/** Opens the backend that runs a model, saying which; `use` gets it, and it is disposed of afterwards. */
 export async function withBackend<T>(
-  options: { readonly threads?: number; readonly activations?: 'exact' | 'int8' },
+  context: CommandContext,
+  source: ModelSource,
+  options: RuntimeChoice,
   use: (backend: Backend) => Promise<T>,
 ): Promise<T> {
-  const backend = await openBackend('cpu', options);
+  return onDevice((await pickDevice(context, source, options)).name, options, use);
+}
+
+/** Opens a device's backend; `use` gets it, and it is disposed of afterwards. */
+export async function onDevice<T>(
+  device: ChosenDevice['name'],
+  { threads, activations }: Omit<RuntimeChoice, 'device'>,
+  use: (backend: Backend) => Promise<T>,
+): Promise<T> {
+  const backend = await openBackend(device, { threads, activations });
   try {
     return await use(backend);
   } finally {

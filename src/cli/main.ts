@@ -3,10 +3,12 @@ import { Command, CommanderError } from 'commander';
 import { GyreError } from '../core/errors.js';
 import { VERSION } from '../version.js';
 import { demoCommand } from './commands/demo.js';
+import { doctorCommand } from './commands/doctor.js';
 import { evalCommand } from './commands/eval.js';
 import { generateCommand } from './commands/generate.js';
 import { inspectCommand } from './commands/inspect.js';
 import { quantizeCommand } from './commands/quantize.js';
+import { stressCommand } from './commands/stress.js';
 import { createContext, type CommandContext } from './context.js';
 import { colorsFor } from './ui/colors.js';
 import { describeError, errorJson, EXIT, formatError, stacks } from './ui/errors.js';
@@ -78,7 +80,15 @@ Examples:
 A model is a folder in Hugging Face layout or an id on the hub. Every command takes --json and has its own --help.
 Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped by Ctrl-C. GYRE_DEBUG=1 prints stacks of errors.`,
     );
-  const commands = [quantizeCommand, evalCommand, generateCommand, inspectCommand, demoCommand];
+  const commands = [
+    quantizeCommand,
+    evalCommand,
+    generateCommand,
+    inspectCommand,
+    stressCommand,
+    demoCommand,
+    doctorCommand,
+  ];
   for (const command of commands) program.addCommand(command(context));
   for (const command of [program, ...program.commands]) {
     // Errors are thrown and printed in one place; help goes to stdout as it is.

@@ -1,6 +1,7 @@
 // Options of the commands: texts from the command line checked by zod, errors that name the flag as it was typed.
 import { Option } from 'commander';
 import { z } from 'zod';
+import { DEVICES } from '../backends/registry.js';
 import { GyreError } from '../core/errors.js';
 
 /** A whole number in a range. */
@@ -67,8 +68,19 @@ export const modelOptions = (): Option[] => [
   new Option('--token <token>', 'access token of the hub (default: HF_TOKEN, or the one you logged in with)'),
 ];
 
+/** `--device`, on every command that computes. */
+export const deviceOption = (): Option =>
+  new Option(
+    '--device <name>',
+    'auto (WebGPU if there is a GPU, else the CPU), cpu or webgpu; see gyre doctor',
+  ).default('auto');
+
+/** The schema of {@link deviceOption}. */
+export const deviceSchema = { device: oneOf(DEVICES) };
+
 /** Flags that say how a model runs. */
 export const runtimeOptions = (): Option[] => [
+  deviceOption(),
   new Option('--threads <n>', 'CPU threads (default: all cores)'),
   new Option(
     '--activations <how>',
@@ -85,6 +97,7 @@ export const modelSchema = { revision: z.string().optional(), token: z.string().
 
 /** The schema of {@link runtimeOptions}. */
 export const runtimeSchema = {
+  ...deviceSchema,
   threads: wholeNumber(1, 1024).optional(),
   activations: oneOf(['exact', 'int8']),
   headBits: oneOf([8, 16]),

@@ -9,12 +9,40 @@ export type QuantizationMethod = 'paroquant' | 'awq' | 'gyre';
 /** Bit widths of stored codes. */
 export type StoredBits = 2 | 3 | 4 | 8;
 
-/** Version of gyre's own schema that this code writes. */
+/** Version of gyre's own schema that this code writes for linears alone. */
 export const GYRE_SCHEMA_VERSION = 1;
+/** Version with things that happen online: readers of version 1 refuse it. */
+export const GYRE_ONLINE_VERSION = 2;
+/** What a version 2 checkpoint may require of its reader. */
+const FEATURES = ['hadamard', 'activations', 'kv_cache'] as const;
 /** Most rotations of a transform. */
 export const MAX_KROT = 64;
 /** Largest group, input channels (`pairs` are int16). */
 export const MAX_GROUP_SIZE = 32768;
+
+/** What a model does to activations while it runs (gyre schema, version 2). */
+export interface OnlineConfig {
+  /** Hadamard transforms of the inputs of linear groups, and of the heads of q and k. */
+  readonly hadamard: readonly {
+    readonly at: (typeof PLACES)[number];
+    readonly order: number;
+    readonly inner: number;
+    readonly construction: (typeof CONSTRUCTIONS)[number];
+    readonly baseOrder: number;
+  }[];
+  /** Grid of every quantized linear's input. Group −1: per token. */
+  readonly activations?: {
+    readonly bits: 4 | 8;
+    readonly symmetric: boolean;
+    readonly groupSize: number;
+    readonly clip: number;
+  };
+  /** Grid of keys and values: asymmetric, per token and head. */
+  readonly kvCache?: { readonly bits: 4 | 8; readonly clip: number };
+}
+
+const PLACES = ['qkv', 'o', 'gateUp', 'down', 'heads'] as const;
+const CONSTRUCTIONS = ['sylvester', 'paley1', 'paley2', 'williamson'] as const;
 
 /** Normal form of a `quantization_config`. */
 export interface QuantizationConfig {
@@ -32,6 +60,9 @@ export interface QuantizationConfig {
   readonly groupSizeOverrides: Readonly<Record<string, number>>;
   /** Recipe that made it, e.g. `paroquant`, `gptq`, `smoothrot`; for people and reports (gyre schema only). */
   readonly recipe?: string;
+  /** Weights are on grids symmetric about 0: every zero point is 2^(bits − 1) (gyre schema only). */
+  readonly symmetric?: boolean;
+  readonly online?: OnlineConfig;
 }
 
 const groupSize = z.union([z.literal(-1), z.number().int().positive().max(MAX_GROUP_SIZE)]);
@@ -40,6 +71,28 @@ const shared = {
   group_size_overrides: z.record(z.string(), groupSize).nullish(),
 };
 const krot = z.number().int().nonnegative().max(MAX_KROT);
+
+const narrow = z.union([z.literal(4), z.literal(8)]);
+const clip = z.number().positive().max(1);
+const onlineFields = {
+  symmetric: z.boolean().nullish(),
+  requires: z.array(z.string()).max(100).default([]),
+  online_transforms: z
+    .array(
+      z.object({
+        kind: z.literal('hadamard'),
+        at: z.enum(PLACES),
+        order: z.number().int().positive().max(1_048_576),
+        inner: z.number().int().positive().max(65_536),
+        construction: z.enum(CONSTRUCTIONS),
+        base_order: z.number().int().positive().max(1024),
+      }),
+    )
+    .max(PLACES.length)
+    .default([]),
+  activations: z.object({ bits: narrow, symmetric: z.boolean(), group_size: groupSize, clip }).nullish(),
+  kv_cache: z.object({ bits: narrow, clip }).nullish(),
+};
 
 const schemas = {
   paroquant: z.looseObject({
@@ -62,12 +115,13 @@ const schemas = {
   }),
   gyre: z.looseObject({
     quant_method: z.literal('gyre'),
-    version: z.literal(GYRE_SCHEMA_VERSION),
+    version: z.union([z.literal(GYRE_SCHEMA_VERSION), z.literal(GYRE_ONLINE_VERSION)]),
     bits: z.union([z.literal(2), z.literal(3), z.literal(4), z.literal(8)]),
     group_size: groupSize,
     krot: krot.default(0),
     transform_group_size: z.number().int().positive().max(MAX_GROUP_SIZE).nullish(),
     recipe: z.string().max(200).nullish(),
+    ...onlineFields,
     ...shared,
   }),
 };
@@ -94,7 +148,9 @@ export function parseQuantizationConfig(
       return { method, bits: 4, groupSize: c.group_size, krot: 0, ...common(c) };
     }
     case 'gyre': {
+      checkFeatures(raw, where);
       const c = validate(schemas.gyre, raw, where);
+      const online = onlineOf(c);
       return {
         method,
         bits: c.bits,
@@ -103,6 +159,8 @@ export function parseQuantizationConfig(
         ...common(c),
         ...(c.transform_group_size ? { transformGroupSize: c.transform_group_size } : {}),
         ...(c.recipe ? { recipe: c.recipe } : {}),
+        ...(c.symmetric ? { symmetric: true } : {}),
+        ...(online ? { online } : {}),
       };
     }
     default:
@@ -110,6 +168,91 @@ export function parseQuantizationConfig(
         remedy: `gyre reads ${Object.keys(schemas).join(', ')} and unquantized models: use the 16-bit original.`,
       });
   }
+}
+
+/** Refuses, in words, what a newer gyre wrote and this one cannot run: a missing transform would give nonsense. */
+function checkFeatures(raw: unknown, where: string): void {
+  const {
+    version,
+    requires,
+    online_transforms: transforms,
+  } = validate(
+    z.looseObject({
+      version: z.number(),
+      requires: z.array(z.string()).nullish(),
+      online_transforms: z.array(z.looseObject({ kind: z.string() })).nullish(),
+    }),
+    raw,
+    where,
+  );
+  const refuse = (what: string): never => {
+    throw new GyreError('unsupported', `${where}: ${what}`, {
+      remedy: 'Update gyre, or quantize the original model with this version.',
+    });
+  };
+  if (version > GYRE_ONLINE_VERSION) refuse(`version ${version} of the gyre layout is newer than this gyre reads`);
+  for (const feature of requires ?? []) {
+    if (!FEATURES.some((known) => known === feature)) refuse(`the model requires '${feature}', which this gyre lacks`);
+  }
+  for (const { kind } of transforms ?? []) {
+    if (kind !== 'hadamard') refuse(`the model has an online transform '${kind}', which this gyre lacks`);
+  }
+}
+
+function onlineOf(c: z.output<typeof schemas.gyre>): OnlineConfig | undefined {
+  const { online_transforms: transforms, activations, kv_cache: kvCache } = c;
+  if (transforms.length === 0 && !activations && !kvCache) return undefined;
+  return {
+    hadamard: transforms.map(({ at, order, inner, construction, base_order: baseOrder }) => ({
+      at,
+      order,
+      inner,
+      construction,
+      baseOrder,
+    })),
+    ...(activations
+      ? {
+          activations: {
+            bits: activations.bits,
+            symmetric: activations.symmetric,
+            groupSize: activations.group_size,
+            clip: activations.clip,
+          },
+        }
+      : {}),
+    ...(kvCache ? { kvCache: { bits: kvCache.bits, clip: kvCache.clip } } : {}),
+  };
+}
+
+/** The fields of {@link OnlineConfig} as written. */
+function onlineJson({ hadamard, activations, kvCache }: OnlineConfig): Record<string, unknown> {
+  const used = { hadamard: hadamard.length > 0, activations, kv_cache: kvCache };
+  return {
+    requires: FEATURES.filter((feature) => used[feature]),
+    ...(hadamard.length > 0
+      ? {
+          online_transforms: hadamard.map(({ at, order, inner, construction, baseOrder }) => ({
+            kind: 'hadamard',
+            at,
+            order,
+            inner,
+            construction,
+            base_order: baseOrder,
+          })),
+        }
+      : {}),
+    ...(activations
+      ? {
+          activations: {
+            bits: activations.bits,
+            symmetric: activations.symmetric,
+            group_size: activations.groupSize,
+            clip: activations.clip,
+          },
+        }
+      : {}),
+    ...(kvCache ? { kv_cache: { bits: kvCache.bits, clip: kvCache.clip } } : {}),
+  };
 }
 
 function common(c: {
@@ -127,8 +270,14 @@ export function quantizationConfigJson(config: QuantizationConfig): Record<strin
     () => `the ${config.method} layout holds 4 bits, found ${config.bits}`,
     'Write the gyre layout for other widths.',
   );
+  ensure(
+    config.method === 'gyre' || config.online === undefined,
+    'unsupported',
+    () => `the ${config.method} layout has no place for online transforms and grids`,
+    'Write the gyre layout.',
+  );
   const json: Record<string, unknown> = { quant_method: config.method };
-  if (config.method === 'gyre') json.version = GYRE_SCHEMA_VERSION;
+  if (config.method === 'gyre') json.version = config.online ? GYRE_ONLINE_VERSION : GYRE_SCHEMA_VERSION;
   json.bits = config.bits;
   json.group_size = config.groupSize;
   if (config.method === 'awq') Object.assign(json, { zero_point: true, version: 'gemm' });
@@ -136,6 +285,8 @@ export function quantizationConfigJson(config: QuantizationConfig): Record<strin
   if (config.method === 'gyre') {
     if (config.transformGroupSize !== undefined) json.transform_group_size = config.transformGroupSize;
     if (config.recipe !== undefined) json.recipe = config.recipe;
+    if (config.symmetric) json.symmetric = true;
+    if (config.online) Object.assign(json, onlineJson(config.online));
   }
   if (config.modulesToNotConvert.length > 0) json.modules_to_not_convert = [...config.modulesToNotConvert];
   const overrides = Object.entries(config.groupSizeOverrides).sort(([a], [b]) => (a < b ? -1 : 1));

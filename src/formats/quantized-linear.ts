@@ -10,7 +10,7 @@ import {
   type QuantizationMethod,
   type StoredBits,
 } from './quantization-config.js';
-import type { Checkpoint } from './safetensors.js';
+import type { TensorReader } from './safetensors.js';
 import type { TensorEntry } from './safetensors-writer.js';
 
 /** A learned transform as stored; the same shape as a backend's pairwise transform. */
@@ -47,7 +47,7 @@ export interface StoredQuantizedLinear {
 }
 
 /** Whether a module is stored quantized in a checkpoint (it has `qweight` or `codes`). */
-export function isQuantized(checkpoint: Pick<Checkpoint, 'has'>, module: string): boolean {
+export function isQuantized(checkpoint: Pick<TensorReader, 'has'>, module: string): boolean {
   return checkpoint.has(`${module}.qweight`) || checkpoint.has(`${module}.codes`);
 }
 
@@ -59,7 +59,7 @@ export function isQuantized(checkpoint: Pick<Checkpoint, 'has'>, module: string)
  * and zero points out of range; `unsupported` for grid scales that f16 can't hold.
  */
 export async function readQuantizedLinear(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   module: string,
   config: QuantizationConfig,
 ): Promise<StoredQuantizedLinear> {
@@ -78,7 +78,7 @@ export async function readQuantizedLinear(
 }
 
 async function readGemmWeight(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   module: string,
   config: QuantizationConfig,
 ): Promise<StoredQuantizedLinear> {
@@ -105,7 +105,7 @@ async function readGemmWeight(
 }
 
 async function readGyreWeight(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   module: string,
   config: QuantizationConfig,
 ): Promise<StoredQuantizedLinear> {
@@ -150,7 +150,7 @@ async function readGyreWeight(
 }
 
 async function readTransform(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   module: string,
   config: QuantizationConfig,
   channels: number,

@@ -342,6 +342,9 @@ const indexSchema = z.object({
   weight_map: z.record(z.string(), z.string()),
 });
 
+/** What models are read from: a {@link Checkpoint}, or something that answers like one. */
+export type TensorReader = Pick<Checkpoint, 'name' | 'has' | 'names' | 'info' | 'read' | 'readRows' | 'close'>;
+
 /** A model's tensors, in one file or in shards, found by name in constant time. */
 export class Checkpoint {
   readonly #name: string;

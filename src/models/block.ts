@@ -1,6 +1,6 @@
 // One decoder block: attention and MLP with their norms. The stages are separate functions because quantization stops
 // between them; `forward` runs them all.
-import type { Backend, KvCacheHandle, RopeHandle, Tensor } from '../ops/backend.js';
+import type { Backend, KvCacheHandle, KvGrid, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
 import type { ModelConfig } from './config.js';
 import type { LinearGroup } from './linear-group.js';
 
@@ -26,18 +26,26 @@ export interface ChunkContext {
   readonly cache?: KvCacheHandle;
 }
 
+/** What happens to heads on the way to attention; see online.ts. */
+export interface HeadsOnline {
+  readonly transform?: TransformHandle;
+  readonly kv?: KvGrid;
+}
+
 /** The parts of a block that are not linears: what stays as it is when the linears are replaced. */
 export class BlockFrame {
   readonly backend: Backend;
   readonly config: ModelConfig;
   readonly layer: number;
   readonly norms: BlockNorms;
+  readonly online: HeadsOnline;
 
-  constructor(backend: Backend, config: ModelConfig, layer: number, norms: BlockNorms) {
+  constructor(backend: Backend, config: ModelConfig, layer: number, norms: BlockNorms, online: HeadsOnline = {}) {
     this.backend = backend;
     this.config = config;
     this.layer = layer;
     this.norms = norms;
+    this.online = online;
   }
 
   /** Input of the qkv group: x [rows, hidden] normalised. */
@@ -45,11 +53,15 @@ export class BlockFrame {
     return this.backend.rmsNorm(x, this.norms.input, this.config.rmsNormEps);
   }
 
-  /** Merged projections [rows, (heads + 2·kvHeads)·headDim] → input of the o group [rows, heads·headDim]. */
-  async attend(qkv: Tensor, context: ChunkContext): Promise<Tensor> {
+  /**
+   * Merged projections [rows, (heads + 2·kvHeads)·headDim] → input of the o group [rows, heads·headDim]. Keys and values are
+   * rounded onto the block's grid, by its cache or here when there is none; not with `exact`.
+   */
+  async attend(qkv: Tensor, context: ChunkContext, options: { exact?: boolean } = {}): Promise<Tensor> {
     const { backend, config } = this;
     const { heads, kvHeads, headDim } = config;
-    const { q, k, v } = await backend.splitHeads(qkv, {
+    const online = options.exact ? {} : this.online;
+    const split = await backend.splitHeads(qkv, {
       heads,
       kvHeads,
       headDim,
@@ -59,7 +71,10 @@ export class BlockFrame {
       qNorm: this.norms.q,
       kNorm: this.norms.k,
       eps: config.rmsNormEps,
+      headTransform: online.transform,
     });
+    const { q } = split;
+    const [k, v] = await this.#asStored([split.k, split.v], context.cache ? undefined : online.kv);
     const y = await backend.attention(q, k, v, {
       heads,
       kvHeads,
@@ -74,6 +89,16 @@ export class BlockFrame {
     return y;
   }
 
+  /** Keys and values as a cache on the grid would hold them. */
+  async #asStored(parts: readonly [Tensor, Tensor], grid: KvGrid | undefined): Promise<readonly [Tensor, Tensor]> {
+    if (!grid) return parts;
+    const { backend, config } = this;
+    const rows = { bits: grid.bits, clip: grid.clip, symmetric: false, groupSize: config.headDim };
+    const rounded = [await backend.quantizeRows(parts[0], rows), await backend.quantizeRows(parts[1], rows)] as const;
+    backend.free(...parts);
+    return rounded;
+  }
+
   /** Input of the gate/up group. */
   mlpInput(x: Tensor): Tensor | Promise<Tensor> {
     return this.backend.rmsNorm(x, this.norms.postAttention, this.config.rmsNormEps);
@@ -86,6 +111,7 @@ export class BlockFrame {
 
   release(): void {
     this.backend.free(this.norms.input, this.norms.postAttention, this.norms.q, this.norms.k);
+    this.backend.release(this.online.transform);
   }
 }
 

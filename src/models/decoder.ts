@@ -1,6 +1,6 @@
 // The decoder-only transformer, defined once for every family: token ids in, logits out.
 import { GyreError, ensure } from '../core/errors.js';
-import type { Backend, KvCacheHandle, LinearHandle, RopeHandle, Tensor } from '../ops/backend.js';
+import type { Backend, KvCacheHandle, KvGrid, LinearHandle, RopeHandle, Tensor } from '../ops/backend.js';
 import type { DecoderBlock } from './block.js';
 import { contextLength, type ModelConfig } from './config.js';
 import { ropeTable } from './rope.js';
@@ -12,6 +12,8 @@ export interface DecoderParts {
   readonly head: LinearHandle;
   readonly finalNorm: Tensor;
   readonly blocks: readonly DecoderBlock[];
+  /** Keys and values are cached on it; as floats when undefined. */
+  readonly kvGrid?: KvGrid;
 }
 
 /** Keys and values of the tokens seen so far, one cache per block. */
@@ -56,7 +58,8 @@ export class Decoder {
     this.#checkLength(capacity);
     const blocks: KvCacheHandle[] = [];
     for (let i = 0; i < config.layers; i++) {
-      blocks.push(await backend.createKvCache({ batch, kvHeads: config.kvHeads, headDim: config.headDim, capacity }));
+      const { kvHeads, headDim } = config;
+      blocks.push(await backend.createKvCache({ batch, kvHeads, headDim, capacity, grid: this.parts.kvGrid }));
     }
     return new DecoderCache(batch, capacity, blocks);
   }

@@ -2,7 +2,9 @@
 import type { HostTensor } from '../core/tensor.js';
 import { elementCount, floats } from '../core/tensor.js';
 import type {
+  ActivationGrid,
   Backend,
+  HadamardTransform,
   LinearHandle,
   LinearSource,
   PairwiseTransform,
@@ -17,6 +19,16 @@ export interface LinearPart {
   readonly transform?: PairwiseTransform;
 }
 
+/** Options of {@link LinearGroup.load}. */
+export interface LinearGroupOptions {
+  /** Default true; false keeps linears with equal transforms apart (ablation). */
+  readonly share?: boolean;
+  /** A transform of the group's input, once, before those of its parts. */
+  readonly before?: HadamardTransform;
+  /** Grid of the inputs of quantized linears, after their transforms; linears left in 16 bits take theirs as they are. */
+  readonly activations?: ActivationGrid;
+}
+
 interface Product {
   readonly transform: TransformHandle | undefined;
   readonly weight: LinearHandle;
@@ -25,19 +37,22 @@ interface Product {
 /** A linear group resident on a backend; output columns in the order of its parts. */
 export class LinearGroup {
   readonly #backend: Backend;
+  readonly #before: TransformHandle | undefined;
   readonly #products: readonly Product[];
 
-  private constructor(backend: Backend, products: readonly Product[]) {
+  private constructor(backend: Backend, before: TransformHandle | undefined, products: readonly Product[]) {
     this.#backend = backend;
+    this.#before = before;
     this.#products = products;
   }
 
-  /** Loads the parts, merging neighbours that share transform and grid. `share: false` keeps them apart (ablation). */
+  /** Loads the parts, merging neighbours that share transform and grid. */
   static async load(
     backend: Backend,
     parts: readonly LinearPart[],
-    options: { share?: boolean } = {},
+    options: LinearGroupOptions = {},
   ): Promise<LinearGroup> {
+    const { before, activations } = options;
     const runs: LinearPart[][] = [];
     for (const part of parts) {
       const last = runs.at(-1);
@@ -49,10 +64,10 @@ export class LinearGroup {
       const { transform } = run[0];
       products.push({
         transform: transform && (await backend.loadTransform(transform)),
-        weight: await backend.loadLinear(mergeSources(run.map((part) => part.source))),
+        weight: await backend.loadLinear(rounding(mergeSources(run.map((part) => part.source)), activations)),
       });
     }
-    return new LinearGroup(backend, products);
+    return new LinearGroup(backend, before && (await backend.loadTransform(before)), products);
   }
 
   /** Bytes read per row of input. */
@@ -68,12 +83,14 @@ export class LinearGroup {
   /** x [rows, in] → [rows, Σ out], plus `residual` when the group is one product. */
   async forward(x: Tensor, residual?: Tensor): Promise<Tensor> {
     const backend = this.#backend;
+    const turned = this.#before ? await backend.rotate(x, this.#before) : x;
     const outputs: Tensor[] = [];
     for (const { transform, weight } of this.#products) {
-      const input = transform ? await backend.rotate(x, transform) : x;
+      const input = transform ? await backend.rotate(turned, transform) : turned;
       outputs.push(await backend.linear(input, weight, residual));
       if (transform) backend.free(input);
     }
+    if (turned !== x) backend.free(turned);
     if (outputs.length === 1) return outputs[0];
     const merged = await backend.concatColumns(outputs);
     backend.free(...outputs);
@@ -81,8 +98,13 @@ export class LinearGroup {
   }
 
   release(): void {
+    this.#backend.release(this.#before);
     for (const { transform, weight } of this.#products) this.#backend.release(transform, weight);
   }
+}
+
+function rounding(source: LinearSource, activations: ActivationGrid | undefined): LinearSource {
+  return activations && source.kind === 'quantized' ? { ...source, activations } : source;
 }
 
 function mergeable(a: LinearPart, b: LinearPart): boolean {
@@ -152,6 +174,11 @@ export function stackRows(tensors: readonly HostTensor[]): HostTensor {
   const [first] = tensors;
   if (tensors.length === 1) return first;
   const shape = [tensors.reduce((sum, t) => sum + t.shape[0], 0), ...first.shape.slice(1)];
+  if (tensors.every((t) => t.data instanceof Float64Array)) {
+    const values = new Float64Array(elementCount(shape));
+    tensors.reduce((at, t) => (values.set(t.data as Float64Array, at), at + t.data.length), 0);
+    return { dtype: 'f64', shape, data: values };
+  }
   const data =
     first.dtype === 'bf16' || first.dtype === 'f16'
       ? new Uint16Array(elementCount(shape))

@@ -6,7 +6,7 @@ import { firstNonFinite, floats, hostTensor, type HostTensor } from '../core/ten
 import { readJson } from '../formats/huggingface-config.js';
 import { parseQuantizationConfig, type QuantizationConfig } from '../formats/quantization-config.js';
 import { isQuantized, readQuantizedLinear } from '../formats/quantized-linear.js';
-import { Checkpoint } from '../formats/safetensors.js';
+import { Checkpoint, type TensorReader } from '../formats/safetensors.js';
 import type { ModelFiles } from '../formats/source.js';
 import type { Backend, LinearSource, Tensor } from '../ops/backend.js';
 import { BlockFrame, DecoderBlock, GROUP_NAMES, type GroupName } from './block.js';
@@ -15,6 +15,7 @@ import { Decoder } from './decoder.js';
 import { parseModelConfig } from './families.js';
 import { LinearGroup, type LinearPart } from './linear-group.js';
 import { TENSOR_NAMES } from './families/names.js';
+import { NO_ONLINE, readOnline, type Online } from './online.js';
 import { roundRows, type RoundAtLoad } from './round.js';
 
 /** A model's files, read as far as its config and the table of its tensors. */
@@ -26,7 +27,9 @@ export interface ModelSource {
   /** The raw config.json, to be copied into what is made of the model. */
   readonly rawConfig: Readonly<Record<string, unknown>>;
   readonly quantization: QuantizationConfig | undefined;
-  readonly checkpoint: Checkpoint;
+  /** What the model does to activations while it runs; nothing when undefined. */
+  readonly online?: Online;
+  readonly checkpoint: TensorReader;
 }
 
 /** Reads config.json and the safetensors headers. @throws GyreError for unknown architectures and broken files. */
@@ -37,7 +40,9 @@ export async function openModel(files: ModelFiles): Promise<ModelSource> {
   const rawConfig = raw as Readonly<Record<string, unknown>>;
   const config = parseModelConfig(raw, files.name);
   const quantization = parseQuantizationConfig(rawConfig['quantization_config']);
-  return { name: files.name, files, config, rawConfig, quantization, checkpoint: await Checkpoint.open(files) };
+  const online = readOnline(config, quantization?.online);
+  const checkpoint = await Checkpoint.open(files);
+  return { name: files.name, files, config, rawConfig, quantization, online, checkpoint };
 }
 
 /** Module names of a block's linear groups, in merged order. */
@@ -154,11 +159,16 @@ export async function loadFrame(backend: Backend, source: ModelSource, layer: nu
   const prefix = TENSOR_NAMES.block(layer);
   const norm = async (name: string, size: number): Promise<Tensor> =>
     backend.upload(await readChecked(source, `${prefix}.${name}.weight`, [size]));
-  return new BlockFrame(backend, config, layer, {
+  const { heads, kv } = source.online ?? NO_ONLINE;
+  const norms = {
     input: await norm(TENSOR_NAMES.inputNorm, config.hiddenSize),
     postAttention: await norm(TENSOR_NAMES.postAttentionNorm, config.hiddenSize),
     q: config.qkNorm ? await norm(TENSOR_NAMES.qNorm, config.headDim) : undefined,
     k: config.qkNorm ? await norm(TENSOR_NAMES.kNorm, config.headDim) : undefined,
+  };
+  return new BlockFrame(backend, config, layer, norms, {
+    transform: heads && (await backend.loadTransform(heads)),
+    kv,
   });
 }
 
@@ -184,7 +194,8 @@ export async function loadGroup(
     const part = await readLinear(source, layer, group, i);
     parts.push(options.roundWeights ? { ...part, source: rounded(part.source, options.roundWeights) } : part);
   }
-  return LinearGroup.load(backend, parts);
+  const { groups, activations } = source.online ?? NO_ONLINE;
+  return LinearGroup.load(backend, parts, { before: groups[group], activations });
 }
 
 function rounded(source: LinearSource, grid: RoundAtLoad): LinearSource {
@@ -234,7 +245,7 @@ export async function loadDecoder(backend: Backend, source: ModelSource, options
     const headSource = config.tiedEmbeddings ? table : await readTable(TENSOR_NAMES.head);
     head = await backend.loadLinear(narrowHead ? rounded(headSource, headGrid(config.hiddenSize)) : headSource);
   }
-  return new Decoder(backend, config, { embedding, head, finalNorm, blocks });
+  return new Decoder(backend, config, { embedding, head, finalNorm, blocks, kvGrid: source.online?.kv });
 }
 
 /** Rows of the embedding table for these ids, read from the file: [ids.length, hidden] f32. Memory: one row at a time. */

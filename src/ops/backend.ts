@@ -16,11 +16,40 @@ export interface Tensor {
 /** Bit widths of quantized weights. */
 export type WeightBits = 2 | 3 | 4 | 8;
 
-/** An asymmetric integer grid over groups of input channels (§4.2 of the design: value = (code − zero) · scale). */
+/**
+ * An integer grid over groups of input channels (§4.2 of the design: value = (code − zero) · scale). Asymmetric from the
+ * range [min, max] unless `symmetric`: then scale = max|w| / (2ᵇ⁻¹ − 1), as an f16 of at least 2^-14, and zero = 2ᵇ⁻¹.
+ */
 export interface GridSpec {
   readonly bits: WeightBits;
   /** Input channels per group; the whole input (per channel) when equal to it. Divides the input. */
   readonly groupSize: number;
+  /** Default false. Refused by {@link QuantizationOps.createObjective}. */
+  readonly symmetric?: boolean;
+}
+
+/**
+ * A dynamic grid of activations, found anew for every row and every run of `groupSize` channels in it, in f32.
+ *
+ * Symmetric: scale = clip · max|x| / (2ᵇ⁻¹ − 1), code = clamp(round(x / scale), −2ᵇ⁻¹, 2ᵇ⁻¹ − 1), value = code · scale.
+ * Asymmetric: low = mid − clip · half, scale = 2 · clip · half / (2ᵇ − 1) with mid, half = (max ± min) / 2,
+ * code = clamp(round((x − low) / scale), 0, 2ᵇ − 1), value = low + code · scale. Ties go to even; with scale 0 the value is
+ * 0 or low.
+ */
+export interface ActivationGrid {
+  readonly bits: 4 | 8;
+  readonly symmetric: boolean;
+  /** Channels per grid; −1: the whole row (per token). Divides the row. */
+  readonly groupSize: number;
+  /** Share of the range that is kept, in (0, 1]. */
+  readonly clip: number;
+}
+
+/** Grids of stored keys and values: asymmetric ({@link ActivationGrid}), one per token and head of each. */
+export interface KvGrid {
+  readonly bits: 4 | 8;
+  /** Share of the range that is kept, in (0, 1]. */
+  readonly clip: number;
 }
 
 /** A linear layer's weight quantized to integers, as plain host arrays. */
@@ -35,10 +64,23 @@ export interface QuantizedWeight extends GridSpec {
   readonly scales: Float32Array;
 }
 
-/** A linear layer: `y = x · Wᵀ + bias`, W [out, in]. */
+/**
+ * A linear layer: `y = x · Wᵀ + bias`, W [out, in]. With `activations`, x is rounded onto that grid first: the product is
+ * that of the rounded values, whether a backend multiplies them or their integer codes.
+ */
 export type LinearSource =
-  | { readonly kind: 'dense'; readonly weight: HostTensor; readonly bias?: Float32Array }
-  | { readonly kind: 'quantized'; readonly weight: QuantizedWeight; readonly bias?: Float32Array };
+  | {
+      readonly kind: 'dense';
+      readonly weight: HostTensor;
+      readonly bias?: Float32Array;
+      readonly activations?: ActivationGrid;
+    }
+  | {
+      readonly kind: 'quantized';
+      readonly weight: QuantizedWeight;
+      readonly bias?: Float32Array;
+      readonly activations?: ActivationGrid;
+    };
 
 /** A linear layer resident on a backend. */
 export interface LinearHandle {
@@ -53,6 +95,7 @@ export interface LinearHandle {
  * k = 0 … krot−1, for each pair (i, j) of rotation k: `(x_i, x_j) ← (x_i cosθ + x_j sinθ, x_j cosθ − x_i sinθ)`.
  */
 export interface PairwiseTransform {
+  readonly kind?: 'pairwise';
   /** Input channels. */
   readonly channels: number;
   readonly groupSize: number;
@@ -64,6 +107,26 @@ export interface PairwiseTransform {
   /** [channels]: a, multiplies activations (weights are multiplied by 1 / a). */
   readonly channelScales: Float32Array;
 }
+
+/**
+ * The orthonormal Hadamard transform y = H·x / √n along one axis of channels seen as [outer, n, inner] (n = order,
+ * outer = channels / (n · inner)): over runs of n channels with inner = 1, across heads with inner = headDim. H = B ⊗ S,
+ * with B a Hadamard matrix of order m and S Sylvester's of order p = n / m, a power of two:
+ * H[a·p + b][c·p + d] = B[a][c] · (−1)^popcount(b & d). Its inverse is Hᵀ / √n; B need not be symmetric.
+ */
+export interface HadamardTransform {
+  readonly kind: 'hadamard';
+  readonly channels: number;
+  /** n. */
+  readonly order: number;
+  /** Channels between two neighbours of the transformed axis; 1 unless it goes across heads. */
+  readonly inner: number;
+  /** B [m, m], row-major, ±1; [1] when n is a power of two. */
+  readonly base: Int8Array;
+}
+
+/** Transforms of a linear's input. */
+export type InputTransform = PairwiseTransform | HadamardTransform;
 
 /** A transform resident on a backend. */
 export interface TransformHandle {
@@ -83,6 +146,16 @@ export interface KvCacheHandle {
   readonly capacity: number;
 }
 
+/** Arguments of {@link InferenceOps.createKvCache}. */
+export interface KvCacheShape {
+  readonly batch: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly capacity: number;
+  /** Stores keys and values in so many bits; floats when undefined. */
+  readonly grid?: KvGrid;
+}
+
 /** Shape of grouped-query attention. */
 export interface AttentionShape {
   readonly heads: number;
@@ -100,6 +173,8 @@ export interface SplitHeadsOptions extends AttentionShape {
   readonly qNorm?: Tensor;
   readonly kNorm?: Tensor;
   readonly eps: number;
+  /** Turns every head of q and of k after RoPE (a transform of headDim channels): q·k stays, outliers of k spread. */
+  readonly headTransform?: TransformHandle;
 }
 
 /** Arguments of {@link InferenceOps.attention}. */
@@ -109,7 +184,11 @@ export interface AttentionOptions extends AttentionShape {
   readonly scale: number;
   /** A token sees itself and the window − 1 tokens before it; all earlier ones when undefined. */
   readonly window?: number;
-  /** Keys and values of earlier tokens; this call's are appended at `start`. Without it the chunk attends to itself. */
+  /**
+   * Keys and values of earlier tokens; this call's are appended at `start`. Without it the chunk attends to itself. With a
+   * cache on a grid all of them, this call's too, are attended to as stored: what quantizeRows makes of k and v with
+   * groupSize = headDim.
+   */
   readonly cache?: KvCacheHandle;
   /** Tokens already in the cache (0 without one). */
   readonly start: number;
@@ -139,10 +218,10 @@ export interface InferenceOps {
   concatColumns(parts: readonly Tensor[]): Awaitable<Tensor>;
 
   loadLinear(source: LinearSource): Promise<LinearHandle>;
-  loadTransform(transform: PairwiseTransform): Awaitable<TransformHandle>;
+  loadTransform(transform: InputTransform): Awaitable<TransformHandle>;
   /** cos, sin: [positions, rotaryDim / 2], attention scaling folded in. */
   loadRope(cos: Float32Array, sin: Float32Array, rotaryDim: number): Awaitable<RopeHandle>;
-  createKvCache(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }): Awaitable<KvCacheHandle>;
+  createKvCache(shape: KvCacheShape): Awaitable<KvCacheHandle>;
   /** Frees what load… and create… made. */
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void;
 
@@ -152,6 +231,8 @@ export interface InferenceOps {
   rmsNorm(x: Tensor, weight: Tensor, eps: number): Awaitable<Tensor>;
   /** The transform on each row of x [rows, channels]. */
   rotate(x: Tensor, transform: TransformHandle): Awaitable<Tensor>;
+  /** Rounds x [rows, n] onto dynamic grids and returns the values. */
+  quantizeRows(x: Tensor, grid: ActivationGrid): Awaitable<Tensor>;
   /** x [rows, in] → [rows, out], plus `residual` [rows, out] when given. */
   linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Awaitable<Tensor>;
   /**
@@ -234,7 +315,7 @@ export interface QuantizationOps {
     grid: GridSpec,
   ): Awaitable<TransformObjective>;
 
-  /** Min–max asymmetric rounding to nearest per group and column (design §4.2). `clip` [in/groupSize, cols] shrinks each range (1 = none). */
+  /** Rounding to nearest per group and column on min–max (or symmetric) grids (design §4.2). `clip` [in/groupSize, cols] shrinks each range (1 = none). */
   roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): Awaitable<RoundedWeight>;
   /**
    * For every group and column the factor on its range, of those in `ratios`, with the least error

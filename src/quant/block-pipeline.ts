@@ -156,7 +156,7 @@ export class BlockPipeline {
     const partBiases = new Map<string, Float32Array>();
     const groups = await perGroup((group) => this.#readGroup(layer, group, biases, partBiases));
     // Validation sequences are spread over the set, so that texts given one after the other are all in both parts.
-    const held = validationCount(sequences, (settings.block ?? this.#recipe.defaults).validation);
+    const held = validationCount(sequences, (settings.block ?? this.#recipe.training).validation);
     const isHeld = (i: number) => Math.floor(((i + 1) * held) / sequences) > Math.floor((i * held) / sequences);
     const all = Array.from({ length: sequences }, (_, i) => i);
     const samples = (indices: readonly number[]): BlockSamples => ({

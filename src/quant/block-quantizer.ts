@@ -2,14 +2,16 @@
 // group's inputs → quantize the group → the next group's inputs. Every product is computed once per path: the reference
 // path (original weights) runs ahead just far enough to give the targets.
 import { GyreError } from '../core/errors.js';
-import { floats, hostTensor } from '../core/tensor.js';
+import { floats, hostTensor, type HostTensor } from '../core/tensor.js';
 import { quantizedLinearEntries } from '../formats/quantized-linear.js';
 import type { TensorEntry } from '../formats/safetensors-writer.js';
 import { GROUP_NAMES, type BlockFrame, type ChunkContext, type GroupName } from '../models/block.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
 import { LinearGroup, type LinearPart } from '../models/linear-group.js';
 import { groupModules, groupShape, readLinear } from '../models/load.js';
-import type { Backend, RopeHandle, Tensor } from '../ops/backend.js';
+import { NO_ONLINE, type Online } from '../models/online.js';
+import type { Backend, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
+import { InputSample } from './calibration/sample.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { InputStatistics } from './statistics.js';
@@ -54,6 +56,10 @@ export class BlockQuantizer {
     return this.#entries();
   }
 
+  get #online(): Online {
+    return this.#run.source.online ?? NO_ONLINE;
+  }
+
   get #twoPaths(): boolean {
     return this.#run.recipe.needs === 'cross-gram';
   }
@@ -84,17 +90,17 @@ export class BlockQuantizer {
       'o',
       async (chunk) => {
         const context = this.#context(chunk);
-        const attend = async (x: Tensor, group: LinearGroup) => {
+        const attend = async (x: Tensor, group: LinearGroup, exact: boolean) => {
           const normed = await frame.attentionInput(x);
           const projected = await group.forward(normed);
-          const y = await frame.attend(projected, context);
+          const y = await frame.attend(projected, context, { exact });
           backend.free(normed, projected);
           return y;
         };
-        const quantized = await attend(chunk.quantized, qkv.quantized);
+        const quantized = await attend(chunk.quantized, qkv.quantized, false);
         return {
           quantized,
-          reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference), quantized),
+          reference: await this.#ifTwoPaths(() => attend(chunk.reference, qkv.reference, true), quantized),
         };
       },
       true,
@@ -147,16 +153,29 @@ export class BlockQuantizer {
   ): Promise<StagedGroup> {
     const { backend } = this.#run;
     const parts = await this.#readParts(group);
-    const reference = await LinearGroup.load(backend, parts);
+    const { groups, activations } = this.#online;
+    const before = groups[group];
+    const reference = await LinearGroup.load(backend, parts, { before });
+    const turn = before && (await backend.loadTransform(before));
     const statistics = new InputStatistics(backend);
+    // A transform that is learned comes between these inputs and their grid: then the recipe rounds a sample of them itself.
+    const learned = this.#run.recipe.layout === 'paroquant';
+    const sample = activations && learned ? new InputSample(backend, this.#run.settings.seed) : undefined;
     const kept: Tensor[] = [];
     for (const [i, chunk] of this.#chunks.entries()) {
       this.#hooks.checkAborted();
       this.#hooks.tell(`${group}: inputs ${i + 1}/${this.#chunks.length}`);
       const x = await this.#hooks.timed('forward', () => inputs(chunk));
-      await this.#hooks.timed('statistics', () =>
-        statistics.add(x.quantized, this.#twoPaths && x.reference !== x.quantized ? x.reference : undefined),
-      );
+      await this.#hooks.timed('statistics', async () => {
+        const two = this.#twoPaths && (x.reference !== x.quantized || (activations !== undefined && !learned));
+        const exact = await this.#asSeen(x.quantized, turn);
+        const seen = activations && !learned ? await backend.quantizeRows(exact, activations) : exact;
+        const wanted = two && x.reference !== x.quantized ? await this.#asSeen(x.reference, turn) : exact;
+        await statistics.add(seen, two ? wanted : undefined);
+        await sample?.add(exact);
+        for (const made of new Set([exact, seen, wanted]))
+          if (made !== x.quantized && made !== x.reference) backend.free(made);
+      });
       if (keep) {
         if (this.#twoPaths) {
           const next = await this.#hooks.timed('forward', () => reference.forward(x.reference, chunk.reference));
@@ -170,10 +189,16 @@ export class BlockQuantizer {
       if (x.reference !== x.quantized) backend.free(x.reference);
     }
     const finished = await statistics.finish(`${group} of block ${this.#frame.layer}`);
-    const quantizedParts = await this.#group(group, parts, finished);
+    backend.release(turn);
+    const quantizedParts = await this.#group(group, parts, { ...finished, sample: sample?.rows({ extremes: false }) });
     backend.free(finished.gram, finished.cross);
-    const quantized = await LinearGroup.load(backend, quantizedParts);
+    const quantized = await LinearGroup.load(backend, quantizedParts, { before, activations });
     return new StagedGroup(backend, quantized, reference, kept);
+  }
+
+  /** Inputs of a group as its weights see them: after the group's online transform. */
+  async #asSeen(x: Tensor, transform: TransformHandle | undefined): Promise<Tensor> {
+    return transform ? this.#run.backend.rotate(x, transform) : x;
   }
 
   /** The quantized path past a group whose inputs were kept. */
@@ -201,7 +226,7 @@ export class BlockQuantizer {
   async #group(
     group: GroupName,
     parts?: LinearPart[],
-    statistics?: { gram: Tensor; cross: Tensor | undefined },
+    statistics?: { gram: Tensor; cross: Tensor | undefined; sample?: HostTensor },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
     if (isBlockRecipe(recipe)) throw new Error(`${recipe.name} quantizes whole blocks`);
@@ -230,6 +255,8 @@ export class BlockQuantizer {
       grid: { bits: settings.bits, groupSize: decision.groupSize },
       gram: statistics?.gram,
       cross: statistics?.cross,
+      sample: statistics?.sample,
+      activations: this.#online.activations,
       fold: await this.#fold(group),
       settings,
     };
@@ -265,7 +292,9 @@ export class BlockQuantizer {
     const { config } = source;
     const prefix = TENSOR_NAMES.block(this.#frame.layer);
     const before = group === 'o' ? 'qkv' : group === 'down' ? 'gateUp' : undefined;
-    if (before && this.#run.plan.decisions[before].kind === 'keep') return noFold(groupShape(config, group).inFeatures);
+    const blocked = this.#online.groups[group] !== undefined;
+    if (blocked || (before && this.#run.plan.decisions[before].kind === 'keep'))
+      return noFold(groupShape(config, group).inFeatures);
     switch (group) {
       case 'qkv':
         return normFold(await source.checkpoint.read(`${prefix}.${TENSOR_NAMES.inputNorm}.weight`));

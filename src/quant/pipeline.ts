@@ -5,6 +5,7 @@ import { silent, type ProgressListener } from '../core/progress.js';
 import { Checkpoint } from '../formats/safetensors.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
 import { embedFromFile, loadBlock, loadFrame, type ModelSource } from '../models/load.js';
+import { exact, NO_ONLINE } from '../models/online.js';
 import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
 import { BlockQuantizer } from './block-quantizer.js';
@@ -107,7 +108,8 @@ class Pipeline {
     const { backend, source } = this.#run;
     const wantsReference = this.#run.recipe.needs === 'cross-gram';
     await this.#timed('forward', async () => {
-      const reference = wantsReference ? await loadBlock(backend, source, layer) : undefined;
+      const plain = { ...source, online: exact(source.online ?? NO_ONLINE) };
+      const reference = wantsReference ? await loadBlock(backend, plain, layer) : undefined;
       const stored = await this.#openBlock(layer);
       const quantized = await loadBlock(backend, stored, layer);
       for (const chunk of chunks) {

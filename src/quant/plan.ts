@@ -3,6 +3,8 @@ import { GyreError } from '../core/errors.js';
 import { GROUP_NAMES, type GroupName } from '../models/block.js';
 import type { ModelConfig } from '../models/config.js';
 import { groupShape } from '../models/load.js';
+import { findHadamardBase, largestHadamardOrder } from '../transforms/index.js';
+import { isPrepared } from './prepare.js';
 import { isBlockRecipe, type QuantizeSettings, type Recipe } from './types.js';
 
 /** What happens to a linear group. */
@@ -54,6 +56,7 @@ export function planQuantization(
     );
   }
   const layout = chooseLayout(config, settings, recipe, quantized, notes);
+  if (settings.rotate) describeRotation(config, notes);
   return {
     decisions,
     layout,
@@ -76,6 +79,25 @@ function decide(group: GroupName, inFeatures: number, wanted: number, notes: str
   return { kind: 'keep', reason };
 }
 
+/** What of a model has no Hadamard matrix of its own size. */
+function describeRotation(config: ModelConfig, notes: string[]): void {
+  const widths: readonly (readonly [string, number])[] = [
+    ['the residual stream', config.hiddenSize],
+    ["down's input", config.intermediateSize],
+    ['heads', config.headDim],
+    ...(findHadamardBase(config.heads) ? [] : ([["o's input", config.heads * config.headDim]] as const)),
+  ];
+  for (const [what, width] of widths) {
+    const order = largestHadamardOrder(width);
+    if (order < width)
+      notes.push(
+        `rotation: ${what} of ${width} channels is turned in blocks of ${order}: no Hadamard matrix of its size is known here`,
+      );
+  }
+  if (config.tiedEmbeddings)
+    notes.push('rotation: the tied output head becomes a matrix of its own, stored in 16 bits');
+}
+
 function chooseLayout(
   config: ModelConfig,
   settings: QuantizeSettings,
@@ -83,7 +105,13 @@ function chooseLayout(
   quantized: readonly GroupName[],
   notes: string[],
 ): Layout {
-  if (settings.bits !== 4) return 'gyre';
+  if (settings.bits !== 4 || recipe.layout === 'gyre') return 'gyre';
+  if (isPrepared(settings)) {
+    notes.push(
+      "online transforms and grids of activations are stored in gyre's own layout, which other loaders do not read",
+    );
+    return 'gyre';
+  }
   if (recipe.layout === 'paroquant' && settings.krot === 0) {
     notes.push("without rotations the transform is stored in gyre's own layout, which other loaders do not read");
     return 'gyre';
@@ -159,7 +187,7 @@ const TRAINING_TOKENS = 4096;
 /** Passes of a whole-block recipe over its calibration tokens. */
 function trainingPasses(recipe: Recipe, settings: QuantizeSettings): number {
   if (!isBlockRecipe(recipe)) return 0;
-  const { epochs, stages } = settings.block ?? recipe.defaults;
+  const { epochs, stages } = settings.block ?? recipe.training;
   return epochs * (stages === 'both' ? 2 : 1);
 }
 

@@ -1,11 +1,24 @@
 // What recipes receive and return: one linear group at a time, with the statistics of its inputs.
-import type { Backend, GridSpec, PairwiseTransform, QuantizedWeight, Tensor, WeightBits } from '../ops/backend.js';
-import type { RopeHandle } from '../ops/backend.js';
+import type { HostTensor } from '../core/tensor.js';
+import type {
+  ActivationGrid,
+  Backend,
+  GridSpec,
+  PairwiseTransform,
+  QuantizedWeight,
+  RopeHandle,
+  Tensor,
+  WeightBits,
+} from '../ops/backend.js';
 import type { GroupName } from '../models/block.js';
+import type { NarrowBits } from './grids/activations.js';
 import type { FixedBlock } from './objectives/block.js';
 
 /** How values land on the grid. */
 export type Rounding = 'rtn' | 'gptq';
+
+/** Where activation outliers are scaled into the weights: nowhere, before the down projection, at every linear group. */
+export type SmoothedGroups = 'none' | 'down' | 'all';
 
 /** Every setting of a quantization run that changes its result. Part of the fingerprint. */
 export interface QuantizeSettings {
@@ -26,6 +39,16 @@ export interface QuantizeSettings {
   readonly seed: number;
   /** Settings of recipes that train whole blocks; absent for the others. */
   readonly block?: BlockSettings;
+  /** Bits of activations; 16 when undefined. */
+  readonly actBits?: NarrowBits;
+  /** Bits of keys and values; 16 when undefined. */
+  readonly kvBits?: NarrowBits;
+  /** Fold Hadamard rotations into the model first (QuaRot). */
+  readonly rotate?: boolean;
+  /** Default none. */
+  readonly smooth?: SmoothedGroups;
+  /** Exponent of the smoothing scales; searched when undefined. */
+  readonly alpha?: number;
 }
 
 /** How a whole-block recipe trains; the defaults ({@link BLOCK_DEFAULTS}) are the published ones (design §4.4). */
@@ -80,6 +103,11 @@ export interface GroupTask {
   readonly gram?: Tensor;
   /** Cross-Gram X̃ᵀX/n, X̃ the reference path's inputs [in, in]; absent when equal to `gram` (first block). */
   readonly cross?: Tensor;
+  /** Rows of the inputs [rows, in], after the group's online transform and before any rounding; present when activations are
+   * rounded after a transform that the recipe learns. */
+  readonly sample?: HostTensor;
+  /** Grid of the inputs, when they are rounded. */
+  readonly activations?: ActivationGrid;
   /** Where a scaling of the input can be folded: the preceding norm's weight, or the output rows of the preceding linear. */
   readonly fold: InputFold;
   readonly settings: QuantizeSettings;
@@ -171,7 +199,13 @@ interface RecipeBase {
   /** Whether it returns scales to fold into what comes before a linear. */
   readonly folds?: boolean;
   /** Layout of the checkpoint at 4 bits with groups; other widths use gyre's own. */
-  readonly layout: 'awq' | 'paroquant';
+  readonly layout: 'awq' | 'paroquant' | 'gyre';
+  /** Weights are on grids symmetric about 0. */
+  readonly symmetric?: boolean;
+  /** Settings where they differ from the common ones. */
+  readonly defaults?: Partial<
+    Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'kvBits'>
+  >;
 }
 
 /** A quantization method that works on one linear group at a time. */
@@ -184,7 +218,7 @@ export interface BlockRecipe extends RecipeBase {
   /** Whether a linear group shares one transform unless settings say otherwise. */
   readonly share: boolean;
   /** Settings of training unless given. */
-  readonly defaults: BlockSettings;
+  readonly training: BlockSettings;
   quantizeBlock(backend: Backend, task: BlockTask): Promise<BlockResult>;
 }
 

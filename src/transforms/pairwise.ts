@@ -36,6 +36,46 @@ export function randomPairs(channels: number, groupSize: number, krot: number, r
   return pairs;
 }
 
+/**
+ * Pairs [krot, channels] of a random butterfly: rotation k of a group pairs channel c with c xor m, a mask of its own for each group
+ * and rotation. The first log2(groupSize) masks of a group are independent, so that together they mix every channel with
+ * every other; no mask comes back before all have been used. As random as {@link randomPairs} to the weights, whose channels
+ * have no order, and cheaper at run time: a lane's partners are all in one other lane. Groups that are no power of two get
+ * random pairs.
+ */
+export function xorPairs(channels: number, groupSize: number, krot: number, rng: Rng): Int16Array {
+  validateGrouping(channels, groupSize, krot);
+  if ((groupSize & (groupSize - 1)) !== 0) return randomPairs(channels, groupSize, krot, rng);
+  const pairs = new Int16Array(krot * channels);
+  for (let group = 0; group < channels; group += groupSize) {
+    let masks: number[] = [];
+    for (let k = 0; k < krot; k++) {
+      if (masks.length === 0) masks = independentFirst(groupSize, rng);
+      const mask = masks.shift() ?? 1;
+      let p = k * channels + group;
+      for (let c = 0; c < groupSize; c++) {
+        if (c > (c ^ mask)) continue;
+        pairs[p++] = c;
+        pairs[p++] = c ^ mask;
+      }
+    }
+  }
+  return pairs;
+}
+
+/** The masks 1 … n − 1 in random order, but first log2(n) that no xor of the others before gives. */
+function independentFirst(n: number, rng: Rng): number[] {
+  const order = Array.from(rng.permutation(n - 1), (m) => m + 1);
+  const basis: number[] = [];
+  let span = new Set([0]);
+  for (const mask of order) {
+    if (span.has(mask)) continue;
+    basis.push(mask);
+    span = new Set([...span, ...[...span].map((s) => s ^ mask)]);
+  }
+  return [...basis, ...order.filter((mask) => !basis.includes(mask))];
+}
+
 /** Round `round` of a round-robin tournament of n players (circle method): n/2 games; n−1 rounds have all games once. */
 function tournamentRound(n: number, round: number): [number, number][] {
   const circle = n - 1;

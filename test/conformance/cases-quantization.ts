@@ -24,7 +24,7 @@ const GRIDS = [
  * survives, bit for bit, three perturbations larger than a backend's rounding errors (relative `size`); then codes,
  * zero points and scales of every backend must be the oracle's.
  */
-async function stableInput(
+export async function stableInput(
   duo: Duo,
   make: () => Float32Array,
   shape: readonly [number, number],
@@ -48,7 +48,7 @@ async function stableInput(
   throw new Error('no input found whose rounding is stable: make the case smaller');
 }
 
-async function sameRounding(duo: Duo, actual: RoundedWeight, expected: RoundedWeight): Promise<void> {
+export async function sameRounding(duo: Duo, actual: RoundedWeight, expected: RoundedWeight): Promise<void> {
   closeArrays(actual.scales, expected.scales, 0, 'scales');
   closeArrays(actual.zeros, expected.zeros, 0, 'zero points');
   closeArrays(actual.codes, expected.codes, 0, 'codes');
@@ -57,11 +57,11 @@ async function sameRounding(duo: Duo, actual: RoundedWeight, expected: RoundedWe
 }
 
 /** Weights whose groups differ in size and offset, as real ones do. */
-function weights(duo: Duo, channels: number, cols: number): Float32Array {
+export function weights(duo: Duo, channels: number, cols: number): Float32Array {
   return duo.normals(channels * cols).map((w) => 0.05 * w + 0.005);
 }
 
-function clipFactors(duo: Duo, count: number): Float32Array {
+export function clipFactors(duo: Duo, count: number): Float32Array {
   return Float32Array.from({ length: count }, () => 0.7 + 0.3 * duo.rng.uniform());
 }
 
@@ -139,7 +139,7 @@ const degenerateCase: ConformanceCase = {
 };
 
 /** H = XᵀX/n of correlated inputs: [channels, channels]. */
-function gram(duo: Duo, channels: number, tokens = 2 * channels): Float32Array {
+export function gram(duo: Duo, channels: number, tokens = 2 * channels): Float32Array {
   const h = new Float64Array(channels * channels);
   for (let t = 0; t < tokens; t++) {
     const common = duo.rng.normal();

@@ -2,6 +2,7 @@
 import { afterAll, beforeAll, describe, it } from 'vitest';
 import type { Backend, InferenceOps, QuantizationOps } from '../../src/ops/backend.js';
 import { createReferenceBackend } from '../../src/ops/reference/backend.js';
+import { activationCases } from './cases-activations.js';
 import { inferenceCases } from './cases-inference.js';
 import { quantizationCases } from './cases-quantization.js';
 import { Duo, type Allowance } from './duo.js';
@@ -23,7 +24,11 @@ export interface ConformanceCase {
 }
 
 /** All cases. */
-export const conformanceCases: readonly ConformanceCase[] = [...inferenceCases, ...quantizationCases];
+export const conformanceCases: readonly ConformanceCase[] = [
+  ...inferenceCases,
+  ...quantizationCases,
+  ...activationCases,
+];
 
 /** Every op of the contract; the compiler refuses this table when one is missing. */
 export const OPS = Object.keys({
@@ -40,6 +45,7 @@ export const OPS = Object.keys({
   embed: true,
   rmsNorm: true,
   rotate: true,
+  quantizeRows: true,
   linear: true,
   splitHeads: true,
   attention: true,

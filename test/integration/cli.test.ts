@@ -48,14 +48,17 @@ afterAll(async () => {
 });
 
 describe('help', () => {
-  it.each(['quantize', 'eval', 'generate', 'inspect', 'demo'])('of %s has examples and --json', async (command) => {
-    const { code, stdout, stderr } = await gyre([command, '--help']);
-    expect(code).toBe(0);
-    expect(stderr).toBe('');
-    expect(stdout).toContain(`Usage: gyre ${command}`);
-    expect(stdout).toContain(`$ gyre ${command}`);
-    expect(stdout).toContain('--json');
-  });
+  it.each(['quantize', 'eval', 'generate', 'inspect', 'stress', 'demo', 'doctor'])(
+    'of %s has examples and --json',
+    async (command) => {
+      const { code, stdout, stderr } = await gyre([command, '--help']);
+      expect(code).toBe(0);
+      expect(stderr).toBe('');
+      expect(stdout).toContain(`Usage: gyre ${command}`);
+      expect(stdout).toContain(`$ gyre ${command}`);
+      expect(stdout).toContain('--json');
+    },
+  );
 
   it('lists the commands, and the version', async () => {
     const help = await gyre(['--help']);
@@ -70,6 +73,32 @@ describe('help', () => {
     const flags =
       'out method bits group-size krot no-scales no-share rounding steps seed calib calib-samples seq-len device threads resume dry-run revision token';
     for (const flag of flags.split(' ')) expect(stdout).toContain(`--${flag}`);
+  });
+});
+
+describe('devices', () => {
+  it('are listed by doctor, with what to do where one is missing', async () => {
+    // No driver: WebGPU is there, a GPU is not.
+    const run = await gyre(['doctor', '--json'], { env: { VK_ICD_FILENAMES: '/nowhere.json', VK_DRIVER_FILES: '' } });
+    expect(run.code).toBe(0);
+    const { backends, auto } = json(run) as {
+      backends: { name: string; available: boolean; remedy?: string; copyBytesPerSecond?: number }[];
+      auto: { name: string };
+    };
+    const [cpu, webgpu] = backends;
+    expect(cpu).toMatchObject({ name: 'cpu', available: true });
+    expect(cpu.copyBytesPerSecond).toBeGreaterThan(1e8);
+    expect(webgpu).toMatchObject({ name: 'webgpu', available: false });
+    expect(webgpu.remedy).toContain('libvulkan1');
+    expect(auto.name).toBe('cpu');
+  });
+
+  it('never change on their own', async () => {
+    const env = { VK_ICD_FILENAMES: '/nowhere.json', VK_DRIVER_FILES: '' };
+    const run = await gyre(['generate', model, '--prompt', 'Once', '--device', 'webgpu'], { env });
+    expect(run.code).toBe(1);
+    expect(run.stderr).toContain('WebGPU found no GPU');
+    expect(run.stderr).toContain('gyre doctor');
   });
 });
 

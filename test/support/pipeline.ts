@@ -8,6 +8,7 @@ import { RunFolder } from '../../src/formats/run-folder.node.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
 import type { Backend } from '../../src/ops/backend.js';
+import { prepareModel } from '../../src/quant/prepare.js';
 import { quantizeModel } from '../../src/quant/pipeline.js';
 import { planQuantization } from '../../src/quant/plan.js';
 import { findRecipe } from '../../src/quant/recipes/index.js';
@@ -58,12 +59,13 @@ export async function quantizeFixture(
   const order = [...Array.from({ length: source.config.layers }, (_, i) => blockShard(i)), REST_SHARD];
   const folder = await RunFolder.open(out, JSON.stringify(all), order, { resume: options.resume ?? false });
   try {
-    const quantization = quantizationOf(source, all, recipe, plan);
     const calibration = { ids: randomTokens(source, shape.sequences, shape.length), ...shape, description: 'random' };
+    const prepared = await prepareModel({ backend, source, settings: all, calibration });
+    const quantization = quantizationOf(prepared.source, all, recipe, plan);
     const controller = new AbortController();
     await quantizeModel({
       backend,
-      source,
+      source: prepared.source,
       recipe,
       settings: all,
       plan,
@@ -76,7 +78,10 @@ export async function quantizeFixture(
       },
     });
     await folder.finish({
-      'config.json': JSON.stringify({ ...source.rawConfig, quantization_config: quantizationConfigJson(quantization) }),
+      'config.json': JSON.stringify({
+        ...prepared.source.rawConfig,
+        quantization_config: quantizationConfigJson(quantization),
+      }),
       'gyre.json': JSON.stringify({ fingerprint: JSON.stringify(all) }),
     });
   } finally {

@@ -5,7 +5,6 @@ import {
   KernelPool,
   KvCache,
   PackedLinear,
-  ResidentVector,
   rmsNorm,
   RopeTable,
   RowTransform,
@@ -56,9 +55,10 @@ describe('norms and activations', () => {
       const x = normals(rows * n, 1, 3);
       const weight = normals(n, 2);
       const out = new Float32Array(x.length);
-      const resident = new ResidentVector(pool, weight);
+      const resident = { pointer: pool.arena.alloc(n * 4), length: n };
+      pool.arena.view(resident).set(weight);
       rmsNorm(pool, x, resident, 1e-6, out);
-      resident.free();
+      pool.arena.free(resident.pointer);
       const expected = new Float64Array(x.length);
       for (let r = 0; r < rows; r++) {
         let sum = 0;

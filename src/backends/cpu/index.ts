@@ -27,7 +27,7 @@ export async function openCpuBackend(options: CpuOptions = {}): Promise<Backend>
     await ort.dispose();
     await pool.dispose();
   };
-  const tensors = new TensorPool();
+  const tensors = new TensorPool(pool.arena);
   return compose(
     new CpuInference(pool, ort, tensors, options.activations ?? 'exact'),
     new CpuQuantization(pool, ort, tensors),

@@ -3,12 +3,14 @@
 import { GyreError, ensure } from '../../core/errors.js';
 import { floats, type HostTensor } from '../../core/tensor.js';
 import type {
+  ActivationGrid,
   AttentionOptions,
   InferenceOps,
+  InputTransform,
   KvCacheHandle,
+  KvCacheShape,
   LinearHandle,
   LinearSource,
-  PairwiseTransform,
   RopeHandle,
   RowScores,
   SplitHeadsOptions,
@@ -21,20 +23,27 @@ import {
   LONG_SPIN,
   MAX_GEMV_ROWS,
   PackedLinear,
+  QuantizedKvCache,
+  quantizeRows,
   rmsNorm,
   RopeTable,
+  RowHadamard,
   RowTransform,
   score,
   SHORT_SPIN,
   siluMul,
   splitHeads,
+  type Floats,
   type KernelPool,
 } from './kernels.js';
+import { fitsIntegers, IntegerProduct } from './integer-product.js';
 import type { Int8Linear, OrtKernels } from './ort.js';
 import { CpuTensor, own, type TensorPool } from './tensor.js';
 
 /** Weights decoded at a time for a product of many rows, bytes of f32. */
 const DECODED_BYTES = 64 * 1024 * 1024;
+/** Uploaded vectors up to this many elements (norm weights) lie in the arena. */
+const RESIDENT_VECTOR = 65_536;
 /** Query rows per sequence up to which our attention kernel is faster than a call to ONNX Runtime. */
 const FEW_QUERY_ROWS = 8;
 
@@ -44,17 +53,24 @@ class CpuLinear implements LinearHandle {
   readonly outFeatures: number;
   readonly weight: PackedLinear | Int8Linear;
   readonly bias: Float32Array | undefined;
+  /** Inputs are rounded onto it. */
+  readonly activations: ActivationGrid | undefined;
+  /** Scales of the outputs' grids, when the product can run in integers. */
+  readonly outputScales: Float32Array | undefined;
+  integers: IntegerProduct | undefined;
 
   constructor(
-    inFeatures: number,
-    outFeatures: number,
     weight: PackedLinear | Int8Linear,
-    bias: Float32Array | undefined,
+    { inFeatures, outFeatures }: { inFeatures: number; outFeatures: number },
+    source: LinearSource,
   ) {
     this.inFeatures = inFeatures;
     this.outFeatures = outFeatures;
     this.weight = weight;
-    this.bias = bias;
+    this.bias = source.bias;
+    this.activations = source.activations;
+    if (source.kind === 'quantized' && source.activations && fitsIntegers(source.weight, source.activations))
+      this.outputScales = source.weight.scales;
   }
 
   get bytes(): number {
@@ -79,13 +95,20 @@ export class CpuInference implements InferenceOps {
   }
 
   upload(tensor: HostTensor): Tensor {
-    const out = this.#tensors.make(tensor.shape);
-    out.data.set(floats(tensor));
+    const resident = tensor.shape.length === 1 && tensor.shape[0] <= RESIDENT_VECTOR;
+    const out = resident ? this.#tensors.makeResident(tensor.shape) : this.#tensors.make(tensor.shape);
+    this.#pool.arena.view(out.floats).set(floats(tensor));
     return out;
   }
 
   download(tensor: Tensor): Promise<Float32Array> {
-    return Promise.resolve(own(tensor).data.slice());
+    return Promise.resolve(own(tensor).copy());
+  }
+
+  /** A new tensor for the result of an op on `rows` rows: in the arena when the next op is likely a kernel of ours. */
+  #make(rows: number, cols: number): CpuTensor {
+    const shape = [rows, cols];
+    return rows <= MAX_GEMV_ROWS ? this.#tensors.makeResident(shape) : this.#tensors.make(shape);
   }
 
   free(...tensors: readonly (Tensor | undefined)[]): void {
@@ -99,13 +122,17 @@ export class CpuInference implements InferenceOps {
   }
 
   concatColumns(parts: readonly Tensor[]): Tensor {
-    const matrices = parts.map((part) => own(part).matrix);
-    const { rows } = matrices[0];
-    const out = this.#tensors.make([rows, matrices.reduce((sum, m) => sum + m.cols, 0)]);
-    const width = out.shape[1];
+    const tensors = parts.map(own);
+    const { rows } = tensors[0].size;
+    const width = tensors.reduce((sum, t) => sum + t.size.cols, 0);
+    const out = this.#make(rows, width);
+    const { arena } = this.#pool;
+    const to = arena.view(out.floats);
     let column = 0;
-    for (const { data, cols } of matrices) {
-      for (let r = 0; r < rows; r++) out.data.set(data.subarray(r * cols, (r + 1) * cols), r * width + column);
+    for (const tensor of tensors) {
+      const { cols } = tensor.size;
+      const data = arena.view(tensor.floats);
+      for (let r = 0; r < rows; r++) to.set(data.subarray(r * cols, (r + 1) * cols), r * width + column);
       column += cols;
     }
     return out;
@@ -114,16 +141,18 @@ export class CpuInference implements InferenceOps {
   async loadLinear(source: LinearSource): Promise<LinearHandle> {
     if (source.kind === 'dense') {
       const weight = PackedLinear.dense(this.#pool, source.weight);
-      return new CpuLinear(weight.inFeatures, weight.outFeatures, weight, source.bias);
+      return new CpuLinear(weight, weight, source);
     }
-    const { inFeatures, outFeatures } = source.weight;
-    const weight = this.#int8
-      ? await this.#ort.int8Linear(source.weight)
-      : PackedLinear.quantized(this.#pool, source.weight);
-    return new CpuLinear(inFeatures, outFeatures, weight, source.bias);
+    // Weights with a grid of their own for activations are not given ONNX Runtime's as well.
+    const weight =
+      this.#int8 && !source.activations
+        ? await this.#ort.int8Linear(source.weight)
+        : PackedLinear.quantized(this.#pool, source.weight);
+    return new CpuLinear(weight, source.weight, source);
   }
 
-  loadTransform(transform: PairwiseTransform): TransformHandle {
+  loadTransform(transform: InputTransform): TransformHandle {
+    if (transform.kind === 'hadamard') return new RowHadamard(this.#pool, transform);
     return new RowTransform(this.#pool, transform, transform.theta, transform.channelScales);
   }
 
@@ -131,17 +160,19 @@ export class CpuInference implements InferenceOps {
     return new RopeTable(this.#pool, cos, sin, rotaryDim);
   }
 
-  createKvCache(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }): KvCacheHandle {
-    return new KvCache(this.#pool, shape);
+  createKvCache(shape: KvCacheShape): KvCacheHandle {
+    const { grid } = shape;
+    return grid ? new QuantizedKvCache(this.#pool, { ...shape, grid }) : new KvCache(this.#pool, shape);
   }
 
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
     for (const handle of handles) {
       if (handle instanceof CpuLinear) {
+        void handle.integers?.release();
         if (handle.weight instanceof PackedLinear) handle.weight.free();
         else void handle.weight.release();
-      } else if (handle instanceof RowTransform || handle instanceof RopeTable || handle instanceof KvCache) {
-        handle.free();
+      } else if (RESIDENT.some((kind) => handle instanceof kind)) {
+        (handle as RowTransform).free();
       } else if (handle !== undefined) {
         throw foreign();
       }
@@ -151,50 +182,84 @@ export class CpuInference implements InferenceOps {
   embed(table: LinearHandle, ids: Int32Array): Tensor {
     const { weight, inFeatures } = ownLinear(table);
     ensure(weight instanceof PackedLinear, 'unsupported', 'an embedding table with 8-bit activations');
-    const out = this.#tensors.make([ids.length, inFeatures]);
-    weight.gatherRows(ids, out.data);
+    const out = this.#make(ids.length, inFeatures);
+    weight.gatherRows(ids, out.floats);
     return out;
   }
 
   rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-    const { shape, data } = own(x);
-    const out = this.#tensors.make(shape);
-    rmsNorm(this.#pool, data, own(weight).data, eps, out.data);
+    const { rows, cols } = own(x).size;
+    const out = this.#make(rows, cols);
+    rmsNorm(this.#pool, own(x).floats, own(weight).floats, eps, out.floats);
     return out;
   }
 
   rotate(x: Tensor, transform: TransformHandle): Tensor {
-    if (!(transform instanceof RowTransform)) throw foreign();
-    const { data, rows } = own(x).matrix;
-    const out = this.#tensors.make(x.shape);
-    transform.apply(data, rows, out.data);
+    const { rows, cols } = own(x).size;
+    ensure(
+      cols === transform.channels,
+      'tensor-shape',
+      () => `a transform of ${transform.channels} channels was given ${cols}`,
+    );
+    const out = this.#make(rows, cols);
+    if (transform instanceof RowTransform) transform.apply(own(x).floats, rows, out.floats);
+    else if (transform instanceof RowHadamard) transform.apply(own(x).floats, out.floats);
+    else throw foreign();
+    return out;
+  }
+
+  quantizeRows(x: Tensor, grid: ActivationGrid): Tensor {
+    const { rows, cols } = own(x).size;
+    const out = this.#make(rows, cols);
+    quantizeRows(this.#pool, own(x).floats, cols, grid, out.floats);
     return out;
   }
 
   async linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Promise<Tensor> {
     const handle = ownLinear(weight);
-    const { data, rows, cols } = own(x).matrix;
+    const { rows, cols } = own(x).size;
     ensure(
       cols === handle.inFeatures,
       'tensor-shape',
       () => `a linear of ${handle.inFeatures} inputs was given ${cols}`,
     );
-    const out = this.#tensors.make([rows, handle.outFeatures]);
-    const add = residual && own(residual).data;
-    if (handle.weight instanceof PackedLinear) {
-      if (rows <= MAX_GEMV_ROWS) {
-        this.#pool.spinMicroseconds = LONG_SPIN;
-        handle.weight.gemv(data, rows, out.data, add);
-        if (handle.bias) addBias(out.data, handle.bias);
-        return out;
-      }
-      await this.#product(data, rows, handle.weight, out.data);
-    } else {
-      await handle.weight.run(data, rows, out.data);
+    if (!handle.activations) return this.#apply(handle, own(x), residual);
+    const integers = rows > MAX_GEMV_ROWS ? this.#integers(handle) : undefined;
+    if (integers) {
+      const y = this.#tensors.make([rows, handle.outFeatures]);
+      await integers.run(own(x).data, rows, handle.activations, y.data);
+      finish(y.data, handle.bias, residual && this.#pool.arena.view(own(residual).floats));
+      return y;
     }
-    if (handle.bias) addBias(out.data, handle.bias);
-    if (add) for (let i = 0; i < add.length; i++) out.data[i] += add[i];
+    const rounded = this.quantizeRows(x, handle.activations);
+    const y = await this.#apply(handle, own(rounded), residual);
+    this.#tensors.free(rounded);
+    return y;
+  }
+
+  async #apply(handle: CpuLinear, x: CpuTensor, residual: Tensor | undefined): Promise<CpuTensor> {
+    const { rows } = x.size;
+    const { arena } = this.#pool;
+    if (handle.weight instanceof PackedLinear && rows <= MAX_GEMV_ROWS) {
+      const out = this.#tensors.makeResident([rows, handle.outFeatures]);
+      this.#pool.spinMicroseconds = LONG_SPIN;
+      handle.weight.gemv(x.floats, rows, out.floats, residual && own(residual).floats);
+      if (handle.bias) addBias(arena.view(out.floats), handle.bias);
+      return out;
+    }
+    const { data } = x;
+    const out = this.#tensors.make([rows, handle.outFeatures]);
+    if (handle.weight instanceof PackedLinear) await this.#product(data, rows, handle.weight, out.data);
+    else await handle.weight.run(data, rows, out.data);
+    finish(out.data, handle.bias, residual && arena.view(own(residual).floats));
     return out;
+  }
+
+  /** The linear's product in integers, where its grids allow one; made when first asked for. */
+  #integers(handle: CpuLinear): IntegerProduct | undefined {
+    const { weight, outputScales } = handle;
+    if (!outputScales || !(weight instanceof PackedLinear)) return undefined;
+    return (handle.integers ??= new IntegerProduct(this.#ort, this.#pool, weight, outputScales));
   }
 
   /** x [rows, in] · Wᵀ with W decoded in slices of output rows. */
@@ -220,39 +285,73 @@ export class CpuInference implements InferenceOps {
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    const { heads, kvHeads, headDim, rope } = options;
+    const { heads, kvHeads, headDim, rope, batch, start, eps } = options;
     if (!(rope instanceof RopeTable)) throw foreign();
-    const { data, rows } = own(qkv).matrix;
-    const q = this.#tensors.make([rows, heads * headDim]);
-    const k = this.#tensors.make([rows, kvHeads * headDim]);
-    const v = this.#tensors.make([rows, kvHeads * headDim]);
+    const { rows } = own(qkv).size;
+    const q = this.#make(rows, heads * headDim);
+    const k = this.#make(rows, kvHeads * headDim);
+    const v = this.#make(rows, kvHeads * headDim);
     splitHeads(this.#pool, {
-      ...options,
+      heads,
+      kvHeads,
+      headDim,
+      batch,
+      start,
+      eps,
       rope,
-      qkv: data,
-      q: q.data,
-      k: k.data,
-      v: v.data,
-      qNorm: options.qNorm && own(options.qNorm).data,
-      kNorm: options.kNorm && own(options.kNorm).data,
+      qkv: own(qkv).floats,
+      q: q.floats,
+      k: k.floats,
+      v: v.floats,
+      qNorm: options.qNorm && own(options.qNorm).floats,
+      kNorm: options.kNorm && own(options.kNorm).floats,
     });
+    const { headTransform } = options;
+    if (headTransform) {
+      ensure(
+        headTransform instanceof RowHadamard && headTransform.channels === headDim,
+        'tensor-shape',
+        () => `splitHeads takes a Hadamard transform of ${headDim} channels, found ${headTransform.channels}`,
+      );
+      for (const part of [q, k]) headTransform.apply(part.floats, part.floats);
+    }
     return { q, k, v };
   }
 
   async attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Promise<Tensor> {
     const { heads, kvHeads, headDim, batch, start, scale, window, cache } = options;
-    const { data, rows } = own(q).matrix;
+    const { rows, cols } = own(q).size;
     const tokens = rows / batch;
-    const [keys, values] = [own(k).data, own(v).data];
-    const out = this.#tensors.make(q.shape);
-    if (cache && !(cache instanceof KvCache)) throw foreign();
-    // ONNX Runtime takes head dimensions in multiples of 8 only.
-    if (tokens <= FEW_QUERY_ROWS || headDim % 8 !== 0) {
-      cache?.append(keys, values, start);
-      const source = cache ?? { k: keys, v: values };
-      attention(this.#pool, { q: data, out: out.data, batch, heads, kvHeads, headDim, scale, window, start, source });
+    if (cache && !(cache instanceof KvCache || cache instanceof QuantizedKvCache)) throw foreign();
+    if (cache instanceof QuantizedKvCache) {
+      const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);
+      cache.append(own(k).floats, own(v).floats, start);
+      if (tokens <= FEW_QUERY_ROWS) cache.attend(own(q).floats, out.floats, { heads, scale, window, start });
+      else await this.#attendStored(cache, own(q).data, out.data, options);
       return out;
     }
+    // ONNX Runtime takes head dimensions in multiples of 8 only.
+    if (tokens <= FEW_QUERY_ROWS || headDim % 8 !== 0) {
+      const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);
+      const [kNew, vNew]: Floats[] = [own(k).floats, own(v).floats];
+      cache?.append(kNew, vNew, start);
+      const source = cache ?? { k: kNew, v: vNew };
+      attention(this.#pool, {
+        q: own(q).floats,
+        out: out.floats,
+        batch,
+        heads,
+        kvHeads,
+        headDim,
+        scale,
+        window,
+        start,
+        source,
+      });
+      return out;
+    }
+    const [data, keys, values] = [own(q).data, own(k).data, own(v).data];
+    const out = this.#tensors.make([rows, cols]);
     const kernel = { heads, kvHeads, headDim, scale, window };
     const past = pastOf(cache, start);
     // ONNX Runtime takes a past for one sequence at a time.
@@ -267,10 +366,44 @@ export class CpuInference implements InferenceOps {
     return out;
   }
 
+  /** Many rows over a cache of integers: what is stored, this call's tokens included, is decoded and attended to. */
+  async #attendStored(
+    cache: QuantizedKvCache,
+    q: Float32Array,
+    out: Float32Array,
+    options: AttentionOptions,
+  ): Promise<void> {
+    const { heads, kvHeads, headDim, batch, start, scale, window } = options;
+    const tokens = q.length / (batch * heads * headDim);
+    const kernel = { heads, kvHeads, headDim, scale, window };
+    // ONNX Runtime takes a past for one sequence at a time.
+    for (let b = 0; b < batch; b++) {
+      const stored = (which: 'keys' | 'values') => {
+        const past = new Float32Array(kvHeads * start * headDim);
+        const now = new Float32Array(tokens * kvHeads * headDim);
+        const head = new Float32Array((start + tokens) * headDim);
+        for (let h = 0; h < kvHeads; h++) {
+          cache.read(which, b, h, start + tokens, head);
+          past.set(head.subarray(0, start * headDim), h * start * headDim);
+          for (let t = 0; t < tokens; t++) {
+            const at = (start + t) * headDim;
+            now.set(head.subarray(at, at + headDim), (t * kvHeads + h) * headDim);
+          }
+        }
+        return { past, now };
+      };
+      const [k, v] = [stored('keys'), stored('values')];
+      const part = (rows: Float32Array): Float32Array =>
+        rows.subarray((b * rows.length) / batch, ((b + 1) * rows.length) / batch);
+      const before = { tokens: start, k: k.past, v: v.past };
+      await this.#ort.attention(kernel, 1, tokens, part(q), k.now, v.now, before, part(out));
+    }
+  }
+
   siluMul(gateUp: Tensor): Tensor {
-    const { data, rows, cols } = own(gateUp).matrix;
-    const out = this.#tensors.make([rows, cols / 2]);
-    siluMul(this.#pool, data, rows, out.data);
+    const { rows, cols } = own(gateUp).size;
+    const out = this.#make(rows, cols / 2);
+    siluMul(this.#pool, own(gateUp).floats, rows, out.floats);
     return out;
   }
 
@@ -278,6 +411,9 @@ export class CpuInference implements InferenceOps {
     return score(this.#pool, own(logits).data, targets, reference && own(reference).data);
   }
 }
+
+/** Handles that live in the arena. */
+const RESIDENT = [RowTransform, RowHadamard, RopeTable, KvCache, QuantizedKvCache] as const;
 
 function ownLinear(handle: LinearHandle): CpuLinear {
   if (handle instanceof CpuLinear) return handle;
@@ -300,6 +436,12 @@ function pastOf(cache: KvCache | undefined, tokens: number): { k: Float32Array; 
 
 function foreign(): GyreError {
   return new GyreError('backend', 'a handle of another backend was given to the CPU backend');
+}
+
+/** Bias and residual added to y. */
+function finish(y: Float32Array, bias: Float32Array | undefined, residual: Float32Array | undefined): void {
+  if (bias) addBias(y, bias);
+  if (residual) for (let i = 0; i < residual.length; i++) y[i] += residual[i];
 }
 
 /** Rows of y plus bias. */

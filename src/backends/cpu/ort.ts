@@ -59,6 +59,23 @@ export class OrtKernels {
     return session;
   }
 
+  /** A session of the caller's own, to be released by it. */
+  session(build: () => Uint8Array): Promise<RuntimeSession> {
+    return this.#runtime.InferenceSession.create(build(), this.#options);
+  }
+
+  /** Runs a session from bytes `x` to 32-bit sums `y`. */
+  async runIntegers(
+    session: RuntimeSession,
+    x: Uint8Array,
+    xDims: readonly number[],
+    y: Int32Array,
+    yDims: readonly number[],
+  ): Promise<void> {
+    const { Tensor } = this.#runtime;
+    await session.run({ x: new Tensor('uint8', x, xDims) }, { y: new Tensor('int32', y, yDims) });
+  }
+
   #float(data: FloatArray, dims: readonly number[]): OrtTensor {
     return data instanceof Float32Array
       ? new this.#runtime.Tensor('float32', data, dims)

@@ -5,22 +5,32 @@
 export const CONTROL = {
   /** Number of the current job; workers wait for it to change. */
   sequence: 0,
-  /** Workers done with the current job. */
+  /** Pieces of the current job that are done. */
   done: 32,
+  /**
+   * The current job's number (modulo 2^20) · 2^TICKET_BITS + pieces not yet taken. Threads take pieces by decreasing it.
+   * Whoever succeeds knows that the job is still this one, and that the rest of the block was read whole: it changes only
+   * when all pieces are done.
+   */
+  ticket: 48,
   /** Workers asleep. */
   sleepers: 64,
   /** Set when a kernel trapped. */
   failed: 80,
   kernel: 96,
   units: 97,
+  /** Threads that may take pieces; pieces of the job. */
   parts: 98,
   argumentCount: 99,
   scratch: 100,
   scratchBytes: 101,
   stop: 102,
+  pieces: 104,
   /** How long workers spin for the next job before they sleep, microseconds. */
   spin: 103,
 } as const;
+/** Bits of a ticket that count pieces. */
+export const TICKET_BITS = 11;
 /** Offset of the arguments (f64) in the control block, and its size. */
 export const ARGUMENTS_AT = 512;
 export const CONTROL_BYTES = 1024;
@@ -40,7 +50,7 @@ export interface Workers {
 }
 
 /**
- * Defines `serve(start)`: instantiates the kernels over the shared memory and runs its part of each job. Spins for a
+ * Defines `serve(start)`: instantiates the kernels over the shared memory and takes pieces of each job. Spins for a
  * while between jobs (a wake-up from sleep costs more than most decode kernels), then sleeps.
  */
 export const WORKER_SOURCE = `
@@ -67,20 +77,25 @@ function serve({ module, memory, control, index }, ready) {
     }
     seen = now;
     if (words[${CONTROL.stop}]) return;
-    const parts = words[${CONTROL.parts}];
-    if (index < parts) {
-      const units = words[${CONTROL.units}];
-      const begin = Math.floor((units * index) / parts);
-      const end = Math.floor((units * (index + 1)) / parts);
-      const scratch = (words[${CONTROL.scratch}] + index * words[${CONTROL.scratchBytes}]) | 0;
-      const args = Array.from(values.subarray(0, words[${CONTROL.argumentCount}]));
+    if (index >= words[${CONTROL.parts}]) continue;
+    const kernel = kernels[words[${CONTROL.kernel}]];
+    const units = words[${CONTROL.units}];
+    const pieces = words[${CONTROL.pieces}];
+    const scratch = (words[${CONTROL.scratch}] + index * words[${CONTROL.scratchBytes}]) | 0;
+    const args = Array.from(values.subarray(0, words[${CONTROL.argumentCount}]));
+    for (;;) {
+      const ticket = Atomics.load(words, ${CONTROL.ticket});
+      const left = ticket & ${(1 << TICKET_BITS) - 1};
+      if (left === 0 || ticket >> ${TICKET_BITS} !== (seen << ${TICKET_BITS}) >> ${TICKET_BITS}) break;
+      if (Atomics.compareExchange(words, ${CONTROL.ticket}, ticket, ticket - 1) !== ticket) continue;
+      const piece = pieces - left;
       try {
-        if (begin < end) kernels[words[${CONTROL.kernel}]](begin, end, scratch, ...args);
+        kernel(Math.floor((units * piece) / pieces), Math.floor((units * (piece + 1)) / pieces), scratch, ...args);
       } catch {
         Atomics.store(words, ${CONTROL.failed}, 1);
       }
+      Atomics.add(words, ${CONTROL.done}, 1);
     }
-    Atomics.add(words, ${CONTROL.done}, 1);
   }
 }
 `;

@@ -110,6 +110,7 @@ export class CpuQuantization implements QuantizationOps {
     transform: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
     grid: GridSpec,
   ): TransformObjective {
+    ensure(!grid.symmetric, 'unsupported', 'a transform objective has an asymmetric grid');
     const { data, rows, cols } = own(w).matrix;
     const kernel = new ObjectiveKernel(this.#pool, {
       ...transform,
@@ -134,7 +135,16 @@ export class CpuQuantization implements QuantizationOps {
 
   roundToNearest(w: Tensor, grid: GridSpec, clip?: Float32Array): RoundedWeight {
     const { data, rows, cols } = own(w).matrix;
-    const rounded = fakeQuantize(this.#pool, data, cols, grid.groupSize, grid.bits, clip);
+    const rounded = fakeQuantize(
+      this.#pool,
+      data,
+      cols,
+      grid.groupSize,
+      grid.bits,
+      clip,
+      { codes: true, values: true },
+      grid.symmetric,
+    );
     return {
       codes: rounded.codes,
       zeros: rounded.zeros,
@@ -161,7 +171,7 @@ export class CpuQuantization implements QuantizationOps {
     const errors = new Float64Array(cols);
     for (const ratio of ratios) {
       const clip = new Float32Array(groups * cols).fill(ratio);
-      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip);
+      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip, { values: true }, grid.symmetric);
       addScaled(values, data, -1, difference);
       for (let g = 0; g < groups; g++) {
         const d = difference.subarray(g * size * cols, (g + 1) * size * cols);
@@ -212,6 +222,7 @@ export class CpuQuantization implements QuantizationOps {
         factor: diagonal,
         groupSize: grid.groupSize,
         bits: grid.bits,
+        symmetric: grid.symmetric,
         clip,
         codes,
         zeros,

@@ -81,6 +81,53 @@ export class BufferPool {
   }
 }
 
+/** Most bytes of idle staging buffers kept. */
+const IDLE_STAGING_BYTES = 256 * 2 ** 20;
+
+/** Buffers through which GPU memory is read back, used again: drivers take a millisecond to map a new one. */
+export class StagingPool {
+  readonly #device: GPUDevice;
+  readonly #idle = new Map<number, GPUBuffer[]>();
+  #idleBytes = 0;
+
+  constructor(device: GPUDevice) {
+    this.#device = device;
+  }
+
+  /** An unmapped buffer of at least `bytes`. */
+  take(bytes: number): GPUBuffer {
+    const size = sizeClass(bytes);
+    const known = this.#idle.get(size)?.pop();
+    if (!known)
+      return this.#device.createBuffer({
+        label: 'read back',
+        size,
+        usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ,
+      });
+    this.#idleBytes -= size;
+    return known;
+  }
+
+  /** Takes a mapped buffer back; one whose mapping failed is let go. */
+  give(buffer: GPUBuffer): void {
+    if (buffer.mapState !== 'mapped' || this.#idleBytes + buffer.size > IDLE_STAGING_BYTES) {
+      buffer.destroy();
+      return;
+    }
+    buffer.unmap();
+    const list = this.#idle.get(buffer.size);
+    if (list) list.push(buffer);
+    else this.#idle.set(buffer.size, [buffer]);
+    this.#idleBytes += buffer.size;
+  }
+
+  dispose(): void {
+    for (const list of this.#idle.values()) for (const buffer of list) buffer.destroy();
+    this.#idle.clear();
+    this.#idleBytes = 0;
+  }
+}
+
 /** Sizes are rounded up to an eighth of their power of two, so that similar ones share buffers and little is wasted. */
 function sizeClass(bytes: number): number {
   const size = Math.max(256, bytes);

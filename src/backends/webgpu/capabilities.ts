@@ -77,7 +77,7 @@ export function requiredFeatures(capabilities: GpuCapabilities): GPUFeatureName[
 }
 
 /** Limits that kernels and weights profit from; the rest stay at WebGPU's defaults. */
-const RAISED = [
+export const RAISED = [
   'maxBufferSize',
   'maxStorageBufferBindingSize',
   'maxStorageBuffersPerShaderStage',

@@ -4,7 +4,7 @@ import type { GridSpec, PairwiseTransform, Tensor, TransformGradient, TransformO
 import type { GpuDevice } from './device.js';
 import { GRADIENT_PARTS, gradientKernel, rotateKernel, tileColumns } from './kernels/channels.js';
 import { scaleRowsKernel, strided } from './kernels/elementwise.js';
-import { fakeQuantizeKernel, quantizerGradientKernel } from './kernels/grid.js';
+import { fakeQuantizeKernel, GRID_COLUMNS, quantizerGradientKernel } from './kernels/grid.js';
 import { sumPartsKernel } from './kernels/sums.js';
 import { checkGrid, gridShape, setGrids } from './rounding.js';
 import { freeTensor, makeTensor, own, type GpuTensor } from './tensor.js';
@@ -231,7 +231,7 @@ export class GpuObjective implements TransformObjective {
       quantizerGradientKernel,
       { y: this.#y, ...grid, g: inside },
       { cols, groupSize: this.#grid.groupSize, levels: 2 ** this.#grid.bits - 1 },
-      [Math.ceil(cols / 64), channels / this.#grid.groupSize],
+      [Math.ceil(cols / GRID_COLUMNS), channels / this.#grid.groupSize],
     );
     gpu.dispatch(
       gradientKernel(groupSize, columns, 'inner'),

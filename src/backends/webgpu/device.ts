@@ -10,7 +10,7 @@ import {
   type GpuCapabilities,
 } from './capabilities.js';
 import { packParams, paramBytes, type Kernel } from './kernel.js';
-import { BufferPool } from './buffer-pool.js';
+import { BufferPool, StagingPool } from './buffer-pool.js';
 import { Profile, type KernelTime } from './profile.js';
 import { webgpuEntry } from './provider.js';
 
@@ -58,6 +58,7 @@ export class GpuDevice {
   readonly capabilities: GpuCapabilities;
   readonly limits: GPUSupportedLimits;
   readonly #pool: BufferPool;
+  readonly #staging: StagingPool;
   readonly #compiled = new Map<string, Compiled>();
   readonly #uniforms: GPUBuffer;
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
@@ -79,6 +80,7 @@ export class GpuDevice {
     this.capabilities = capabilities;
     this.limits = device.limits;
     this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
+    this.#staging = new StagingPool(device);
     this.#uniforms = device.createBuffer({
       label: 'uniforms',
       size: UNIFORM_STRIDE * UNIFORM_SLOTS,
@@ -156,22 +158,18 @@ export class GpuDevice {
   async read(buffer: GPUBuffer, offset: number, bytes: number): Promise<ArrayBuffer> {
     this.#check();
     const size = Math.max(4, (bytes + 3) & ~3);
-    const staging = this.device.createBuffer({
-      label: 'read back',
-      size,
-      usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ,
-    });
+    const staging = this.#staging.take(size);
     try {
       this.copy(buffer, offset, staging, 0, size);
       this.flush();
-      await staging.mapAsync(GPUMapMode.READ).catch((cause: unknown) => {
+      await staging.mapAsync(GPUMapMode.READ, 0, size).catch((cause: unknown) => {
         this.#check();
         throw new GyreError('backend', 'reading GPU memory failed', { cause });
       });
       await this.#settle();
-      return staging.getMappedRange().slice(0, bytes);
+      return staging.getMappedRange(0, size).slice(0, bytes);
     } finally {
-      staging.destroy();
+      this.#staging.give(staging);
     }
   }
 
@@ -279,6 +277,7 @@ export class GpuDevice {
     this.#pass = undefined;
     this.#profile?.dispose();
     this.#pool.dispose();
+    this.#staging.dispose();
     this.device.destroy();
     await this.device.lost;
   }

@@ -37,12 +37,15 @@ export interface GemmCall {
   /** Add to c; default false. */
   readonly accumulate?: boolean;
   readonly batch?: GemmBatch;
+  /** Tile and slices of k, for tests; default: chosen by size. */
+  readonly tile?: 64 | 128;
+  readonly slices?: number;
 }
 
 /** Workgroups that keep a large GPU busy. */
 const BUSY = 256;
 /** Shortest slice of k worth a workgroup of its own. */
-const MIN_SLICE = 256;
+const MIN_SLICE = 128;
 const MAX_SLICES = 32;
 /** Multiply-adds per dispatch: under a second on a GPU of 0.5 TFLOP/s. */
 const DISPATCH_WORK = 2e11;
@@ -54,10 +57,10 @@ export function gemm(gpu: GpuDevice, call: GemmCall): void {
   const count = batch?.count ?? 1;
   if (m === 0 || n === 0 || count === 0) return;
   const tiles = (tile: number): number => Math.ceil(m / tile) * Math.ceil(n / tile) * count;
-  const tile = tiles(128) >= BUSY / 2 ? 128 : 64;
+  const tile = call.tile ?? (tiles(128) >= BUSY / 2 ? 128 : 64);
   const slices = batch
     ? 1
-    : Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile))));
+    : (call.slices ?? Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile)))));
   const ldc = call.ldc ?? n;
   const shape = {
     m,

@@ -2,12 +2,14 @@
 import { ensure, GyreError } from '../../core/errors.js';
 import { floats, type HostTensor } from '../../core/tensor.js';
 import type {
+  ActivationGrid,
   AttentionOptions,
   InferenceOps,
+  InputTransform,
   KvCacheHandle,
+  KvCacheShape,
   LinearHandle,
   LinearSource,
-  PairwiseTransform,
   RopeHandle,
   RowScores,
   SplitHeadsOptions,
@@ -23,6 +25,7 @@ import { applyLinear, embedRows, GpuLinear, loadLinear, ownLinear } from './line
 import { GpuTransform, rotate } from './rotation.js';
 import { score } from './score.js';
 import { downloadTensor, elementGroups, freeTensor, GpuTensor, makeTensor, own, spread } from './tensor.js';
+import { refuse } from './unsupported.js';
 
 /** Bindings start at multiples of this many bytes. */
 const BINDING_ALIGNMENT = 256;
@@ -78,11 +81,13 @@ export class WebGpuInference implements InferenceOps {
     return out;
   }
 
-  loadLinear(source: LinearSource): Promise<LinearHandle> {
+  async loadLinear(source: LinearSource): Promise<LinearHandle> {
+    if (source.activations) refuse('linears with rounded activations');
     return loadLinear(this.#gpu, source);
   }
 
-  loadTransform(transform: PairwiseTransform): TransformHandle {
+  loadTransform(transform: InputTransform): TransformHandle {
+    if (transform.kind === 'hadamard') refuse('Hadamard transforms');
     return new GpuTransform(this.#gpu, transform);
   }
 
@@ -91,7 +96,8 @@ export class WebGpuInference implements InferenceOps {
   }
 
   /** Keys and values are kept as f16. */
-  createKvCache(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }): KvCacheHandle {
+  createKvCache(shape: KvCacheShape): KvCacheHandle {
+    if (shape.grid) refuse('key/value caches of integers');
     return new GpuKvCache(this.#gpu, shape);
   }
 
@@ -123,11 +129,16 @@ export class WebGpuInference implements InferenceOps {
     return rotate(this.#gpu, own(x), transform);
   }
 
+  quantizeRows(_x: Tensor, _grid: ActivationGrid): Tensor {
+    return refuse('grids of activations');
+  }
+
   linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Tensor {
     return applyLinear(this.#gpu, own(x), ownLinear(weight), residual);
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
+    if (options.headTransform) refuse('transforms of heads');
     return splitHeads(this.#gpu, own(qkv), options);
   }
 

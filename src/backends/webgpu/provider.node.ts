@@ -1,4 +1,5 @@
 // Dawn in Node.js. One instance per process: its adapters, devices and buffers must not outlive it.
+import { createRequire } from 'node:module';
 import { GyreError } from '../../core/errors.js';
 
 /**
@@ -25,6 +26,12 @@ let instance: Promise<GPU> | undefined;
 export function dawn(): Promise<GPU> {
   instance ??= load();
   return instance;
+}
+
+/** Version of the package that brings Dawn. */
+export function dawnVersion(): string {
+  const { version } = createRequire(import.meta.url)('webgpu/package.json') as { version: string };
+  return version;
 }
 
 async function load(): Promise<GPU> {

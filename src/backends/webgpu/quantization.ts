@@ -22,7 +22,7 @@ import {
   strided,
   transposeKernel,
 } from './kernels/elementwise.js';
-import { diagonalKernel, DOT_GROUPS, dotKernel } from './kernels/sums.js';
+import { diagonalKernel, DOT_ELEMENTS, DOT_GROUPS, dotKernel } from './kernels/sums.js';
 import { searchClip } from './clip.js';
 import { descend, gptq, roundToNearest } from './rounding.js';
 import { freeTensor, makeTensor, own } from './tensor.js';
@@ -88,7 +88,7 @@ export class WebGpuQuantization implements QuantizationOps {
       'tensor-shape',
       () => `[${left.shape.join(', ')}] times [${right.shape.join(', ')}]`,
     );
-    const groups = Math.min(DOT_GROUPS, Math.ceil(count / 256));
+    const groups = Math.min(DOT_GROUPS, Math.ceil(count / DOT_ELEMENTS));
     const out = this.#gpu.buffer(groups * 8, 'partial sums');
     this.#gpu.dispatch(dotKernel, { a: left, b: right, out }, { count, one: 1 }, [groups]);
     const parts = new Float32Array(await this.#gpu.read(out, 0, groups * 8));

@@ -5,9 +5,10 @@ import type { GridSpec, RoundedWeight } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
 import { gemm } from './gemm.js';
 import { addScaledKernel, strided } from './kernels/elementwise.js';
-import { fakeQuantizeKernel, packBytesKernel, packCodesKernel, rangeKernel } from './kernels/grid.js';
+import { fakeQuantizeKernel, GRID_COLUMNS, packBytesKernel, packCodesKernel, rangeKernel } from './kernels/grid.js';
 import { BLOCK, BLOCK_COLUMNS, descentBlockKernel, gptqBlockKernel } from './kernels/rounding.js';
 import { freeTensor, makeTensor, own, type GpuTensor } from './tensor.js';
+import { refuse } from './unsupported.js';
 
 /** @throws GyreError when groups do not tile the channels. */
 export function checkGrid(channels: number, { groupSize }: GridSpec): void {
@@ -21,9 +22,15 @@ export function checkGrid(channels: number, { groupSize }: GridSpec): void {
 /** Sizes of a weight's grids. */
 export function gridShape(w: GpuTensor, grid: GridSpec): { groups: number; slots: number; levels: number } {
   const { rows, cols } = w.matrix;
+  if (grid.symmetric) refuse('symmetric grids of weights');
   checkGrid(rows, grid);
   const groups = rows / grid.groupSize;
   return { groups, slots: groups * cols, levels: 2 ** grid.bits - 1 };
+}
+
+/** 1 for grids symmetric around zero. */
+function isSymmetric(grid: GridSpec & { readonly symmetric?: boolean }): number {
+  return Number(grid.symmetric ?? false);
 }
 
 /** Which grids to set, and how much of each range to keep. */
@@ -54,10 +61,11 @@ export function setGrids(
       groupSize: grid.groupSize,
       group0: firstGroup,
       levels: gridShape(w, grid).levels,
+      symmetric: isSymmetric(grid),
       clipped: Number(clip !== undefined),
       ratio,
     },
-    [Math.ceil(cols / 64), groups],
+    [Math.ceil(cols / GRID_COLUMNS), groups],
   );
   if (!clip) gpu.release(unused);
 }
@@ -184,6 +192,7 @@ export async function gptq(
         rows,
         groupSize,
         levels,
+        symmetric: isSymmetric(grid),
         clipped: Number(grids.clip !== undefined),
         ownGrids: Number(ownGrids),
       },

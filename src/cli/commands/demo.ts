@@ -25,8 +25,8 @@ import type { Decoder } from '../../models/decoder.js';
 import type { ModelSource } from '../../models/load.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/index.js';
 import { VERSION } from '../../version.js';
-import { machineInfo, withBackend, withDecoder, withModel, type CommandContext } from '../context.js';
-import { jsonOption, parseOptions, wholeNumber } from '../options.js';
+import { machineInfo, onDevice, pickDevice, withDecoder, withModel, type CommandContext } from '../context.js';
+import { deviceOption, deviceSchema, jsonOption, parseOptions, wholeNumber } from '../options.js';
 import { formatBytes, formatDuration, formatTable } from '../ui/table.js';
 
 /** Quantized in this order: each is a step up from the one before. */
@@ -47,6 +47,7 @@ const schema = z.object({
   out: z.string().min(1),
   seed: wholeNumber(0),
   threads: wholeNumber(1, 1024).optional(),
+  ...deviceSchema,
 });
 
 type DemoOptions = z.output<typeof schema>;
@@ -82,7 +83,7 @@ export function demoCommand(context: CommandContext): Command {
     )
     .option('--seed <n>', 'of everything random', '0')
     .option('--threads <n>', 'CPU threads (default: all cores)');
-  command.addOption(jsonOption());
+  for (const option of [deviceOption(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
       'after',
@@ -107,11 +108,13 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
   );
   print();
   // One text for all methods: a fair comparison, and the writing is a good part of the time.
+  const { name: device } = await withModel(context, MODEL, {}, (source) => pickDevice(context, source, options));
   const calibrationTokens = await withModel(context, MODEL, {}, async (source) =>
     writeCalibrationText(source, await loadTokenizer(source.files), {
       ...CALIBRATION,
       seed: options.seed,
       threads: options.threads ?? availableParallelism(),
+      device,
       signal: context.signal,
       onProgress: progress.listener,
     }),
@@ -129,6 +132,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
         groupSize: 128,
         seed: options.seed,
         calibrationTokens,
+        device,
         threads: options.threads,
         resume: true,
         signal: context.signal,
@@ -144,7 +148,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
     made.push({ method, out, seconds: report.skipped ? undefined : report.seconds });
   }
   const rows = await withModel(context, MODEL, {}, (source) =>
-    withBackend(options, async (backend) => {
+    onDevice(device, options, async (backend) => {
       const tokenizer = await loadTokenizer(source.files);
       const tokens = tokenizeTexts(tokenizer, texts);
       return withDecoder(context, backend, source, async (original) => {

@@ -90,7 +90,7 @@ one; every next token of a window is scored. kl is the mean of KL(reference‖mo
       const drift =
         options.drift === undefined ? undefined : { name: options.drift, text: await readInput(options.drift) };
       await withModel(context, model, options, (source) =>
-        withBackend(options, async (backend) => {
+        withBackend(context, source, options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
           const found = await withDecoder(
             context,

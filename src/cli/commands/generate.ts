@@ -64,7 +64,7 @@ Examples:
         throw new GyreError('usage', '--system needs --chat', { remedy: 'add --chat' });
       }
       await withModel(context, model, options, (source) =>
-        withBackend(options, async (backend) => {
+        withBackend(context, source, options, async (backend) => {
           const tokenizer = await loadTokenizer(source.files);
           const prompt = encodePrompt(tokenizer, options);
           await withDecoder(

@@ -11,6 +11,7 @@ import {
 } from '../../evaluation/index.js';
 import type { ModelSource } from '../../models/load.js';
 import { VERSION } from '../../version.js';
+import { writeActivationReport } from '../activation-report.js';
 import { withModel, type CommandContext } from '../context.js';
 import { jsonOption, modelOptions, modelSchema, parseOptions } from '../options.js';
 import { formatBytes, formatCount, formatFields, formatTable } from '../ui/table.js';
@@ -19,6 +20,7 @@ const schema = z.object({
   ...modelSchema,
   layers: z.string().optional(),
   statistics: z.boolean(),
+  activations: z.string().min(1).optional(),
 });
 
 /** The command. */
@@ -30,7 +32,11 @@ export function inspectCommand(context: CommandContext): Command {
       '--layers <filter>',
       'linears to show: numbers and ranges of blocks (0,4-7), or a part of the name (down_proj)',
     )
-    .option('--no-statistics', 'read the headers only');
+    .option('--no-statistics', 'read the headers only')
+    .option(
+      '--activations <dir>',
+      "run the model as it is, smoothed, rotated and smooth-rotated, and write figures (SVG) and numbers (JSON) of the linears' inputs",
+    );
   for (const option of [...modelOptions(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
@@ -39,6 +45,7 @@ export function inspectCommand(context: CommandContext): Command {
 Examples:
   $ gyre inspect models/gyre-14m
   $ gyre inspect Qwen/Qwen3-0.6B --layers 0,27
+  $ gyre inspect models/gyre-14m --layers 7 --activations figures
   $ gyre inspect out/demo/paroquant --layers down_proj --json
 
 max/median compares the input channels' largest weights: near 1 no channel stands out. Kurtosis is 3 for a normal
@@ -74,11 +81,18 @@ distribution. Quantized linears are measured as stored: with ParoQuant, in the r
           }
           context.print(`\n${statisticsTable(linears)}`);
         }
+        const activations =
+          options.activations === undefined
+            ? undefined
+            : await writeActivationReport(context, source, options.activations, matches);
+        if (activations)
+          context.print(`\n${activationTable(activations)}\n\nFigures and numbers: ${options.activations}`);
         context.result({
           ...summary,
           fingerprint,
           quantization: source.quantization ?? null,
           ...(options.statistics && { linears }),
+          ...(activations && { activations }),
           version: VERSION,
         });
       });
@@ -134,17 +148,41 @@ function overview(source: ModelSource, summary: ModelSummary, fingerprint: strin
 }
 
 function quantizationLine(quantization: NonNullable<ModelSource['quantization']>): string {
-  const { method, recipe, bits, groupSize, krot, modulesToNotConvert, groupSizeOverrides } = quantization;
+  const { method, recipe, bits, groupSize, krot, modulesToNotConvert, groupSizeOverrides, online } = quantization;
   const parts = [
     `${method} layout${recipe ? ` (${recipe})` : ''}`,
     `${bits} bits`,
     groupSize === -1 ? 'per channel' : `groups of ${groupSize}`,
   ];
   if (krot > 0) parts.push(`${krot} rotations`);
+  for (const { at, order } of online?.hadamard ?? []) parts.push(`Hadamard ${order} at ${at}`);
+  if (online?.activations) parts.push(`${online.activations.bits}-bit activations`);
+  if (online?.kvCache) parts.push(`${online.kvCache.bits}-bit cache`);
   const others = Object.keys(groupSizeOverrides).length;
   if (others > 0) parts.push(`${others} linears with other groups`);
   if (modulesToNotConvert.length > 0) parts.push(`${modulesToNotConvert.length} modules in 16 bits`);
   return parts.join(', ');
+}
+
+function activationTable(profiles: Awaited<ReturnType<typeof writeActivationReport>>): string {
+  return formatTable(
+    [
+      { title: 'inputs of' },
+      { title: 'model' },
+      { title: 'abs max', align: 'right' },
+      { title: 'typical channel', align: 'right' },
+      { title: 'max/typical', align: 'right' },
+      { title: 'kurtosis', align: 'right' },
+    ],
+    profiles.map((p) => [
+      `${p.layer} ${p.group}`,
+      p.variant,
+      p.absMax.toPrecision(4),
+      p.typical.toPrecision(3),
+      (p.absMax / Math.max(p.typical, 1e-30)).toFixed(1),
+      p.kurtosis.toFixed(1),
+    ]),
+  );
 }
 
 function statisticsTable(linears: readonly LinearStatistics[]): string {

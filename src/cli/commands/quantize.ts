@@ -5,8 +5,18 @@ import { RECIPES } from '../../quant/recipes/index.js';
 import { BLOCK_DEFAULTS } from '../../quant/types.js';
 import type { QuantizeReport } from '../../quantize.node.js';
 import { VERSION } from '../../version.js';
-import { type CommandContext } from '../context.js';
-import { jsonOption, modelOptions, modelSchema, oneOf, parseOptions, wholeNumber } from '../options.js';
+import { pickDevice, withModel, type CommandContext } from '../context.js';
+import {
+  decimalNumber,
+  deviceOption,
+  deviceSchema,
+  jsonOption,
+  modelOptions,
+  modelSchema,
+  oneOf,
+  parseOptions,
+  wholeNumber,
+} from '../options.js';
 import { formatBytes, formatDuration, formatFields } from '../ui/table.js';
 
 const METHODS = RECIPES.map((recipe) => recipe.name);
@@ -15,8 +25,8 @@ const schema = z.object({
   ...modelSchema,
   out: z.string().min(1),
   method: oneOf(METHODS),
-  bits: oneOf([2, 3, 4, 8]),
-  groupSize: oneOf([32, 64, 128, -1]),
+  bits: oneOf([2, 3, 4, 8]).optional(),
+  groupSize: oneOf([32, 64, 128, -1]).optional(),
   krot: wholeNumber(0, 31),
   scales: z.boolean(),
   share: z.boolean().optional(),
@@ -34,11 +44,16 @@ const schema = z.object({
   weightDecay: z.coerce.number().nonnegative().optional(),
   stages: oneOf(['both', 'transforms', 'weights']).optional(),
   pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
+  actBits: oneOf([4, 8, 16]).optional(),
+  kvBits: oneOf([4, 8, 16]).optional(),
+  rotate: z.boolean().optional(),
+  smooth: oneOf(['none', 'down', 'all']).optional(),
+  alpha: decimalNumber({ min: 0, max: 1 }).optional(),
   calib: z.array(z.string()).optional(),
   calibSamples: wholeNumber(1, 1_000_000),
   seqLen: wholeNumber(2, 1_000_000),
   threads: wholeNumber(1, 1024).optional(),
-  device: oneOf(['cpu']),
+  ...deviceSchema,
   resume: z.boolean().default(false),
   dryRun: z.boolean().default(false),
 });
@@ -50,14 +65,29 @@ export function quantizeCommand(context: CommandContext): Command {
     .argument('<model>', 'folder or hub id')
     .requiredOption('--out <dir>', 'folder to write; must be new, empty, or of the same run')
     .option('--method <name>', METHODS.join(', '), 'paroquant')
-    .option('--bits <n>', '2, 3, 4 or 8', '4')
-    .option('--group-size <n>', 'input channels per scale: 32, 64, 128, or -1 for one scale per output channel', '128')
+    .option('--bits <n>', '2, 3, 4 or 8 (default: 4, 8 with smoothquant)')
+    .option(
+      '--group-size <n>',
+      'input channels per scale: 32, 64, 128, or -1 for one scale per output channel (default: 128, -1 with smoothquant, quarot, smoothrot)',
+    )
     .option('--krot <n>', 'rotations per group (paroquant); 0 learns scales alone', '8')
     .option('--no-scales', 'learn no channel scales (paroquant)')
     .option('--share', 'one transform per linear group (the default of paroquant)')
     .option('--no-share', 'a transform for each linear (the default of paroquant-block)')
     .option('--rounding <how>', "rtn or gptq (default: the method's own)")
     .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
+    .option(
+      '--act-bits <n>',
+      "bits of the linears' inputs, rounded token by token: 4, 8 or 16 (default: the method's own)",
+    )
+    .option('--kv-bits <n>', "bits of the key/value cache: 4, 8 or 16 (default: the method's own)")
+    .option('--rotate', 'fold Hadamard rotations into the model first (quarot and smoothrot do)')
+    .option('--no-rotate', 'no Hadamard rotations')
+    .option(
+      '--smooth <where>',
+      "scale activation outliers into the weights: none, down or all (default: the method's own)",
+    )
+    .option('--alpha <x>', 'exponent of the smoothing scales, 0 to 1 (default: searched block by block)')
     .option('--seed <n>', 'of everything random', '0')
     .option('--epochs <n>', `passes over the sequences per stage (paroquant-block; default: ${BLOCK_DEFAULTS.epochs})`)
     .option('--batch <n>', `sequences per optimiser step (paroquant-block; default: ${BLOCK_DEFAULTS.batch})`)
@@ -82,11 +112,10 @@ export function quantizeCommand(context: CommandContext): Command {
     )
     .option('--calib-samples <n>', 'calibration sequences', '64')
     .option('--seq-len <n>', 'tokens per calibration sequence', '512')
-    .option('--device <name>', 'cpu', 'cpu')
     .option('--threads <n>', 'CPU threads (default: all cores); the result does not depend on it')
     .option('--resume', 'go on with a run that was stopped')
     .option('--dry-run', 'print the plan and stop');
-  for (const option of [...modelOptions(), jsonOption()]) command.addOption(option);
+  for (const option of [deviceOption(), ...modelOptions(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
       'after',
@@ -96,22 +125,29 @@ Examples:
   $ gyre quantize Qwen/Qwen3-0.6B --out qwen3-w4 --calib book.txt chats.jsonl --calib-samples 128
   $ gyre quantize ./my-model --out my-model-w3 --bits 3 --group-size 64
   $ gyre quantize ./my-model --out my-model-awq --method awq --dry-run
+  $ gyre quantize ./my-model --out my-model-w4a4 --method smoothrot
+  $ gyre quantize ./my-model --out my-model-w4a8 --act-bits 8 --kv-bits 8
   $ gyre quantize ./my-model --out my-model-w4 --resume    # after Ctrl-C or a power cut
 
 Methods:
-${RECIPES.map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`).join('\n')}`,
+${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n')}`,
     )
     .action(async (model: string, raw: unknown) => {
       const options = parseOptions(schema, raw);
       const { print, progress, signal } = context;
       // Loaded when asked for: help and wrong command lines stay quick.
       const { quantizeCheckpoint } = await import('../../quantize.node.js');
+      // A dry run needs no device, and a plan is the same on all of them.
+      const device = options.dryRun
+        ? undefined
+        : (await withModel(context, model, options, (source) => pickDevice(context, source, options))).name;
       const { epochs, batch, validation, blockLoss, beta, stages, pairs, ...shared } = options;
       const { transformRate, weightRate, gridRate, weightDecay, ...rest } = shared;
       const rates = { transformRate, weightRate, gridRate, weightDecay };
       const report = await quantizeCheckpoint({
         model,
         ...rest,
+        device,
         block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, ...rates },
         signal,
         onProgress: progress.listener,

@@ -1,5 +1,5 @@
 // Heads and attention in float64: per-head norms, RoPE, key/value cache, causal grouped-query attention.
-import type { AttentionShape, KvCacheHandle, RopeHandle } from '../backend.js';
+import type { AttentionShape, KvCacheHandle, KvCacheShape, KvGrid, RopeHandle } from '../backend.js';
 import { ensure, GyreError } from '../../core/errors.js';
 import { rmsNorm } from './norms.js';
 import { expectSize } from './tensor.js';
@@ -32,8 +32,11 @@ export class ReferenceKvCache implements KvCacheHandle {
   readonly headDim: number;
   readonly keys: Float64Array;
   readonly values: Float64Array;
+  /** Keys and values are rounded onto it when they are appended. */
+  readonly grid: KvGrid | undefined;
 
-  constructor(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }) {
+  constructor(shape: KvCacheShape) {
+    this.grid = shape.grid;
     this.batch = shape.batch;
     this.capacity = shape.capacity;
     this.kvHeads = shape.kvHeads;

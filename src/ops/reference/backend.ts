@@ -1,11 +1,14 @@
 // The reference backend: every op of the contract in plain float64 TypeScript, slow and obviously right. It is the
 // oracle of the conformance suite; other backends may only differ from it by the rounding of their dtype.
 import type {
+  ActivationGrid,
   AttentionOptions,
   Backend,
   BackendInfo,
   GridSpec,
+  InputTransform,
   KvCacheHandle,
+  KvCacheShape,
   LinearHandle,
   LinearSource,
   PairwiseTransform,
@@ -20,6 +23,7 @@ import type {
 } from '../backend.js';
 import { ensure } from '../../core/errors.js';
 import type { HostTensor } from '../../core/tensor.js';
+import { kvActivationGrid, quantizeRows } from './activations.js';
 import {
   appendToCache,
   attend,
@@ -30,6 +34,7 @@ import {
   splitHeads,
 } from './attention.js';
 import { ReferenceGradients } from './gradients.js';
+import { hadamardRows, ReferenceHadamard } from './hadamard.js';
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import { embed, linear, matmul, ownLinear, ReferenceLinear, transpose } from './linear.js';
 import { rmsNorm, score, siluMul } from './norms.js';
@@ -100,15 +105,15 @@ class ReferenceBackend implements Backend {
     return new ReferenceLinear(source);
   }
 
-  loadTransform(transform: PairwiseTransform): TransformHandle {
-    return new ReferenceTransform(transform);
+  loadTransform(transform: InputTransform): TransformHandle {
+    return transform.kind === 'hadamard' ? new ReferenceHadamard(transform) : new ReferenceTransform(transform);
   }
 
   loadRope(cos: Float32Array, sin: Float32Array, rotaryDim: number): RopeHandle {
     return new ReferenceRope(cos, sin, rotaryDim);
   }
 
-  createKvCache(shape: { batch: number; kvHeads: number; headDim: number; capacity: number }): KvCacheHandle {
+  createKvCache(shape: KvCacheShape): KvCacheHandle {
     return new ReferenceKvCache(shape);
   }
 
@@ -125,9 +130,11 @@ class ReferenceBackend implements Backend {
   }
 
   rotate(x: Tensor, handle: TransformHandle): Tensor {
-    const transform = ownTransform(handle);
     const [rows, channels] = matrixShape(x, 'rotate');
-    expectSize(channels, transform.channels, 'channels of rotate');
+    expectSize(channels, handle.channels, 'channels of rotate');
+    if (handle instanceof ReferenceHadamard)
+      return new ReferenceTensor(x.shape, hadamardRows(own(x).values, handle.transform));
+    const transform = ownTransform(handle);
     const y = own(x).values.slice();
     for (let r = 0; r < rows; r++) {
       transformVector(y, r * channels, 1, transform, transform.channelScales, 'forward');
@@ -135,25 +142,38 @@ class ReferenceBackend implements Backend {
     return new ReferenceTensor(x.shape, y);
   }
 
+  quantizeRows(x: Tensor, grid: ActivationGrid): Tensor {
+    const [, channels] = matrixShape(x, 'quantizeRows');
+    return new ReferenceTensor(x.shape, quantizeRows(own(x).values, channels, grid));
+  }
+
   linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Tensor {
     const [rows, inFeatures] = matrixShape(x, 'linear');
     expectSize(inFeatures, weight.inFeatures, 'input features of linear');
     if (residual) expectSize(own(residual).values.length, rows * weight.outFeatures, 'residual of linear');
-    const y = linear(own(x).values, rows, ownLinear(weight), residual && own(residual).values);
+    const layer = ownLinear(weight);
+    const { activations } = layer;
+    const input = activations ? quantizeRows(own(x).values, inFeatures, activations) : own(x).values;
+    const y = linear(input, rows, layer, residual && own(residual).values);
     return new ReferenceTensor([rows, weight.outFeatures], y);
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    const { heads, kvHeads, headDim, batch, start, rope, qNorm, kNorm, eps } = options;
+    const { heads, kvHeads, headDim, batch, start, rope, qNorm, kNorm, eps, headTransform } = options;
     const [rows, columns] = matrixShape(qkv, 'splitHeads');
     expectSize(columns, (heads + 2 * kvHeads) * headDim, 'columns of splitHeads');
     const tokens = tokensOf(rows, batch);
     for (const norm of [qNorm, kNorm]) if (norm) expectSize(own(norm).values.length, headDim, 'per-head norm length');
     const norms = { q: qNorm && own(qNorm).values, k: kNorm && own(kNorm).values, eps };
     const { q, k, v } = splitHeads(own(qkv).values, tokens, options, start, ownRope(rope), norms);
+    // A head is a row of headDim channels.
+    const turn = (part: Float64Array): Float64Array =>
+      headTransform
+        ? own(this.rotate(new ReferenceTensor([part.length / headDim, headDim], part), headTransform)).values
+        : part;
     return {
-      q: new ReferenceTensor([rows, heads * headDim], q),
-      k: new ReferenceTensor([rows, kvHeads * headDim], k),
+      q: new ReferenceTensor([rows, heads * headDim], turn(q)),
+      k: new ReferenceTensor([rows, kvHeads * headDim], turn(k)),
       v: new ReferenceTensor([rows, kvHeads * headDim], v),
     };
   }
@@ -178,8 +198,10 @@ class ReferenceBackend implements Backend {
         'context-length',
         () => `${start + tokens} tokens do not fit a key/value cache of ${cache.capacity}`,
       );
-      appendToCache(cache.keys, cache.capacity, keys, batch, width, start);
-      appendToCache(cache.values, cache.capacity, values, batch, width, start);
+      const grid = cache.grid && kvActivationGrid(cache.grid, headDim);
+      const stored = (part: Float64Array): Float64Array => (grid ? quantizeRows(part, width, grid) : part);
+      appendToCache(cache.keys, cache.capacity, stored(keys), batch, width, start);
+      appendToCache(cache.values, cache.capacity, stored(values), batch, width, start);
       ({ keys, values, capacity: stride } = cache);
     } else {
       expectSize(start, 0, 'start of attention without a cache');

@@ -1,7 +1,8 @@
 // Linear layers and plain matrix products, in float64: one loop per index of the formula.
-import type { LinearHandle, LinearSource, QuantizedWeight } from '../backend.js';
+import type { ActivationGrid, LinearHandle, LinearSource, QuantizedWeight } from '../backend.js';
 import { bytesPerElement } from '../../core/dtype.js';
 import { ensure, GyreError } from '../../core/errors.js';
+import { checkActivationGrid } from './activations.js';
 import { expectSize, hostValues } from './tensor.js';
 
 /** A linear layer with its weight expanded to float64 [out, in]. */
@@ -11,8 +12,10 @@ export class ReferenceLinear implements LinearHandle {
   readonly bytes: number;
   readonly weight: Float64Array;
   readonly bias: Float64Array | undefined;
+  readonly activations: ActivationGrid | undefined;
 
   constructor(source: LinearSource) {
+    this.activations = source.activations;
     if (source.kind === 'quantized') {
       const { inFeatures, outFeatures, bits, groupSize } = source.weight;
       this.inFeatures = inFeatures;
@@ -33,6 +36,7 @@ export class ReferenceLinear implements LinearHandle {
     }
     this.bias = source.bias && Float64Array.from(source.bias);
     if (this.bias) expectSize(this.bias.length, this.outFeatures, 'linear bias length');
+    if (this.activations) checkActivationGrid(this.activations, this.inFeatures);
   }
 }
 

@@ -44,6 +44,12 @@ export function gridOf(min: number, max: number, bits: number): Grid {
   return { scale, zero: clamp(roundHalfEven(-min / scale), 0, top) };
 }
 
+/** The grid symmetric about 0 that covers ±peak: levels −(2ᵇ⁻¹ − 1) … 2ᵇ⁻¹ − 1, and one below. */
+export function symmetricGridOf(peak: number, bits: number): Grid {
+  const scale = Math.min(roundToF16(peak / (2 ** (bits - 1) - 1)), MAX_SCALE);
+  return { scale: Math.max(scale, MIN_SCALE), zero: 2 ** (bits - 1) };
+}
+
 /** The code of a value. */
 export function encode(value: number, { scale, zero }: Grid, bits: number): number {
   return clamp(roundHalfEven(value / scale) + zero, 0, 2 ** bits - 1);
@@ -78,7 +84,7 @@ function groupGrid(
   cols: number,
   group: number,
   c: number,
-  { bits, groupSize }: GridSpec,
+  { bits, groupSize, symmetric }: GridSpec,
   clip: Float32Array | undefined,
 ): Grid {
   let min = Infinity;
@@ -88,6 +94,7 @@ function groupGrid(
     max = Math.max(max, w[i * cols + c]);
   }
   const factor = clip ? clip[group * cols + c] : 1;
+  if (symmetric) return symmetricGridOf(Math.max(Math.abs(min), Math.abs(max)) * factor, bits);
   return gridOf(min * factor, max * factor, bits);
 }
 
@@ -285,6 +292,7 @@ export class ReferenceObjective {
     private readonly grid: GridSpec,
   ) {
     expectSize(w.length, shape.channels * cols, 'weight of a transform objective');
+    ensure(!grid.symmetric, 'unsupported', 'a transform objective has an asymmetric grid');
   }
 
   /** Ŵ [channels, cols]. theta [krot, channels / 2], scales [channels] (s). */

@@ -21,10 +21,20 @@ export async function evaluateObjective(
   objective: LayerObjective,
   w: Tensor,
 ): Promise<{ loss: number; halfGradient: Tensor }> {
+  const { halfGradient, loss } = await beginEvaluation(backend, objective, w);
+  return { loss: await loss, halfGradient };
+}
+
+/** The same with the loss still under way: a backend that computes elsewhere can be given more to do meanwhile. */
+async function beginEvaluation(
+  backend: Backend,
+  objective: LayerObjective,
+  w: Tensor,
+): Promise<{ loss: Promise<number>; halfGradient: Tensor }> {
   const product = await backend.matmul(objective.gram, w);
   const halfGradient = await backend.addScaled(product, objective.target, -1, true);
-  const loss = (await backend.dot(w, halfGradient)) - (await backend.dot(w, objective.target));
-  return { loss, halfGradient };
+  const terms = Promise.all([backend.dot(w, halfGradient), backend.dot(w, objective.target)]);
+  return { loss: terms.then(([square, linear]) => square - linear), halfGradient };
 }
 
 /** Settings of {@link learnTransform}. */
@@ -66,11 +76,12 @@ export async function learnTransform(
   try {
     for (let step = 0; step <= steps; step++) {
       const estimate = await learned.forward(Float32Array.from(theta), Float32Array.from(scales));
-      const { loss, halfGradient } = await evaluateObjective(backend, objective, estimate);
+      const { loss: pending, halfGradient } = await beginEvaluation(backend, objective, estimate);
+      // Both are asked for before either is waited for: one round trip a step.
+      const [loss, gradient] = await Promise.all([pending, step < steps ? learned.backward(halfGradient) : undefined]);
       curve.push(loss);
       if (loss < best.loss) best = { loss, theta: theta.slice(), scales: scales.slice() };
-      if (step < steps) {
-        const gradient = await learned.backward(halfGradient);
+      if (gradient) {
         const rate = cosineRate(step, steps, peak);
         if (krot > 0) thetaOptimizer.step(theta, gradient.theta, rate);
         if (learnScales) {

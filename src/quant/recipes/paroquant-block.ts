@@ -37,7 +37,7 @@ export const paroquantBlock: BlockRecipe = {
   needs: 'cross-gram',
   layout: 'paroquant',
   share: false,
-  defaults: BLOCK_DEFAULTS,
+  training: BLOCK_DEFAULTS,
   quantizeBlock: (backend, task) => new BlockTrainer(backend, task).run(),
 };
 

@@ -46,7 +46,7 @@ export const paroquantTuned: BlockRecipe = {
   needs: 'cross-gram',
   layout: 'paroquant',
   share: true,
-  defaults: DEFAULTS,
+  training: DEFAULTS,
   quantizeBlock: (backend, task) => new BlockTuner(backend, task).run(),
 };
 

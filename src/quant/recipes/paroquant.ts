@@ -48,17 +48,74 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
   const target = await backend.matmul(task.cross ?? gram, w, { transposeA: true });
   const { transform, curve } = await learn(backend, task, gram, w, target);
 
-  const best = task.cross ? await leastSquaresWeight(backend, gram, w, target) : w;
-  const transformed = await backend.transformChannels(best, transform, 'forward');
-  const transformedGram = await transformGram(backend, gram, transform);
+  const { transformed, transformedGram } = task.activations
+    ? await withRoundedInputs(backend, task, transform, { gram, w, target })
+    : await withExactInputs(backend, task, transform, { gram, w, target });
   const rounded =
     (settings.rounding ?? 'gptq') === 'gptq'
       ? await roundGptq(backend, transformed, transformedGram, task)
       : await backend.roundToNearest(transformed, grid);
   const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
-  backend.free(w, target, best === w ? undefined : best, transformed, transformedGram, rounded.values);
+  backend.free(w, target, transformed, transformedGram, rounded.values);
   const parts = splitRounded(rounded, grid, inFeatures, task.outFeatures, transform);
   return { parts, curve, stats: { error, ...curveStats(curve) } };
+}
+
+/** What is rounded, and what its error is measured with, both in the transformed space. */
+interface Transformed {
+  readonly transformed: Tensor;
+  readonly transformedGram: Tensor;
+}
+
+async function withExactInputs(
+  backend: Backend,
+  task: GroupTask,
+  transform: PairwiseTransform,
+  { gram, w, target }: { gram: Tensor; w: Tensor; target: Tensor },
+): Promise<Transformed> {
+  const best = task.cross ? await leastSquaresWeight(backend, gram, w, target) : w;
+  const transformed = await backend.transformChannels(best, transform, 'forward');
+  if (best !== w) backend.free(best);
+  return { transformed, transformedGram: await transformGram(backend, gram, transform) };
+}
+
+/**
+ * With activations rounded after the transform, the weights meet Q(T⁻ᵀx) = T⁻ᵀx + e: the Gram matrix grows by that of e,
+ * measured on a sample, and the least-squares weight shrinks along the channels that rounding hurts most.
+ */
+async function withRoundedInputs(
+  backend: Backend,
+  task: GroupTask,
+  transform: PairwiseTransform,
+  { gram, w, target }: { gram: Tensor; w: Tensor; target: Tensor },
+): Promise<Transformed> {
+  const exactGram = await transformGram(backend, gram, transform);
+  const noise = await roundingNoise(backend, task, transform);
+  const transformedGram = noise ? await backend.addScaled(exactGram, noise, 1, true) : exactGram;
+  const weight = await backend.transformChannels(w, transform, 'forward');
+  const aim = await backend.transformChannels(target, transform, 'forward', 'activation');
+  const transformed = await leastSquaresWeight(backend, transformedGram, weight, aim);
+  backend.free(noise, weight, aim);
+  return { transformed, transformedGram };
+}
+
+/** eᵀe / n of the rounding of a sample of transformed inputs [in, in]. */
+async function roundingNoise(
+  backend: Backend,
+  { sample, activations }: GroupTask,
+  transform: PairwiseTransform,
+): Promise<Tensor | undefined> {
+  if (!sample || !activations) return undefined;
+  const handle = await backend.loadTransform(transform);
+  const x = await backend.upload(sample);
+  const turned = await backend.rotate(x, handle);
+  const rounded = await backend.quantizeRows(turned, activations);
+  const error = await backend.addScaled(rounded, turned, -1, true);
+  const product = await backend.matmul(error, error, { transposeA: true });
+  const noise = await backend.addScaled(product, product, 1 / sample.shape[0] - 1, true);
+  backend.free(x, turned, error);
+  backend.release(handle);
+  return noise;
 }
 
 /** GPTQ, then coordinate descent: GPTQ cannot take back what it decided before it knew the later channels. */

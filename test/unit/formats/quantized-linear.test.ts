@@ -212,7 +212,7 @@ describe('quantization_config', () => {
     [{ quant_method: 'paroquant', bits: 4, group_size: 0, krot: 8 }, /group_size/],
     [{ quant_method: 'awq', bits: 4, group_size: 128, version: 'gemv' }, /version: only the gemm version/],
     [{ quant_method: 'awq', bits: 4, group_size: 128, zero_point: false }, /zero_point/],
-    [{ quant_method: 'gyre', version: 2, bits: 4, group_size: 128 }, /version/],
+    [{ quant_method: 'gyre', version: 0, bits: 4, group_size: 128 }, /version/],
     [{ bits: 4 }, /quant_method/],
     ['awq', /whole file/],
   ])('%j is invalid', async (json, message) => {

@@ -14,8 +14,17 @@ import { gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/fast/
 import { denseGemvKernel, denseRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import { packCodes, packGrid } from '../../../src/backends/webgpu/fast/repack.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
-import { randomPairs } from '../../../src/transforms/index.js';
+import { randomPairs, xorPairs } from '../../../src/transforms/index.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
+
+interface ActivationCase {
+  readonly channels: number;
+  readonly groupSize: number;
+  readonly krot: number;
+  readonly count: number;
+  readonly batch: number;
+  readonly xor?: boolean;
+}
 
 /** Unit roundoff of f16, in which activations and cached keys are stored. */
 const F16 = 2 ** -11;
@@ -152,12 +161,18 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       }
   });
 
-  function transforms(channels: number, groupSize: number, krot: number, count: number): PairwiseTransform[] {
+  function transforms(
+    channels: number,
+    groupSize: number,
+    krot: number,
+    count: number,
+    xor = false,
+  ): PairwiseTransform[] {
     return Array.from({ length: count }, (_, t) => ({
       channels,
       groupSize,
       krot,
-      pairs: randomPairs(channels, groupSize, krot, rng.fork(t)),
+      pairs: (xor ? xorPairs : randomPairs)(channels, groupSize, krot, rng.fork(t)),
       theta: normals((krot * channels) / 2, 1.5),
       channelScales: normals(channels).map((e) => Math.exp(0.3 * e)),
     }));
@@ -182,18 +197,24 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     (source) => {
       it.each([
         { channels: 640, groupSize: 128, krot: 8, count: 1, batch: 1 },
+        { channels: 640, groupSize: 128, krot: 8, count: 2, batch: 1, xor: true },
+        { channels: 192, groupSize: 64, krot: 5, count: 1, batch: 2, xor: true },
+        { channels: 160, groupSize: 32, krot: 8, count: 1, batch: 1, xor: true },
         { channels: 384, groupSize: 64, krot: 3, count: 2, batch: 2 },
         { channels: 352, groupSize: 32, krot: 8, count: 1, batch: 2 },
         { channels: 256, groupSize: 128, krot: 0, count: 1, batch: 1 },
-      ])('%o', async ({ channels, groupSize, krot, count, batch }) => {
+      ])('%o', async ({ channels, groupSize, krot, count, batch, xor }: ActivationCase) => {
         const [splits, headDim] = [3, 32];
         const eps = 1e-5;
         const width = source === 'silu' ? 2 * channels : source === 'attention' ? splits * channels : channels;
         const input = normals(batch * width);
         const stats = Float32Array.from({ length: (2 * batch * splits * channels) / headDim }, () => 1 + rng.uniform());
-        const ts = transforms(channels, groupSize, krot, count);
+        const ts = transforms(channels, groupSize, krot, count, xor);
+        const tables = ts.map((t) => rotationTable(t));
+        const pairing = tables[0].pairing;
+        expect(pairing).toBe(xor || krot === 0 ? 'xor' : 'any');
         const gain = ts.map((t) => t.channelScales);
-        const variant = { f16, shuffle, source, krot, groupSize, splits, headDim };
+        const variant = { f16, shuffle, source, krot, pairing, groupSize, splits, headDim };
         const x = backend.gpu.buffer(count * batch * channels * 2);
         const factors = backend.gpu.buffer((count * batch * channels) / 4);
         backend.gpu.dispatch(
@@ -202,11 +223,14 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
             source: toGpu(input),
             ...(source === 'attention' && { stats: toGpu(stats) }),
             gain: toGpu(Float32Array.from(gain.flatMap((g) => [...g]))),
-            ...(krot > 0 && { table: toGpu(Uint32Array.from(ts.flatMap((t) => [...rotationTable(t)]))) }),
+            ...(krot > 0 && {
+              table: toGpu(Uint32Array.from(tables.flatMap((t) => [...t.table]))),
+              masks: toGpu(Uint32Array.from(tables.flatMap((t) => [...t.masks]))),
+            }),
             x,
             factors,
-          } as Record<'source' | 'stats' | 'gain' | 'table' | 'x' | 'factors', GPUBuffer>,
-          { channels, eps },
+          } as Record<'source' | 'stats' | 'gain' | 'table' | 'masks' | 'x' | 'factors', GPUBuffer>,
+          { channels, eps, krot },
           [activationGroups(channels, groupSize), batch, count],
         );
         const gotX = new Uint16Array(await backend.gpu.read(x, 0, count * batch * channels * 2));
@@ -241,8 +265,8 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
                 const normal = f16BitsToF32(gotX[at + i]);
                 sum += normal;
                 expect(Math.abs(normal)).toBeLessThanOrEqual(1);
-                // Table angles are good to 2⁻¹⁵ each, over krot rotations of values up to about 1.4·top·√krot.
-                expect(Math.abs(normal * top - want[c + i])).toBeLessThan(top * (F16 + 8 * krot * 2 ** -15) + 1e-6);
+                // Table angles are good to 2⁻¹³ each, over krot rotations of values up to a few times top.
+                expect(Math.abs(normal * top - want[c + i])).toBeLessThan(top * (F16 + 4 * krot * 2 ** -13) + 1e-6);
               }
               expect(Math.abs(gotF[at / 16 + 1] - sum)).toBeLessThan(1e-4);
             }

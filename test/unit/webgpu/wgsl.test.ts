@@ -23,7 +23,15 @@ const kernels: Kernel[] = [
       denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2 }),
       ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
         [32, 64, 128].flatMap((groupSize) =>
-          [0, 8].map((krot) => activationKernel({ f16, shuffle, source, krot, groupSize, splits: 4, headDim: 128 })),
+          (
+            [
+              ['any', 0],
+              ['any', 8],
+              ['xor', 8],
+            ] as const
+          ).map(([pairing, krot]) =>
+            activationKernel({ f16, shuffle, source, krot, pairing, groupSize, splits: 4, headDim: 128 }),
+          ),
         ),
       ),
       ...[16, 64, 128, 256].map((headDim) =>

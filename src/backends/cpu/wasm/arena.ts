@@ -4,6 +4,14 @@ import { GyreError } from '../../../core/errors.js';
 /** Address of a block in the arena. */
 export type Pointer = number;
 
+/** Floats that lie in the arena already. */
+export interface ArenaFloats {
+  readonly pointer: Pointer;
+  readonly length: number;
+}
+/** Operand of a kernel: an ordinary array, copied in or out for the call, or floats in the arena, used in place. */
+export type Floats = Float32Array | ArenaFloats;
+
 const PAGE = 65536;
 const LIMIT = 65536 * PAGE;
 /** Cache lines: blocks of different threads never share one. */
@@ -116,6 +124,27 @@ export class Arena {
   /** Copies `length` values at `pointer` out. */
   readF32(pointer: Pointer, out: Float32Array): void {
     out.set(this.f32.subarray(pointer >>> 2, (pointer >>> 2) + out.length));
+  }
+
+  /** Where a kernel reads `values`. */
+  input(values: Floats): Pointer {
+    return values instanceof Float32Array ? this.pushF32(values) : values.pointer;
+  }
+
+  /** Where a kernel writes `values`; {@link finish} follows. */
+  output(values: Floats): Pointer {
+    return values instanceof Float32Array ? this.scratch(values.length * 4) : values.pointer;
+  }
+
+  /** Brings what a kernel wrote to `values`. */
+  finish(pointer: Pointer, values: Floats): void {
+    if (values instanceof Float32Array) this.readF32(pointer, values);
+  }
+
+  /** The floats themselves, until the arena grows. */
+  view(values: Floats): Float32Array {
+    if (values instanceof Float32Array) return values;
+    return this.f32.subarray(values.pointer >>> 2, (values.pointer >>> 2) + values.length);
   }
 
   #find(size: number): number {

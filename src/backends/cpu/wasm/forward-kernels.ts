@@ -1,7 +1,7 @@
 // Wrappers of the forward pass's kernels: norms, rotations of rows, SiLU·up, heads, caches, attention and scores.
 import { ensure } from '../../../core/errors.js';
 import type { KernelPool } from '../pool.js';
-import type { Pointer } from './arena.js';
+import type { Floats, Pointer } from './arena.js';
 import {
   checkLength,
   checkRotation,
@@ -13,61 +13,36 @@ import {
 
 /** Elements of light elementwise work below which a second thread does not pay. */
 const LIGHT_WORK = 16_384;
+/** Multiplications of rotations below which a second thread does not pay: about 5 µs. */
+const ROTATE_WORK = 18_000;
 /** Logits are staged in bands of about this many bytes. */
 const SCORE_BAND_BYTES = 32 * 1024 * 1024;
 
-/** A vector resident in the arena (norm weights). */
-export class ResidentVector {
-  readonly pointer: Pointer;
-  readonly length: number;
-  readonly #pool: KernelPool;
-
-  constructor(pool: KernelPool, values: Float32Array) {
-    this.#pool = pool;
-    this.length = values.length;
-    this.pointer = pool.arena.alloc(values.length * 4);
-    pool.arena.f32.set(values, this.pointer >>> 2);
-  }
-
-  /** Frees it. */
-  free(): void {
-    this.#pool.arena.free(this.pointer);
-  }
-}
-
-/** Weights of a norm: resident, or copied in for the call. */
-export type VectorSource = ResidentVector | Float32Array;
-
-function vectorPointer(pool: KernelPool, vector: VectorSource | undefined): Pointer {
-  if (!vector) return 0;
-  return vector instanceof ResidentVector ? vector.pointer : pool.arena.pushF32(vector);
-}
-
 /** out = x · weight / sqrt(mean(x²) + eps), per row of x [rows, weight.length]. */
-export function rmsNorm(pool: KernelPool, x: Float32Array, weight: VectorSource, eps: number, out: Float32Array): void {
+export function rmsNorm(pool: KernelPool, x: Floats, weight: Floats, eps: number, out: Floats): void {
   const n = weight.length;
   const rows = x.length / n;
   checkLength('result', out, x.length);
   ensure(Number.isInteger(rows), 'tensor-shape', () => `rmsNorm: ${x.length} elements are not rows of ${n}`);
   const { arena } = pool;
   arena.scoped(() => {
-    const from = arena.pushF32(x);
-    const to = arena.scratch(x.length * 4);
-    pool.run('rmsNorm', rows, [from, to, n, vectorPointer(pool, weight), eps], Math.ceil(LIGHT_WORK / n));
-    arena.readF32(to, out);
+    const from = arena.input(x);
+    const to = arena.output(out);
+    pool.run('rmsNorm', rows, [from, to, n, arena.input(weight), eps], Math.ceil(LIGHT_WORK / n));
+    arena.finish(to, out);
   });
 }
 
 /** gateUp [rows, 2n] → out [rows, n], silu(gate) · up. */
-export function siluMul(pool: KernelPool, gateUp: Float32Array, rows: number, out: Float32Array): void {
+export function siluMul(pool: KernelPool, gateUp: Floats, rows: number, out: Floats): void {
   checkLength('gate and up', gateUp, out.length * 2);
   const n = out.length / rows;
   const { arena } = pool;
   arena.scoped(() => {
-    const from = arena.pushF32(gateUp);
-    const to = arena.scratch(out.length * 4);
+    const from = arena.input(gateUp);
+    const to = arena.output(out);
     pool.run('siluMul', rows, [from, to, n], Math.ceil(LIGHT_WORK / 2 / n));
-    arena.readF32(to, out);
+    arena.finish(to, out);
   });
 }
 
@@ -101,7 +76,7 @@ export class RowTransform {
   }
 
   /** Scales and rotates each row of x [rows, channels] into out (may be x). */
-  apply(x: Float32Array, rows: number, out: Float32Array): void {
+  apply(x: Floats, rows: number, out: Floats): void {
     const { channels, krot } = this.#spec;
     const groupSize = krot ? this.#spec.groupSize : channels;
     checkLength('activations', x, rows * channels);
@@ -112,15 +87,15 @@ export class RowTransform {
     const width = rows >= 24 ? 32 : 4;
     pool.ensureScratch(groupSize * width * 4);
     arena.scoped(() => {
-      const from = arena.pushF32(x);
-      const to = arena.scratch(x.length * 4);
+      const from = arena.input(x);
+      const to = arena.output(out);
       pool.run(
         'rotateRows',
         (channels / groupSize) * Math.ceil(rows / width),
         [from, to, rows, channels, groupSize, krot, this.#table, this.#scales, width],
-        Math.ceil(40_000 / (groupSize * width * (krot + 1))),
+        Math.ceil(ROTATE_WORK / (groupSize * width * (krot + 1))),
       );
-      arena.readF32(to, out);
+      arena.finish(to, out);
     });
   }
 
@@ -160,10 +135,10 @@ export class RopeTable {
 /** Arguments of {@link splitHeads}. */
 export interface SplitHeadsArguments {
   /** [batch · tokens, (heads + 2·kvHeads)·headDim]. */
-  readonly qkv: Float32Array;
-  readonly q: Float32Array;
-  readonly k: Float32Array;
-  readonly v: Float32Array;
+  readonly qkv: Floats;
+  readonly q: Floats;
+  readonly k: Floats;
+  readonly v: Floats;
   readonly batch: number;
   readonly heads: number;
   readonly kvHeads: number;
@@ -171,8 +146,8 @@ export interface SplitHeadsArguments {
   /** Position of each sequence's first token. */
   readonly start: number;
   readonly rope: RopeTable;
-  readonly qNorm?: VectorSource;
-  readonly kNorm?: VectorSource;
+  readonly qNorm?: Floats;
+  readonly kNorm?: Floats;
   readonly eps: number;
 }
 
@@ -198,8 +173,8 @@ export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
   );
   const { arena } = pool;
   arena.scoped(() => {
-    const from = arena.pushF32(qkv);
-    const [toQ, toK, toV] = [q, k, v].map((part) => arena.scratch(part.length * 4));
+    const from = arena.input(qkv);
+    const [toQ, toK, toV] = [arena.output(q), arena.output(k), arena.output(v)];
     pool.run(
       'splitHeads',
       rows,
@@ -211,8 +186,8 @@ export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
         heads,
         kvHeads,
         headDim,
-        vectorPointer(pool, args.qNorm),
-        vectorPointer(pool, args.kNorm),
+        args.qNorm ? arena.input(args.qNorm) : 0,
+        args.kNorm ? arena.input(args.kNorm) : 0,
         args.eps,
         rope.cos,
         rope.sin,
@@ -222,9 +197,9 @@ export function splitHeads(pool: KernelPool, args: SplitHeadsArguments): void {
       ],
       Math.ceil(LIGHT_WORK / width),
     );
-    arena.readF32(toQ, q);
-    arena.readF32(toK, k);
-    arena.readF32(toV, v);
+    arena.finish(toQ, q);
+    arena.finish(toK, k);
+    arena.finish(toV, v);
   });
 }
 
@@ -255,7 +230,7 @@ export class KvCache {
   }
 
   /** Writes k and v [batch · tokens, kvHeads · headDim] at positions start … start + tokens − 1. */
-  append(k: Float32Array, v: Float32Array, start: number): void {
+  append(k: Floats, v: Floats, start: number): void {
     const { batch, kvHeads, headDim, capacity } = this;
     const tokens = k.length / (batch * kvHeads * headDim);
     checkLength('values', v, k.length);
@@ -269,8 +244,8 @@ export class KvCache {
     const { arena } = this.#pool;
     arena.scoped(() => {
       const shape = [tokens, kvHeads, headDim, capacity, start];
-      this.#pool.run('appendCache', batch, [arena.pushF32(k), this.keys, ...shape], batch);
-      this.#pool.run('appendCache', batch, [arena.pushF32(v), this.values, ...shape], batch);
+      this.#pool.run('appendCache', batch, [arena.input(k), this.keys, ...shape], batch);
+      this.#pool.run('appendCache', batch, [arena.input(v), this.values, ...shape], batch);
     });
   }
 
@@ -290,8 +265,8 @@ export class KvCache {
 /** Arguments of {@link attention}. */
 export interface AttentionArguments {
   /** [batch · tokens, heads · headDim]. */
-  readonly q: Float32Array;
-  readonly out: Float32Array;
+  readonly q: Floats;
+  readonly out: Floats;
   readonly batch: number;
   readonly heads: number;
   readonly kvHeads: number;
@@ -302,7 +277,7 @@ export interface AttentionArguments {
   /** Tokens before this call's; their keys and values, and this call's, are in the cache. */
   readonly start: number;
   /** A cache that already holds this call's tokens, or the chunk's own k and v [batch · tokens, kvHeads · headDim]. */
-  readonly source: KvCache | { readonly k: Float32Array; readonly v: Float32Array };
+  readonly source: KvCache | { readonly k: Floats; readonly v: Floats };
 }
 
 /** Causal grouped-query attention; made for few query rows per sequence (its cost is tokens · context · heads). */
@@ -321,8 +296,8 @@ export function attention(pool: KernelPool, args: AttentionArguments): void {
   pool.ensureScratch(tokens * (heads / kvHeads) * (total + 8) * 4);
   const { arena } = pool;
   arena.scoped(() => {
-    const from = arena.pushF32(q);
-    const to = arena.scratch(out.length * 4);
+    const from = arena.input(q);
+    const to = arena.output(out);
     const row = headDim * 4;
     const place = cached
       ? {
@@ -333,8 +308,8 @@ export function attention(pool: KernelPool, args: AttentionArguments): void {
           step: row,
         }
       : {
-          keys: arena.pushF32(source.k),
-          values: arena.pushF32(source.v),
+          keys: arena.input(source.k),
+          values: arena.input(source.v),
           batchStep: tokens * kvHeads * row,
           headStep: row,
           step: kvHeads * row,
@@ -361,7 +336,7 @@ export function attention(pool: KernelPool, args: AttentionArguments): void {
       ],
       Math.ceil(20_000 / work),
     );
-    arena.readF32(to, out);
+    arena.finish(to, out);
   });
 }
 

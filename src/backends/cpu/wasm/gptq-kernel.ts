@@ -17,6 +17,7 @@ export interface GptqBlockArguments {
   readonly factor: Float32Array;
   readonly groupSize: number;
   readonly bits: number;
+  readonly symmetric?: boolean;
   /** [channels / groupSize, columns]: multiplies ranges. */
   readonly clip?: Float32Array;
   /** Written: [channels, columns]. */
@@ -42,7 +43,7 @@ export function gptqBlocks(channels: number, groupSize: number): [begin: number,
 
 /** Rounds one block of rows in order, each row's error spread over the later rows of the block. */
 export function gptqBlock(pool: KernelPool, args: GptqBlockArguments): void {
-  const { w, columns, begin, end, groupSize, bits } = args;
+  const { w, columns, begin, end, groupSize, bits, symmetric = false } = args;
   const block = end - begin;
   const group = Math.floor(begin / groupSize);
   const whole = begin % groupSize === 0 && end % groupSize === 0;
@@ -60,7 +61,7 @@ export function gptqBlock(pool: KernelPool, args: GptqBlockArguments): void {
   if (!whole && begin % groupSize === 0) {
     // The grid of a group longer than a block comes from all its rows as they are now, before any of them is rounded.
     const rows = w.subarray(begin * columns, (begin + groupSize) * columns);
-    const grid = fakeQuantize(pool, rows, columns, groupSize, bits, args.clip?.subarray(first, last), {});
+    const grid = fakeQuantize(pool, rows, columns, groupSize, bits, args.clip?.subarray(first, last), {}, symmetric);
     args.scales.set(grid.scales, first);
     args.zeros.set(grid.zeros, first);
   }
@@ -88,6 +89,7 @@ export function gptqBlock(pool: KernelPool, args: GptqBlockArguments): void {
       whole ? groupSize : block,
       whole ? 0 : 1,
       2 ** bits - 1,
+      symmetric ? 1 : 0,
     ]);
     arena.readF32(matrix, rows);
     arena.readF32(errors, args.errors);

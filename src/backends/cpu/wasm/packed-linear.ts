@@ -3,36 +3,40 @@ import { ensure } from '../../../core/errors.js';
 import type { HostTensor } from '../../../core/tensor.js';
 import type { QuantizedWeight } from '../../../ops/backend.js';
 import type { KernelPool } from '../pool.js';
-import type { Pointer } from './arena.js';
+import type { Floats, Pointer } from './arena.js';
 import { checkGrid, checkLength } from './transform-kernels.js';
 
 /** Rows up to which {@link PackedLinear.gemv} pays; more belong in a GEMM over dequantized weights. */
 export const MAX_GEMV_ROWS = 8;
-/** Groups up to this long are one segment, longer ones are cut in pieces of SEGMENT channels. */
-const LONGEST_SEGMENT = 256;
-const SEGMENT = 128;
+/** Groups up to this many channels are one segment, longer ones are cut; the largest activation. See products.ts for why. */
+const NIBBLES = { segment: 128, limit: 16383, perVector: 8 } as const;
+const BYTES = { segment: 256, limit: 32767, perVector: 16 } as const;
+/** Outputs of a panel of 4-bit codes. */
+const PANEL = 8;
 /** Bytes of weights below which a second thread does not pay. */
 const THREAD_BYTES = 48 * 1024;
 /** Weights are packed and unpacked in bands of about this many bytes. */
 const BAND_BYTES = 8 * 1024 * 1024;
 
+/** How a weight's groups are cut into segments. */
+interface Segments {
+  /** Segments per row, channels and padded channels of each. */
+  readonly segments: number;
+  readonly length: number;
+  readonly padded: number;
+  readonly group: number;
+  readonly perGroup: number;
+  /** Values per row of what is kept per segment: segments rounded up to 4. */
+  readonly stride: number;
+}
+
 /** How a weight lies in the arena. */
 type Layout =
   | { readonly kind: 'dense'; readonly type: 'f32' | 'f16' | 'bf16'; readonly padded: number }
-  | {
-      readonly kind: 'quantized';
-      readonly nibbles: boolean;
-      /** Segments per row, channels and padded channels of each. */
-      readonly segments: number;
-      readonly length: number;
-      readonly padded: number;
-      readonly group: number;
-      readonly perGroup: number;
-      /** Floats per row of scales and offsets: segments rounded up to 4. */
-      readonly stride: number;
-      readonly scales: Pointer;
-      readonly offsets: Pointer;
-    };
+  /** Rows of bytes; offsets are scale · zero, both [out, stride] f32. */
+  | ({ readonly kind: 'bytes'; readonly scales: Pointer; readonly offsets: Pointer } & Segments)
+  /** Panels of 8 rows; scales f32 and zeros u8, [panels, segments, 8]. */
+  | ({ readonly kind: 'nibbles'; readonly scales: Pointer; readonly zeros: Pointer } & Segments);
 
 const DENSE_KIND = { f32: 0, f16: 1, bf16: 2 } as const;
 const DENSE_GEMV = { f32: 'gemvF32', f16: 'gemvF16', bf16: 'gemvBf16' } as const;
@@ -104,13 +108,15 @@ export class PackedLinear {
     checkLength('scales', weight.scales, groups * outFeatures);
     checkLength('zeros', weight.zeros, groups * outFeatures);
     const nibbles = weight.bits <= 4;
-    const length = group <= LONGEST_SEGMENT ? group : SEGMENT;
+    const form = nibbles ? NIBBLES : BYTES;
+    const length = Math.min(group, form.segment);
     const perGroup = Math.ceil(group / length);
     const segments = groups * perGroup;
-    const perVector = nibbles ? 32 : 16;
-    const padded = Math.ceil(length / perVector) * perVector;
+    const padded = Math.ceil(length / form.perVector) * form.perVector;
     const stride = Math.ceil(segments / 4) * 4;
-    const rowBytes = (segments * padded) / (nibbles ? 2 : 1);
+    const cut: Segments = { segments, length, padded, group, perGroup, stride };
+    const rows = nibbles ? Math.ceil(outFeatures / PANEL) * PANEL : outFeatures;
+    const codeBytes = (segments * padded * rows) / (nibbles ? 2 : 1);
     const { arena } = pool;
     const taken: Pointer[] = [];
     const take = (bytes: number): Pointer => {
@@ -119,23 +125,27 @@ export class PackedLinear {
       return pointer;
     };
     try {
-      const codes = take(rowBytes * outFeatures);
+      const codes = take(codeBytes);
+      packCodes(pool, weight, codes, cut);
+      if (nibbles) {
+        const slots = segments * rows;
+        const scales = take(slots * 4);
+        const zeros = take(slots);
+        const [floats, bytes] = [arena.f32, arena.u8];
+        for (let r = 0; r < rows; r++) {
+          const panel = r - (r % PANEL);
+          for (let s = 0; s < segments; s++) {
+            const at = panel * segments + s * PANEL + (r - panel);
+            const from = r * groups + Math.floor(s / perGroup);
+            floats[(scales >>> 2) + at] = r < outFeatures ? weight.scales[from] : 0;
+            bytes[zeros + at] = r < outFeatures ? weight.zeros[from] : 0;
+          }
+        }
+        const layout: Layout = { kind: 'nibbles', scales, zeros, ...cut };
+        return new PackedLinear(pool, inFeatures, outFeatures, codeBytes + slots * 5, codes, layout);
+      }
       const scales = take(stride * 4 * outFeatures);
       const offsets = take(stride * 4 * outFeatures);
-      const band = Math.max(1, Math.min(outFeatures, Math.floor(BAND_BYTES / inFeatures)));
-      arena.scoped(() => {
-        const staged = arena.scratch(band * inFeatures);
-        for (let r = 0; r < outFeatures; r += band) {
-          const count = Math.min(band, outFeatures - r);
-          arena.u8.set(weight.codes.subarray(r * inFeatures, (r + count) * inFeatures), staged);
-          pool.run(
-            'packCodes',
-            count,
-            [staged, inFeatures, codes + r * rowBytes, segments, length, padded, group, perGroup, nibbles ? 1 : 0],
-            Math.ceil(65_536 / inFeatures),
-          );
-        }
-      });
       const floats = arena.f32;
       for (let r = 0; r < outFeatures; r++) {
         const at = r * stride;
@@ -146,20 +156,8 @@ export class PackedLinear {
           floats[(offsets >>> 2) + at + s] = s < segments ? scale * weight.zeros[from] : 0;
         }
       }
-      // What a product has to read, not what alignment adds: codes, a scale and an offset per group.
-      const bytes = (rowBytes + stride * 8) * outFeatures;
-      return new PackedLinear(pool, inFeatures, outFeatures, bytes, codes, {
-        kind: 'quantized',
-        nibbles,
-        segments,
-        length,
-        padded,
-        group,
-        perGroup,
-        stride,
-        scales,
-        offsets,
-      });
+      const layout: Layout = { kind: 'bytes', scales, offsets, ...cut };
+      return new PackedLinear(pool, inFeatures, outFeatures, codeBytes + stride * 8 * outFeatures, codes, layout);
     } catch (error) {
       for (const pointer of taken) arena.free(pointer);
       throw error;
@@ -167,7 +165,7 @@ export class PackedLinear {
   }
 
   /** y [rows, out] = x [rows, in] · Wᵀ, plus residual [rows, out] when given (may be y). */
-  gemv(x: Float32Array, rows: number, y: Float32Array, residual?: Float32Array): void {
+  gemv(x: Floats, rows: number, y: Floats, residual?: Floats): void {
     const { inFeatures, outFeatures } = this;
     checkLength('activations', x, rows * inFeatures);
     checkLength('result', y, rows * outFeatures);
@@ -175,12 +173,12 @@ export class PackedLinear {
     const pool = this.#pool;
     const { arena } = pool;
     const layout = this.#layout;
-    const units = Math.ceil(outFeatures / 2);
+    const units = Math.ceil(outFeatures / (layout.kind === 'nibbles' ? PANEL : 2));
     const minUnits = Math.ceil(THREAD_BYTES / ((this.bytes / units) * Math.max(1, rows / 2)));
     arena.scoped(() => {
-      const from = arena.pushF32(x);
-      const to = arena.scratch(y.length * 4);
-      const plus = residual ? arena.pushF32(residual) : 0;
+      const from = arena.input(x);
+      const to = arena.output(y);
+      const plus = residual ? arena.input(residual) : 0;
       if (layout.kind === 'dense') {
         const ready = arena.scratch(rows * layout.padded * 4);
         pool.call('prepareActivations', 0, rows, 0, from, inFeatures, ready, layout.padded, DENSE_KIND[layout.type]);
@@ -191,49 +189,27 @@ export class PackedLinear {
           minUnits,
         );
       } else {
-        const { segments, length, padded, group, perGroup, stride, nibbles, scales, offsets } = layout;
+        const { segments, length, padded, group, perGroup, stride, kind, scales } = layout;
+        const nibbles = kind === 'nibbles';
+        const form = nibbles ? NIBBLES : BYTES;
         const xq = arena.scratch(rows * segments * padded * 2);
         const xscale = arena.scratch(rows * stride * 4);
         const xsum = arena.scratch(rows * stride * 4);
+        const cut = [segments, length, padded, group, perGroup, stride];
         pool.call(
           'quantizeActivations',
-          0,
-          rows,
-          0,
-          from,
-          inFeatures,
-          xq,
-          xscale,
-          xsum,
-          segments,
-          length,
-          padded,
-          group,
-          perGroup,
-          stride,
+          ...[0, rows, 0, from, inFeatures, xq, xscale, xsum, ...cut, form.limit, nibbles ? 0 : 1],
         );
+        const shift = nibbles ? layout.zeros : layout.offsets;
+        const vectors = padded / form.perVector;
         pool.run(
           nibbles ? 'gemvNibbles' : 'gemvBytes',
           units,
-          [
-            this.#weights,
-            scales,
-            offsets,
-            xq,
-            xscale,
-            xsum,
-            to,
-            plus,
-            rows,
-            outFeatures,
-            segments,
-            padded / (nibbles ? 32 : 16),
-            stride,
-          ],
+          [this.#weights, scales, shift, xq, xscale, xsum, to, plus, rows, outFeatures, segments, vectors, stride],
           minUnits,
         );
       }
-      arena.readF32(to, y);
+      arena.finish(to, y);
     });
   }
 
@@ -254,7 +230,7 @@ export class PackedLinear {
   }
 
   /** Rows by index (an embedding): out [ids.length, in]. */
-  gatherRows(ids: Int32Array, out: Float32Array): void {
+  gatherRows(ids: Int32Array, out: Floats): void {
     const { inFeatures } = this;
     checkLength('result', out, ids.length * inFeatures);
     const { arena } = this.#pool;
@@ -267,7 +243,7 @@ export class PackedLinear {
           () => `token id ${id} is outside the embedding's ${this.outFeatures} rows`,
         );
         this.#decode(id, 1, staged);
-        arena.readF32(staged, out.subarray(i * inFeatures, (i + 1) * inFeatures));
+        arena.view(out).set(arena.f32.subarray(staged >>> 2, (staged >>> 2) + inFeatures), i * inFeatures);
       });
     });
   }
@@ -276,45 +252,55 @@ export class PackedLinear {
   free(): void {
     const { arena } = this.#pool;
     arena.free(this.#weights);
-    if (this.#layout.kind === 'quantized') {
-      arena.free(this.#layout.scales);
-      arena.free(this.#layout.offsets);
-    }
+    const layout = this.#layout;
+    if (layout.kind === 'dense') return;
+    arena.free(layout.scales);
+    arena.free(layout.kind === 'nibbles' ? layout.zeros : layout.offsets);
   }
 
   #decode(first: number, count: number, to: Pointer): void {
     const layout = this.#layout;
-    const minUnits = Math.ceil(32_768 / this.inFeatures);
+    const pool = this.#pool;
+    const { inFeatures } = this;
+    const minUnits = Math.ceil(32_768 / inFeatures);
     if (layout.kind === 'dense') {
       const { padded, type } = layout;
-      this.#pool.run(
-        'decodeRows',
-        count,
-        [first, this.#weights, to, this.inFeatures, padded, DENSE_KIND[type]],
-        minUnits,
-      );
+      pool.run('decodeRows', count, [first, this.#weights, to, inFeatures, padded, DENSE_KIND[type]], minUnits);
       return;
     }
-    const { segments, length, padded, group, perGroup, stride, nibbles, scales, offsets } = layout;
-    this.#pool.run(
-      'dequantizeRows',
-      count,
-      [
-        first,
-        this.#weights,
-        scales,
-        offsets,
-        to,
-        this.inFeatures,
-        segments,
-        length,
-        padded,
-        group,
-        perGroup,
-        stride,
-        nibbles ? 1 : 0,
-      ],
-      minUnits,
-    );
+    const { segments, length, padded, group, perGroup, stride, scales } = layout;
+    const cut = [segments, length, padded, group, perGroup];
+    if (layout.kind === 'bytes') {
+      const rest = [first, this.#weights, scales, layout.offsets, to, inFeatures, ...cut, stride];
+      pool.run('dequantizeBytes', count, rest, minUnits);
+      return;
+    }
+    const panels = Math.ceil((first + count) / PANEL) - Math.floor(first / PANEL);
+    const rest = [first, first + count, this.#weights, scales, layout.zeros, to, inFeatures, ...cut];
+    pool.run('dequantizeNibbles', panels, rest, Math.ceil(minUnits / PANEL));
   }
+}
+
+/** Packs a weight's codes, staged in bands, to `codes`. */
+function packCodes(pool: KernelPool, weight: QuantizedWeight, codes: Pointer, cut: Segments): void {
+  const { inFeatures, outFeatures } = weight;
+  const { segments, length, padded, group, perGroup } = cut;
+  const nibbles = weight.bits <= 4;
+  const rowBytes = (segments * padded) / (nibbles ? 2 : 1);
+  const { arena } = pool;
+  const band =
+    Math.max(1, Math.min(Math.ceil(outFeatures / PANEL), Math.floor(BAND_BYTES / inFeatures / PANEL))) * PANEL;
+  arena.scoped(() => {
+    const staged = arena.scratch(band * inFeatures);
+    for (let r = 0; r < outFeatures; r += band) {
+      const count = Math.min(band, outFeatures - r);
+      arena.u8.set(weight.codes.subarray(r * inFeatures, (r + count) * inFeatures), staged);
+      const to = codes + r * rowBytes;
+      const rest = [inFeatures, to, segments, length, padded, group, perGroup];
+      const minUnits = Math.ceil(65_536 / inFeatures);
+      if (nibbles)
+        pool.run('packNibbles', Math.ceil(count / PANEL), [staged, count, ...rest], Math.ceil(minUnits / PANEL));
+      else pool.run('packBytes', count, [staged, ...rest], minUnits);
+    }
+  });
 }

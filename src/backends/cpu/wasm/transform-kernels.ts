@@ -175,7 +175,8 @@ export interface QuantizedMatrix {
 /**
  * Rounds w [channels, columns] to nearest on min–max grids of `groupSize` channels (design §4.2). `clip`
  * [channels / groupSize, columns] multiplies each range. Scales are rounded to f16 before use; a range too small for a
- * normal f16 scale (constant groups) falls back to max|w| / (2^bits − 1), at least 2^-14.
+ * normal f16 scale (constant groups) falls back to max|w| / (2^bits − 1), at least 2^-14. With `symmetric` the grids are
+ * symmetric about 0.
  */
 export function fakeQuantize(
   pool: KernelPool,
@@ -185,6 +186,7 @@ export function fakeQuantize(
   bits: number,
   clip?: Float32Array,
   want: FakeQuantizeOutputs = { codes: true, values: true },
+  symmetric = false,
 ): QuantizedMatrix {
   const channels = w.length / columns;
   checkGrid(channels, groupSize);
@@ -218,7 +220,18 @@ export function fakeQuantize(
       pool.run(
         'fakeQuantize',
         count * Math.ceil(columns / TILE),
-        [band, columns, groupSize, 2 ** bits - 1, bandClip, bandCodes, bandZeros, bandScales, wantValues ? band : 0],
+        [
+          band,
+          columns,
+          groupSize,
+          2 ** bits - 1,
+          bandClip,
+          bandCodes,
+          bandZeros,
+          bandScales,
+          wantValues ? band : 0,
+          symmetric ? 1 : 0,
+        ],
         Math.ceil(20_000 / (groupSize * TILE)),
       );
       if (wantValues) arena.readF32(band, result.values.subarray(begin, end));

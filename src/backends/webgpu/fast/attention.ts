@@ -59,6 +59,8 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   const masks = [16, 8, 4, 2, 1].filter((m) => m < lanes);
   const norms: Partial<Record<Buffers, BufferSpec>> = v.qkNorm ? { qNorm: read('f32'), kNorm: read('f32') } : {};
   const group = TEAMS * perTeam * UNROLL;
+  // A thread's frequencies are all the same one: its angle is asked for before anything else.
+  const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
   return defineKernel({
     name: `attention.decode.d${headDim}.q${q}.s${splits}`,
     features: v.shuffle ? ['subgroups'] : [],
@@ -118,6 +120,7 @@ ${each(UNROLL, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;`)}
 ${each(UNROLL, (u) => `    { let at = (cache + min(low + slot + ${u * TEAMS * perTeam}u, position)) * LANES + part; kw${u} = keys[at]; vw${u} = values[at]; }`)}
   }
 
+${steady ? `  let turn = rope[position * ${rotaryDim / 2}u + local % ${rotaryDim / 2}u];` : ''}
   // New heads, normalised and rotated.
   for (var i = local; i < ${(q + 2) * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D;
@@ -143,10 +146,10 @@ ${
 }
   for (var i = local; i < ${((q + 1) * rotaryDim) / 2}u; i += ${TEAM * TEAMS}u) {
     let h = i / ${rotaryDim / 2}u; let d = i % ${rotaryDim / 2}u;
-    let r = rope[position * ${rotaryDim / 2}u + d];
+${steady ? '' : `    let turn = rope[position * ${rotaryDim / 2}u + d];`}
     let x = head[h * D + d]; let y = head[h * D + d + ${rotaryDim / 2}u];
-    head[h * D + d] = x * r.x - y * r.y;
-    head[h * D + d + ${rotaryDim / 2}u] = y * r.x + x * r.y;
+    head[h * D + d] = x * turn.x - y * turn.y;
+    head[h * D + d + ${rotaryDim / 2}u] = y * turn.x + x * turn.y;
   }
   workgroupBarrier();
   if (owner && local < 2u * LANES) {

@@ -3,7 +3,7 @@
 // o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
 import { GyreError, ensure } from '../../../core/errors.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
-import { activationGroups, activationKernel, type ActivationSource } from './activations.js';
+import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
@@ -29,8 +29,8 @@ export interface PlanGroup {
   readonly rotationGroup: number;
   /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
   readonly gain: GPUBuffer;
-  /** [weights, krot, channels], see rotationTable. Undefined without rotations. */
-  readonly table?: GPUBuffer;
+  /** How rotations pair channels, and their tables of all weights, see rotationTable. Undefined without rotations. */
+  readonly rotations?: { readonly pairing: Pairing; readonly table: GPUBuffer; readonly masks?: GPUBuffer };
 }
 
 /** One block's weights and cache. */
@@ -175,13 +175,22 @@ export class DecodePlan {
         shuffle,
         source,
         krot: group.krot,
+        pairing: group.rotations?.pairing ?? 'any',
         groupSize: group.rotationGroup,
         splits,
         headDim,
       });
-      const buffers = { source: input, stats, gain: group.gain, table: group.table ?? group.gain, x: halves, factors };
+      const buffers = {
+        source: input,
+        stats,
+        gain: group.gain,
+        table: group.rotations?.table ?? group.gain,
+        masks: group.rotations?.masks ?? group.gain,
+        x: halves,
+        factors,
+      };
       push(
-        gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [
+        gpu.prepare(kernel, buffers, { channels, eps: model.eps, krot: group.krot }, [
           activationGroups(channels, group.rotationGroup),
           batch,
           count,

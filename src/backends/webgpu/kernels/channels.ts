@@ -10,9 +10,12 @@ export function tileColumns(groupSize: number, copies: number, bytes: number, mo
   return columns;
 }
 
+/** Threads per workgroup: enough for a group of 128 channels, and few enough that barriers stay cheap. */
+const THREADS = 128;
+
 /** WGSL: loop over rotation k's pairs × columns; `pair` is i | j << 16, local to the group. */
 const rotation = (groupSize: number, columns: number, tiles: readonly string[], sign: string): string => /* wgsl */ `
-    for (var at = local; at < ${(groupSize >> 1) * columns}u; at += 256u) {
+    for (var at = local; at < ${(groupSize >> 1) * columns}u; at += ${THREADS}u) {
       let entry = k * (params.channels / 2u) + base / 2u + at / ${columns}u;
       let pair = pairs[entry];
       let i = (pair & 0xffffu) * ${columns}u + at % ${columns}u;
@@ -58,11 +61,11 @@ export function rotateKernel(
     params: { channels: 'u32', cols: 'u32', krot: 'u32' },
     body: /* wgsl */ `
 var<workgroup> tile: array<f32, ${size}>;
-@compute @workgroup_size(256)
+@compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let base = group.y * ${groupSize}u;
   let col0 = group.x * ${columns}u;
-  for (var at = local; at < ${size}u; at += 256u) {
+  for (var at = local; at < ${size}u; at += ${THREADS}u) {
     let row = base + at / ${columns}u;
     let col = col0 + at % ${columns}u;
     var value = 0.0;
@@ -74,7 +77,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let k = ${forward ? 'n' : 'params.krot - 1u - n'};
 ${rotation(groupSize, columns, ['tile'], forward ? '' : '-')}
   }
-  for (var at = local; at < ${size}u; at += 256u) {
+  for (var at = local; at < ${size}u; at += ${THREADS}u) {
     let row = base + at / ${columns}u;
     let col = col0 + at % ${columns}u;
     if (col < params.cols) { out[row * params.cols + col] = tile[at]${forward ? '' : ' / scales[row]'}; }
@@ -123,7 +126,7 @@ export function gradientKernel(
         sum += ${term};
       }`;
   const angles = /* wgsl */ `
-    for (var at = local; at < ${(groupSize >> 1) * lanes}u; at += 256u) {
+    for (var at = local; at < ${(groupSize >> 1) * lanes}u; at += ${THREADS}u) {
       let lane = at % ${lanes}u;
       let p = at / ${lanes}u;
       let entry = k * (params.channels / 2u) + base / 2u + p;
@@ -134,7 +137,7 @@ ${sum('tileG[i + c] * tileY[j + c] - tileG[j + c] * tileY[i + c]', 'p')}
     }
     workgroupBarrier();`;
   const scales = (term: string): string => /* wgsl */ `
-  for (var at = local; at < ${groupSize * lanes}u; at += 256u) {
+  for (var at = local; at < ${groupSize * lanes}u; at += ${THREADS}u) {
     let lane = at % ${lanes}u;
     let p = at / ${lanes}u;
     let row = base + p;
@@ -157,12 +160,12 @@ ${sum(term, 'p')}
     body: /* wgsl */ `
 var<workgroup> tileG: array<f32, ${size}>;
 var<workgroup> tileY: array<f32, ${size}>;
-@compute @workgroup_size(256)
+@compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let base = group.y * ${groupSize}u;
   let col0 = group.x * ${columns}u;
   let perPart = params.krot * (params.channels / 2u) + params.channels;
-  for (var at = local; at < ${size}u; at += 256u) {
+  for (var at = local; at < ${size}u; at += ${THREADS}u) {
     let row = base + at / ${columns}u;
     let col = col0 + at % ${columns}u;
     var x = 0.0;
@@ -184,7 +187,7 @@ ${scales(`tileG[p * ${columns}u + c] * tileY[p * ${columns}u + c] / scales[row]`
 ${angles}
 ${rotation(groupSize, columns, ['tileG', 'tileY'], '')}
   }
-  for (var at = local; at < ${size}u; at += 256u) {
+  for (var at = local; at < ${size}u; at += ${THREADS}u) {
     let row = base + at / ${columns}u;
     let col = col0 + at % ${columns}u;
     if (col < params.cols) { out[row * params.cols + col] = tileG[at]; }
@@ -195,7 +198,7 @@ ${rotation(groupSize, columns, ['tileG', 'tileY'], '')}
 ${angles}
 ${rotation(groupSize, columns, ['tileG', 'tileY'], '-')}
   }
-  for (var at = local; at < ${size}u; at += 256u) {
+  for (var at = local; at < ${size}u; at += ${THREADS}u) {
     let row = base + at / ${columns}u;
     let col = col0 + at % ${columns}u;
     var z = 0.0;

@@ -25,6 +25,12 @@ fn gridOf(lo: f32, hi: f32, levels: f32) -> vec2<f32> {
   if (scale < MIN_SCALE) { scale = max(rangeScale(0.0, max(abs(lo), abs(hi)), levels), MIN_SCALE); }
   return vec2<f32>(scale, clamp(round(quotient(-lo, scale)), 0.0, levels));
 }
+/** The same, or symmetric around zero: then codes are from −(levels + 1)/2 to (levels − 1)/2. */
+fn gridFor(lo: f32, hi: f32, levels: f32, symmetric: u32) -> vec2<f32> {
+  if (symmetric == 0u) { return gridOf(lo, hi, levels); }
+  let peak = max(abs(lo), abs(hi));
+  return vec2<f32>(max(roundF16(quotient(peak, (levels - 1.0) / 2.0)), MIN_SCALE), (levels + 1.0) / 2.0);
+}
 /** code − zero. */
 fn snap(x: f32, grid: vec2<f32>, levels: f32) -> f32 {
   return clamp(round(quotient(x, grid.x)), -grid.y, levels - grid.y);
@@ -32,29 +38,51 @@ fn snap(x: f32, grid: vec2<f32>, levels: f32) -> f32 {
 
 const GREATEST = '3.4028234663852886e38';
 
-/** The grid of each (group, column) of `groups` groups from `group0` on: min and max, times `clip` when there is one. Threads: (columns, groups). */
+/** Columns per workgroup of kernels that walk the rows of a group: 16 threads share a column's rows. */
+export const GRID_COLUMNS = 16;
+
+/** The grid of each (group, column) from group `group0` on: min and max, times `clip` or `ratio`. Workgroups: (columns / 16, groups). */
 export const rangeKernel = defineKernel({
   name: 'gridRange',
   buffers: { w: read('f32'), clip: read('f32'), scales: write('f32'), zeros: write('f32') },
-  params: { cols: 'u32', groupSize: 'u32', group0: 'u32', levels: 'f32', clipped: 'u32', ratio: 'f32' },
+  params: {
+    cols: 'u32',
+    groupSize: 'u32',
+    group0: 'u32',
+    levels: 'f32',
+    symmetric: 'u32',
+    clipped: 'u32',
+    ratio: 'f32',
+  },
   body: /* wgsl */ `${GRID_ARITHMETIC}
-@compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-  let col = id.x;
-  if (col >= params.cols) { return; }
+var<workgroup> ranges: array<vec2<f32>, 256>;
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let lane = local / 16u;
+  let col = id.x * 16u + local % 16u;
   let group = params.group0 + id.y;
   var lo = ${GREATEST};
   var hi = -${GREATEST};
   let first = group * params.groupSize;
-  for (var row = first; row < first + params.groupSize; row++) {
-    let x = w[row * params.cols + col];
-    lo = min(lo, x);
-    hi = max(hi, x);
+  if (col < params.cols) {
+    for (var row = first + lane; row < first + params.groupSize; row += 16u) {
+      let x = w[row * params.cols + col];
+      lo = min(lo, x);
+      hi = max(hi, x);
+    }
+  }
+  ranges[local] = vec2<f32>(lo, hi);
+  workgroupBarrier();
+  if (lane != 0u || col >= params.cols) { return; }
+  for (var n = 1u; n < 16u; n++) {
+    let other = ranges[n * 16u + local];
+    lo = min(lo, other.x);
+    hi = max(hi, other.y);
   }
   let slot = group * params.cols + col;
   var factor = params.ratio;
   if (params.clipped != 0u) { factor = clip[slot]; }
-  let grid = gridOf(lo * factor, hi * factor, params.levels);
+  let grid = gridFor(lo * factor, hi * factor, params.levels, params.symmetric);
   scales[slot] = grid.x;
   zeros[slot] = grid.y;
 }`,
@@ -82,35 +110,51 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
 /**
  * Straight-through gradient of fake quantization, in place on g = ∂L/∂Q: it passes as it is, and the scale (max − min) /
  * levels hands its own gradient Σ g·((code − zero) − y/scale) to the first largest and first smallest element. A group
- * without a usable range has none. Threads: (columns, groups).
+ * without a usable range has none. Workgroups: (columns / 16, groups).
  */
 export const quantizerGradientKernel = defineKernel({
   name: 'quantizerGradient',
   buffers: { y: read('f32'), scales: read('f32'), zeros: read('f32'), g: write('f32') },
   params: { cols: 'u32', groupSize: 'u32', levels: 'f32' },
   body: /* wgsl */ `${GRID_ARITHMETIC}
-@compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-  let col = id.x;
-  if (col >= params.cols) { return; }
+struct Part { lo: f32, hi: f32, argmin: u32, argmax: u32, sum: f32 }
+var<workgroup> parts: array<Part, 256>;
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let lane = local / 16u;
+  let col = id.x * 16u + local % 16u;
   let slot = id.y * params.cols + col;
-  let grid = vec2<f32>(scales[slot], zeros[slot]);
   let first = id.y * params.groupSize;
-  var lo = ${GREATEST};
-  var hi = -${GREATEST};
-  var argmin = first;
-  var argmax = first;
-  var sum = 0.0;
-  for (var row = first; row < first + params.groupSize; row++) {
-    let x = y[row * params.cols + col];
-    if (x < lo) { lo = x; argmin = row; }
-    if (x > hi) { hi = x; argmax = row; }
-    sum = fma(g[row * params.cols + col], snap(x, grid, params.levels) - quotient(x, grid.x), sum);
+  var part = Part(${GREATEST}, -${GREATEST}, first, first, 0.0);
+  if (col < params.cols) {
+    let grid = vec2<f32>(scales[slot], zeros[slot]);
+    for (var row = first + lane; row < first + params.groupSize; row += 16u) {
+      let x = y[row * params.cols + col];
+      if (x < part.lo) { part.lo = x; part.argmin = row; }
+      if (x > part.hi) { part.hi = x; part.argmax = row; }
+      part.sum = fma(g[row * params.cols + col], snap(x, grid, params.levels) - quotient(x, grid.x), part.sum);
+    }
   }
-  if (rangeScale(lo, hi, params.levels) < MIN_SCALE) { return; }
-  let share = sum / params.levels;
-  g[argmax * params.cols + col] += share;
-  g[argmin * params.cols + col] -= share;
+  parts[local] = part;
+  workgroupBarrier();
+  if (lane != 0u || col >= params.cols) { return; }
+  for (var n = 1u; n < 16u; n++) {
+    let other = parts[n * 16u + local];
+    // Lanes hold every sixteenth row: of equal extremes the first row counts.
+    if (other.lo < part.lo || (other.lo == part.lo && other.argmin < part.argmin)) {
+      part.lo = other.lo;
+      part.argmin = other.argmin;
+    }
+    if (other.hi > part.hi || (other.hi == part.hi && other.argmax < part.argmax)) {
+      part.hi = other.hi;
+      part.argmax = other.argmax;
+    }
+    part.sum += other.sum;
+  }
+  if (rangeScale(part.lo, part.hi, params.levels) < MIN_SCALE) { return; }
+  let share = part.sum / params.levels;
+  g[part.argmax * params.cols + col] += share;
+  g[part.argmin * params.cols + col] -= share;
 }`,
 });
 

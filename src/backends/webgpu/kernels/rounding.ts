@@ -40,6 +40,7 @@ export const gptqBlockKernel = defineKernel({
     rows: 'u32',
     groupSize: 'u32',
     levels: 'f32',
+    symmetric: 'u32',
     clipped: 'u32',
     ownGrids: 'u32',
   },
@@ -77,7 +78,7 @@ ${rows(`var x = 0.0;
         hi = max(hi, highs[n * ${COLUMNS}u + c]);
       }
       if (params.clipped != 0u && inside) { lo *= clip[slot]; hi *= clip[slot]; }
-      grid = gridOf(lo, hi, params.levels);
+      grid = gridFor(lo, hi, params.levels, params.symmetric);
       if (lane == 0u && inside) { scales[slot] = grid.x; zeros[slot] = grid.y; }
     }
     let row = (params.begin + j) * params.channels + params.begin;

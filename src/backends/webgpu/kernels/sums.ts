@@ -5,6 +5,9 @@ import { TWO_SUM } from './double.js';
 /** Workgroups of {@link dotKernel}: partial sums the host adds in f64. */
 export const DOT_GROUPS = 256;
 
+/** Elements worth a workgroup of {@link dotKernel}. */
+export const DOT_ELEMENTS = 4096;
+
 /** Partial Σ a·b per workgroup as hi, lo: products round to f32, their sum keeps 48 bits. */
 export const dotKernel = defineKernel({
   name: 'dot',

@@ -1,11 +1,23 @@
 // Grouped-query attention of a few query rows over many keys: decoding, and short chunks.
 import { exp4, sumLanes } from './math';
 
-/** Keys whose values are summed at a time: 64 rows of 128 floats fit in half an L1 cache and serve every query. */
-const BLOCK: u32 = 64;
+/** Positions whose values are summed at a time, for every query: with the next ones, which are being asked for, they fit in an L1 cache. */
+export const BLOCK: u32 = 16;
+
+/** Loads one word of every line of `rows` rows, so that their misses are in flight together; see touch in products.ts. */
+// @ts-ignore: decorator
+@inline
+function touchRows(from: usize, step: usize, first: u32, last: u32, bytes: usize): u32 {
+  let sum: u32 = 0;
+  for (let r = first; r < last; r++) {
+    const row = from + r * step;
+    for (let at: usize = 0; at < bytes; at += 64) sum += load<u32>(row + at);
+  }
+  return sum;
+}
 
 /** Σ a·b of n floats. */
-function dot1(a: usize, b: usize, n: u32): f32 {
+export function dot1(a: usize, b: usize, n: u32): f32 {
   let s = f32x4.splat(0);
   let i: u32 = 0;
   for (; i + 4 <= n; i += 4) s = f32x4.add(s, f32x4.mul(v128.load(a + (<usize>i << 2)), v128.load(b + (<usize>i << 2))));
@@ -15,7 +27,7 @@ function dot1(a: usize, b: usize, n: u32): f32 {
 }
 
 /** Four keys at once (`step` bytes apart), n a multiple of 4. */
-function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
+export function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
   let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
   const k1 = key + step, k2 = k1 + step, k3 = k2 + step;
   for (let at: usize = 0; at < <usize>n << 2; at += 16) {
@@ -39,7 +51,7 @@ function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32):
 }
 
 /** x ← e^(x − max x) over n floats (4 may be written past the end); returns the sum. */
-function softmaxParts(x: usize, n: u32): f32 {
+export function softmaxParts(x: usize, n: u32): f32 {
   let top: f32 = -Infinity;
   for (let i: u32 = 0; i < n; i++) top = max<f32>(top, load<f32>(x + (<usize>i << 2)));
   const shift = f32x4.splat(top);
@@ -59,7 +71,7 @@ function softmaxParts(x: usize, n: u32): f32 {
 }
 
 /** to += Σ_p weights[p] · values[p], over n floats. */
-function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
+export function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
   let at: usize = 0;
   const bytes = <usize>n << 2;
   for (; at + 64 <= bytes; at += 64) {
@@ -100,6 +112,7 @@ export function attention(
   const bytes = <usize>d << 2;
   const total = start + tokens;
   const padded = <usize>((total + 7) & ~3) << 2;
+  let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / kvHeads;
     const h = unit - b * kvHeads;
@@ -108,7 +121,9 @@ export function attention(
     const first = q + (b * tokens * heads + h * share) * bytes;
     const result = out + (b * tokens * heads + h * share) * bytes;
     const oldest = window && start + 1 > window ? start + 1 - window : 0;
+    touched += touchRows(keyAt, step, oldest, min(oldest + BLOCK, total), bytes);
     for (let p = oldest; p < total; p += 4) {
+      if ((p - oldest) % BLOCK == 0) touched += touchRows(keyAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
       const key = keyAt + p * step;
       for (let t: u32 = 0; t < tokens; t++) {
         if (p > start + t) continue;
@@ -123,6 +138,7 @@ export function attention(
         }
       }
     }
+    touched += touchRows(valueAt, step, oldest, min(oldest + BLOCK, total), bytes);
     for (let t: u32 = 0; t < tokens; t++) {
       const last = start + t + 1;
       const from = window && last > window ? last - window : 0;
@@ -134,6 +150,7 @@ export function attention(
       }
     }
     for (let p = oldest; p < total; p += BLOCK) {
+      touched += touchRows(valueAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
       for (let t: u32 = 0; t < tokens; t++) {
         const last = start + t + 1;
         const from = max(p, window && last > window ? last - window : 0);
@@ -153,6 +170,7 @@ export function attention(
       }
     }
   }
+  store<u32>(scratch, touched);
 }
 
 /** Appends rows [batch · tokens, kvHeads · d] to a cache [batch, kvHeads, capacity, d] at `start`; units are sequences. */

@@ -1,5 +1,5 @@
 // The forward pass's small kernels on row-major activations: norms, rotations of rows, SiLU·up, heads with RoPE.
-import { exp4, sumLanes } from './math';
+import { exp4, sumLanes, transpose4 } from './math';
 import { ENTRY_SHIFT, rotateAllWide } from './rotation';
 
 /** Σ x² of n floats. */
@@ -81,20 +81,6 @@ function rotateThin(tile: usize, table: usize, pairs: u32): void {
     v128.store(p, f32x4.add(f32x4.mul(x, c), f32x4.mul(y, s)));
     v128.store(q, f32x4.sub(f32x4.mul(y, c), f32x4.mul(x, s)));
   }
-}
-
-/** Transposes 4 vectors of 4 floats. */
-// @ts-ignore: decorator
-@inline
-function transpose4(x0: v128, x1: v128, x2: v128, x3: v128, to: usize, step: usize): void {
-  const a = i8x16.shuffle(x0, x1, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const b = i8x16.shuffle(x0, x1, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  const c = i8x16.shuffle(x2, x3, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const d = i8x16.shuffle(x2, x3, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  v128.store(to, i8x16.shuffle(a, c, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
-  v128.store(to + step, i8x16.shuffle(a, c, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-  v128.store(to + 2 * step, i8x16.shuffle(b, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
-  v128.store(to + 3 * step, i8x16.shuffle(b, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
 }
 
 /** Rows [rows ≤ 4·strips, size] of activations into channel-major strips of 4, times scales. Missing rows are zero. */

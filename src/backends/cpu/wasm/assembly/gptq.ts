@@ -3,7 +3,7 @@
 // Left-looking: a row collects the errors of the rows before it just before it is rounded, in registers, instead of
 // every row writing to all later ones (which is bound by stores).
 import { WIDE, WIDE_SHIFT, loadWide, storeWide, move16 } from './tile';
-import { GRID_BYTES, startRange, widenRange, finishGrid, roundStrip, rowCodes, storeCodes, storeGrid, loadGrid } from './grid';
+import { GRID_BYTES, startRange, widenRange, finishGrid, finishSymmetric, roundStrip, rowCodes, storeCodes, storeGrid, loadGrid } from './grid';
 
 /** rows [first, last) −= Σ_{k in [from, to)} factor[k][row] · errors[k], on wide tiles. */
 export function applyErrors(tile: usize, errors: usize, factor: usize, block: u32, first: u32, last: u32, from: u32, to: u32): void {
@@ -40,7 +40,7 @@ export function applyErrors(tile: usize, errors: usize, factor: usize, block: u3
 export function gptqBlock(
   begin: u32, end: u32, scratch: usize,
   w: usize, errors: usize, codes: usize, scales: usize, zeros: usize, clip: usize, factor: usize,
-  block: u32, columns: u32, size: u32, given: u32, levels: f32,
+  block: u32, columns: u32, size: u32, given: u32, levels: f32, symmetric: u32,
 ): void {
   const stride = <usize>columns << 2;
   const grids = scratch;
@@ -67,7 +67,8 @@ export function gptqBlock(
           startRange(grid);
           widenRange(tile + (<usize>g << WIDE_SHIFT) + half * 64, 128, rows, grid);
           if (clip) clipStrip(grid, clip + (slot << 2), here);
-          finishGrid(grid, levels);
+          if (symmetric) finishSymmetric(grid, levels);
+          else finishGrid(grid, levels);
           storeGrid(grid, here, scales + (slot << 2), zeros + slot);
         }
       }

@@ -78,6 +78,19 @@ export function finishGrid(grid: usize, levels: f32): void {
   }
 }
 
+/** Scale and zero point of grids symmetric about 0: scale = max|w| / ((levels − 1) / 2), zero = (levels + 1) / 2. */
+export function finishSymmetric(grid: usize, levels: f32): void {
+  const top = f32x4.splat((levels - 1) / 2);
+  const zero = f32x4.splat((levels + 1) / 2);
+  for (let end = grid + 64; grid < end; grid += 16) {
+    const peak = f32x4.pmax(f32x4.abs(v128.load(grid, MAXIMUM)), f32x4.abs(v128.load(grid, MINIMUM)));
+    const used = f32x4.pmax(roundF16(f32x4.div(peak, top)), f32x4.splat(TINY));
+    v128.store(grid, used);
+    v128.store(grid, f32x4.div(f32x4.splat(1), used), INVERSE);
+    v128.store(grid, zero, ZERO);
+  }
+}
+
 /** The inner value of one vector on its grid: clamp(round(x / scale), −zero, levels − zero), i.e. code − zero. */
 // @ts-ignore: decorator
 @inline
@@ -214,6 +227,7 @@ const BAND: u32 = 512;
 export function fakeQuantize(
   begin: u32, end: u32, scratch: usize,
   src: usize, columns: u32, size: u32, levels: f32, clip: usize, codes: usize, zeros: usize, scales: usize, values: usize,
+  symmetric: u32,
 ): void {
   const tiles = (columns + WIDE - 1) / WIDE;
   const stride = <usize>columns << 2;
@@ -240,7 +254,8 @@ export function fakeQuantize(
       const here = min<u32>(columns - first, 16);
       const at = <usize>group * columns + first;
       if (clip) clipRange(grid, clip + (at << 2), here);
-      finishGrid(grid, levels);
+      if (symmetric) finishSymmetric(grid, levels);
+      else finishGrid(grid, levels);
       storeGrid(grid, here, scales ? scales + (at << 2) : 0, zeros ? zeros + at : 0);
     }
     if (!codes && !values) continue;

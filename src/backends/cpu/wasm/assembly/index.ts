@@ -9,8 +9,10 @@ export { descentBlock } from './descent';
 export { cholesky, solveLowerTransposed, invertLower, transpose } from './linalg';
 export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
 export { attention, appendCache } from './attention';
+export { hadamardRows } from './hadamard';
+export { quantizeRows, encodeRows, appendQuantized, decodeCache, attentionQuantized } from './activations';
 export {
-  quantizeActivations, gemvNibbles, gemvBytes, packCodes, dequantizeRows, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
+  quantizeActivations, gemvNibbles, gemvBytes, packBytes, packNibbles, dequantizeBytes, dequantizeNibbles, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
 export { scoreRows } from './score';
 export {

@@ -1,24 +1,29 @@
 // Products of a few activation rows with weights that stay in the arena, and the way back from packed weights to f32.
 //
-// Quantized weights are cut into segments: pieces of one group, at most 256 channels, padded to whole vectors with code 0.
-// Activations are rounded to 16 bits per segment (1.5e-5 of the segment's maximum), so that codes are multiplied as
-// integers (dot_i16x8) and only one conversion per segment is left. With x ≈ xscale · xq:
-//   y += Σ_segments scale · xscale · Σ code·xq − (scale · zero) · (xscale · Σ xq).
+// Quantized weights are cut into segments: pieces of one group, padded with code 0 to whole vectors. Activations are rounded
+// to integers xq per segment, so that codes are multiplied as integers (dot_i16x8) and only one conversion per segment is
+// left. With x ≈ xscale · xq: y = Σ_segments scale · xscale · (Σ code·xq − zero · Σ xq).
 //
-// 4-bit codes (2 and 3 bits use the same layout): 16 bytes hold 32 codes as 8 lanes of 16 bits; nibble n of lane l is
-// code 8n + l. Nibbles 1 and 3 are used in place, 16 times too large, and their sum is shifted right exactly by 4.
-// Bounds: per i32 lane a segment of 256 adds 16 pairs of at most 2 · 240 · 32767 = 15.7e6, 252e6 < 2^31. 8-bit codes:
-// 32 pairs of 2 · 255 · 32767 = 16.7e6, 535e6 < 2^31.
-import { sumLanes } from './math';
+// 4-bit codes (2 and 3 bits use the same layout) lie in panels of 8 outputs, so that a thread reads one stream and lanes end
+// as outputs, with no sums across lanes: [panels, segments, padded / 8, 2 halves] vectors; a vector has 8 channels of 4
+// outputs: nibble n of 16-bit lane 2r + j is channel 2n + j of output r. A pair of activations is broadcast to all lanes.
+// Nibbles 1 and 2 are used in place, 16 and 256 times too large, and their sums are shifted right exactly. Bounds: xq has 15
+// bits and a segment at most 128 channels: a lane adds 16 pairs of at most 2 · 3840 · 16383 = 126e6, 2.01e9 < 2^31.
+//
+// 8-bit codes lie row by row, 16 to a vector, with 16-bit xq and segments of at most 256 channels: 32 pairs of
+// 2 · 255 · 32767 = 16.7e6, 535e6 < 2^31.
+import { sumLanes, transpose4 } from './math';
 
 /**
- * Rounds rows of activations to 16 bits per segment. xq [rows, segments, padded] i16, then per row and segment the scale
- * and scale · Σ xq (both [rows, stride] f32, zero beyond the segments). Segment s covers `length` channels from
+ * Rounds rows of activations to integers of at most `limit` (32767 or less) per segment. xq [rows, segments, padded] i16,
+ * then per row and segment the scale [rows, stride] f32 and the sum [rows, stride], Σ xq in i32 or, when `scaled`,
+ * scale · Σ xq in f32 (both zero beyond the segments). Segment s covers `length` channels from
  * (s / perGroup) · group + (s mod perGroup) · length, cut at its group's end. Units are rows.
  */
 export function quantizeActivations(
   begin: u32, end: u32, scratch: usize,
   x: usize, n: u32, xq: usize, xscale: usize, xsum: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, stride: u32,
+  limit: f32, scaled: u32,
 ): void {
   for (let r = begin; r < end; r++) {
     const row = x + ((<usize>r * n) << 2);
@@ -38,7 +43,7 @@ export function quantizeActivations(
       for (; i + 4 <= count; i += 4) m = f32x4.pmax(m, f32x4.abs(v128.load(p + (<usize>i << 2))));
       let top = max<f32>(max<f32>(f32x4.extract_lane(m, 0), f32x4.extract_lane(m, 1)), max<f32>(f32x4.extract_lane(m, 2), f32x4.extract_lane(m, 3)));
       for (; i < count; i++) top = max<f32>(top, abs<f32>(load<f32>(p + (<usize>i << 2))));
-      const inverse: f32 = top > 1e-30 ? 32767 / top : 0;
+      const inverse: f32 = top > 1e-30 ? limit / top : 0;
       const f = f32x4.splat(inverse);
       let sum = i32x4.splat(0);
       i = 0;
@@ -55,9 +60,10 @@ export function quantizeActivations(
         store<i16>(to + (<usize>i << 1), <i16>v);
       }
       for (; i < padded; i++) store<i16>(to + (<usize>i << 1), 0);
-      const scale: f32 = inverse > 0 ? top / 32767 : 0;
+      const scale: f32 = inverse > 0 ? top / limit : 0;
       store<f32>(scales + (<usize>s << 2), scale);
-      store<f32>(sums + (<usize>s << 2), scale * <f32>total);
+      if (scaled) store<f32>(sums + (<usize>s << 2), scale * <f32>total);
+      else store<i32>(sums + (<usize>s << 2), total);
       to += <usize>padded << 1;
     }
   }
@@ -92,66 +98,80 @@ function touch(from: usize, bytes: usize, last: usize): u32 {
 }
 
 /**
- * y [rows, out] = x · Wᵀ (+ residual, may be null) for 4-bit codes; units are pairs of outputs. scales and offsets
- * (scale · zero) are [out, stride] f32. `vectors` are 16-byte vectors per segment.
+ * y [rows, out] = x · Wᵀ (+ residual, may be null) for 4-bit codes; units are panels of 8 outputs. scales f32 and zeros u8
+ * are [panels, segments, 8]; xscale f32 and xsum i32 are [rows, stride]. `vectors` are groups of 8 channels per segment.
  */
 export function gemvNibbles(
   begin: u32, end: u32, scratch: usize,
-  codes: usize, scales: usize, offsets: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
+  codes: usize, scales: usize, zeros: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
   rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
 ): void {
-  const rowBytes = <usize>(segments * vectors) << 4;
-  const low = i16x8.splat(0x000f);
-  const high = i16x8.splat(0x00f0);
-  const last = codes + out * rowBytes;
-  const burst = pairsAhead(rowBytes);
-  let touched: u32 = 0;
+  const segmentBytes = <usize>vectors << 5;
+  const m0 = i16x8.splat(0x000f), m1 = i16x8.splat(0x00f0), m2 = i16x8.splat(0x0f00);
   for (let unit = begin; unit < end; unit++) {
-    const o0 = unit << 1;
-    if ((unit - begin) % burst == 0) touched += touch(codes + (o0 + 2 * burst) * rowBytes, 2 * burst * rowBytes, last);
-    // An odd last row runs twice; the second result is dropped.
-    const o1 = min(o0 + 1, out - 1);
-    const w0 = codes + o0 * rowBytes;
-    const w1 = codes + o1 * rowBytes;
-    const s0 = scales + ((<usize>o0 * stride) << 2);
-    const s1 = scales + ((<usize>o1 * stride) << 2);
+    const o = unit << 3;
     for (let r: u32 = 0; r < rows; r++) {
-      let x = xq + ((<usize>r * segments * vectors) << 6);
-      const xs = xscale + ((<usize>r * stride) << 2);
-      let p = w0;
-      let q = w1;
-      let f0 = f32x4.splat(0), f1 = f32x4.splat(0);
+      let p = codes + unit * segments * segmentBytes;
+      let scale = scales + (<usize>(unit * segments) << 5);
+      let zero = zeros + (<usize>(unit * segments) << 3);
+      let x = xq + ((<usize>r * segments * vectors) << 4);
+      const xscales = xscale + ((<usize>r * stride) << 2);
+      const xsums = xsum + ((<usize>r * stride) << 2);
+      let f = f32x4.splat(0), g = f32x4.splat(0);
       for (let s: usize = 0; s < <usize>segments << 2; s += 4) {
-        let a0 = i32x4.splat(0), b0 = i32x4.splat(0), a1 = i32x4.splat(0), b1 = i32x4.splat(0);
-        for (const stop = p + (<usize>vectors << 4); p < stop; p += 16, q += 16, x += 64) {
+        let a0 = i32x4.splat(0), a1 = i32x4.splat(0), a2 = i32x4.splat(0);
+        let b0 = i32x4.splat(0), b1 = i32x4.splat(0), b2 = i32x4.splat(0);
+        for (const stop = p + segmentBytes; p < stop; p += 32, x += 16) {
           const v = v128.load(p);
-          const u = v128.load(q);
-          const x0 = v128.load(x), x1 = v128.load(x, 16);
-          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(v128.and(v, low), x0));
-          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(v128.and(v, high), x1));
-          a1 = i32x4.add(a1, i32x4.dot_i16x8_s(v128.and(u, low), x0));
-          b1 = i32x4.add(b1, i32x4.dot_i16x8_s(v128.and(u, high), x1));
-          const v8 = i16x8.shr_u(v, 8);
-          const u8_ = i16x8.shr_u(u, 8);
-          const x2 = v128.load(x, 32), x3 = v128.load(x, 48);
-          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(v128.and(v8, low), x2));
-          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(v128.and(v8, high), x3));
-          a1 = i32x4.add(a1, i32x4.dot_i16x8_s(v128.and(u8_, low), x2));
-          b1 = i32x4.add(b1, i32x4.dot_i16x8_s(v128.and(u8_, high), x3));
+          const u = v128.load(p, 16);
+          const x0 = v128.load32_splat(x);
+          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(v128.and(v, m0), x0));
+          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(v128.and(u, m0), x0));
+          const x1 = v128.load32_splat(x, 4);
+          a1 = i32x4.add(a1, i32x4.dot_i16x8_s(v128.and(v, m1), x1));
+          b1 = i32x4.add(b1, i32x4.dot_i16x8_s(v128.and(u, m1), x1));
+          const x2 = v128.load32_splat(x, 8);
+          a2 = i32x4.add(a2, i32x4.dot_i16x8_s(v128.and(v, m2), x2));
+          b2 = i32x4.add(b2, i32x4.dot_i16x8_s(v128.and(u, m2), x2));
+          const x3 = v128.load32_splat(x, 12);
+          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(i16x8.shr_u(v, 12), x3));
+          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(i16x8.shr_u(u, 12), x3));
         }
-        const xf = v128.load32_splat(xs + s);
-        const d0 = f32x4.convert_i32x4_s(i32x4.add(a0, i32x4.shr_s(b0, 4)));
-        const d1 = f32x4.convert_i32x4_s(i32x4.add(a1, i32x4.shr_s(b1, 4)));
-        f0 = f32x4.add(f0, f32x4.mul(d0, f32x4.mul(xf, v128.load32_splat(s0 + s))));
-        f1 = f32x4.add(f1, f32x4.mul(d1, f32x4.mul(xf, v128.load32_splat(s1 + s))));
+        const xf = v128.load32_splat(xscales + s);
+        const sum = v128.load32_splat(xsums + s);
+        const z = i16x8.extend_low_i8x16_u(v128.load64_zero(zero));
+        const a = i32x4.add(a0, i32x4.add(i32x4.shr_s(a1, 4), i32x4.shr_s(a2, 8)));
+        const b = i32x4.add(b0, i32x4.add(i32x4.shr_s(b1, 4), i32x4.shr_s(b2, 8)));
+        const da = f32x4.convert_i32x4_s(i32x4.sub(a, i32x4.mul(i32x4.extend_low_i16x8_u(z), sum)));
+        const db = f32x4.convert_i32x4_s(i32x4.sub(b, i32x4.mul(i32x4.extend_high_i16x8_u(z), sum)));
+        f = f32x4.add(f, f32x4.mul(da, f32x4.mul(xf, v128.load(scale))));
+        g = f32x4.add(g, f32x4.mul(db, f32x4.mul(xf, v128.load(scale, 16))));
+        scale += 32;
+        zero += 8;
       }
-      finishPair(f0, f1, offsets, xsum + ((<usize>r * stride) << 2), stride, o0, o1, y, residual, <usize>r * out);
+      const at = (<usize>r * out + o) << 2;
+      if (o + 8 <= out) {
+        if (residual) {
+          f = f32x4.add(f, v128.load(residual + at));
+          g = f32x4.add(g, v128.load(residual + at, 16));
+        }
+        v128.store(y + at, f);
+        v128.store(y + at, g, 16);
+      } else {
+        v128.store(scratch, f);
+        v128.store(scratch, g, 16);
+        for (let i: usize = 0; i < <usize>(out - o) << 2; i += 4) {
+          store<f32>(y + at + i, residual ? load<f32>(scratch + i) + load<f32>(residual + at + i) : load<f32>(scratch + i));
+        }
+      }
     }
   }
-  store<u32>(scratch, touched);
 }
 
-/** As gemvNibbles for 8-bit codes, 16 to a vector. */
+/**
+ * y [rows, out] = x · Wᵀ (+ residual, may be null) for 8-bit codes; units are pairs of outputs. scales and offsets
+ * (scale · zero) are [out, stride] f32, xscale and xsum (scaled) [rows, stride]. `vectors` are 16 codes of a segment.
+ */
 export function gemvBytes(
   begin: u32, end: u32, scratch: usize,
   codes: usize, scales: usize, offsets: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
@@ -211,57 +231,75 @@ function finishPair(f0: v128, f1: v128, offsets: usize, xsum: usize, stride: u32
   store<f32>(y + at1, y1);
 }
 
-/** Packs codes [rows, n] (one per byte) into the segment layout; units are rows. `nibbles`: 4-bit, else 8-bit. */
-export function packCodes(
+/** Copies segment `s` of a row of codes to `to`, padded with 0. */
+// @ts-ignore: decorator
+@inline
+function copySegment(row: usize, s: u32, length: u32, padded: u32, group: u32, perGroup: u32, to: usize): void {
+  const inside = (s % perGroup) * length;
+  const count = min(length, group - inside);
+  memory.copy(to, row + (s / perGroup) * group + inside, count);
+  memory.fill(to + count, 0, padded - count);
+}
+
+/** Packs codes [rows, n] (one per byte) into segments of bytes; units are rows. */
+export function packBytes(
   begin: u32, end: u32, scratch: usize,
-  codes: usize, n: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, nibbles: u32,
+  codes: usize, n: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
 ): void {
-  const rowBytes = <usize>(segments * padded) >> (nibbles ? 1 : 0);
+  let p = to + <usize>begin * segments * padded;
   for (let r = begin; r < end; r++) {
-    let p = to + r * rowBytes;
-    for (let s: u32 = 0; s < segments; s++) {
-      const inside = (s % perGroup) * length;
-      const count = min(length, group - inside);
-      memory.copy(scratch, codes + <usize>r * n + (s / perGroup) * group + inside, count);
-      memory.fill(scratch + count, 0, padded - count);
-      if (nibbles) {
-        for (let c: usize = 0; c < <usize>padded; c += 32) {
-          const a = v128.load8x8_u(scratch + c);
-          const b = i16x8.shl(v128.load8x8_u(scratch + c, 8), 4);
-          const d = i16x8.shl(v128.load8x8_u(scratch + c, 16), 8);
-          const e = i16x8.shl(v128.load8x8_u(scratch + c, 24), 12);
-          v128.store(p, v128.or(v128.or(a, b), v128.or(d, e)));
-          p += 16;
+    for (let s: u32 = 0; s < segments; s++, p += padded) copySegment(codes + <usize>r * n, s, length, padded, group, perGroup, p);
+  }
+}
+
+/** Packs codes [rows, n] (one per byte, below 16) into panels of 8 rows, missing rows as 0; units are panels. */
+export function packNibbles(
+  begin: u32, end: u32, scratch: usize,
+  codes: usize, rows: u32, n: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
+): void {
+  const panelBytes = <usize>(segments * padded) << 2;
+  const even: u64 = 0x00ff00ff00ff00ff;
+  for (let unit = begin; unit < end; unit++) {
+    const panel = to + unit * panelBytes;
+    const first = unit << 3;
+    if (first + 8 > rows) memory.fill(panel, 0, panelBytes);
+    for (let r: u32 = 0; r < min<u32>(8, rows - first); r++) {
+      // Rows 4 to 7 are the second vector of each pair.
+      let p = panel + (<usize>r << 2);
+      for (let s: u32 = 0; s < segments; s++) {
+        copySegment(codes + <usize>(first + r) * n, s, length, padded, group, perGroup, scratch);
+        for (let c: usize = 0; c < <usize>padded; c += 8, p += 32) {
+          const w = load<u64>(scratch + c);
+          const a = w & even;
+          const b = (w >> 8) & even;
+          store<u16>(p, <u16>(a | (a >> 12) | (a >> 24) | (a >> 36)));
+          store<u16>(p, <u16>(b | (b >> 12) | (b >> 24) | (b >> 36)), 2);
         }
-      } else {
-        memory.copy(p, scratch, padded);
-        p += padded;
       }
     }
   }
 }
 
+/** 8 integers of 16 bits, times scale, minus offset, as f32. */
 // @ts-ignore: decorator
 @inline
 function decode8(codes: v128, scale: v128, offset: v128, to: usize): void {
-  v128.store(to, f32x4.sub(f32x4.mul(f32x4.convert_i32x4_u(i32x4.extend_low_i16x8_u(codes)), scale), offset));
-  v128.store(to, f32x4.sub(f32x4.mul(f32x4.convert_i32x4_u(i32x4.extend_high_i16x8_u(codes)), scale), offset), 16);
+  v128.store(to, f32x4.sub(f32x4.mul(f32x4.convert_i32x4_s(i32x4.extend_low_i16x8_s(codes)), scale), offset));
+  v128.store(to, f32x4.sub(f32x4.mul(f32x4.convert_i32x4_s(i32x4.extend_high_i16x8_s(codes)), scale), offset), 16);
 }
 
 /**
- * Packed rows [first + begin, first + end) → f32 [.., n] at `out` (row `first` first). (code − zero) · scale comes out
- * exactly: code · scale and zero · scale are exact in f32, as scales are f16 numbers.
+ * Rows [first + begin, first + end) of 8-bit codes → f32 [.., n] at `out` (row `first` first). (code − zero) · scale comes
+ * out exactly: code · scale and the offset zero · scale are exact in f32, as scales are f16 numbers.
  */
-export function dequantizeRows(
+export function dequantizeBytes(
   begin: u32, end: u32, scratch: usize,
   first: u32, codes: usize, scales: usize, offsets: usize, out: usize, n: u32,
-  segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, stride: u32, nibbles: u32,
+  segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, stride: u32,
 ): void {
-  const rowBytes = <usize>(segments * padded) >> (nibbles ? 1 : 0);
-  const low = i16x8.splat(0xf);
   for (let unit = begin; unit < end; unit++) {
     const r = first + unit;
-    let p = codes + r * rowBytes;
+    let p = codes + <usize>r * segments * padded;
     const to = out + ((<usize>unit * n) << 2);
     for (let s: u32 = 0; s < segments; s++) {
       const inside = (s % perGroup) * length;
@@ -272,22 +310,57 @@ export function dequantizeRows(
       const scale = v128.load32_splat(scales + slot);
       const offset = v128.load32_splat(offsets + slot);
       let t = target;
-      for (let c: u32 = 0; c < padded; c += nibbles ? 32 : 16) {
+      for (let c: u32 = 0; c < padded; c += 16, p += 16, t += 64) {
         const v = v128.load(p);
-        p += 16;
-        if (nibbles) {
-          decode8(v128.and(v, low), scale, offset, t);
-          decode8(v128.and(i16x8.shr_u(v, 4), low), scale, offset, t + 32);
-          decode8(v128.and(i16x8.shr_u(v, 8), low), scale, offset, t + 64);
-          decode8(i16x8.shr_u(v, 12), scale, offset, t + 96);
-          t += 128;
-        } else {
-          decode8(i16x8.extend_low_i8x16_u(v), scale, offset, t);
-          decode8(i16x8.extend_high_i8x16_u(v), scale, offset, t + 32);
-          t += 64;
-        }
+        decode8(i16x8.extend_low_i8x16_u(v), scale, offset, t);
+        decode8(i16x8.extend_high_i8x16_u(v), scale, offset, t + 32);
       }
       if (target != at) memory.copy(at, scratch, <usize>count << 2);
+    }
+  }
+}
+
+/** Rows [first, last) of 4-bit codes → f32 [last − first, n] at `out`, exactly; units are panels from that of `first` on. */
+export function dequantizeNibbles(
+  begin: u32, end: u32, scratch: usize,
+  first: u32, last: u32, codes: usize, scales: usize, zeros: usize, out: usize, n: u32,
+  segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
+): void {
+  const low = i16x8.splat(0xf);
+  for (let unit = (first >> 3) + begin; unit < (first >> 3) + end; unit++) {
+    for (let half: u32 = 0; half < 2; half++) {
+      const row = (unit << 3) + (half << 2);
+      if (row + 4 <= first || row >= last) continue;
+      let p = codes + ((<usize>unit * segments * padded) << 2) + (<usize>half << 4);
+      for (let s: u32 = 0; s < segments; s++) {
+        const inside = (s % perGroup) * length;
+        const count = min(length, group - inside);
+        const column = (s / perGroup) * group + inside;
+        const slot = ((unit * segments + s) << 3) + (half << 2);
+        // Codes of each row first, 16 bits each: 4 vectors of nibbles are a 4 × 4 matrix of pairs, rows down.
+        const rowBytes = <usize>padded << 1;
+        let t = scratch;
+        for (let c: u32 = 0; c < padded; c += 8, p += 32, t += 16) {
+          const v = v128.load(p);
+          const a = v128.and(v, low), b = v128.and(i16x8.shr_u(v, 4), low);
+          const d = v128.and(i16x8.shr_u(v, 8), low), e = i16x8.shr_u(v, 12);
+          transpose4(a, b, d, e, t, rowBytes);
+        }
+        for (let r: u32 = 0; r < 4; r++) {
+          if (row + r < first || row + r >= last) continue;
+          const scale = v128.load32_splat(scales + (<usize>(slot + r) << 2));
+          const offset = f32x4.mul(scale, f32x4.splat(<f32>load<u8>(zeros + slot + r)));
+          const to = out + ((<usize>(row + r - first) * n + column) << 2);
+          const from = scratch + r * rowBytes;
+          let c: u32 = 0;
+          for (; c + 8 <= count; c += 8) decode8(v128.load(from + (<usize>c << 1)), scale, offset, to + (<usize>c << 2));
+          if (c < count) {
+            const rest = scratch + 4 * rowBytes;
+            decode8(v128.load(from + (<usize>c << 1)), scale, offset, rest);
+            memory.copy(to + (<usize>c << 2), rest, <usize>(count - c) << 2);
+          }
+        }
+      }
     }
   }
 }

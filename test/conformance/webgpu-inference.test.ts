@@ -1,28 +1,15 @@
-// The WebGPU backend against the oracle: with all features of the adapter, and without subgroups. (SwiftShader has no
+// The inference ops of the WebGPU backend against the oracle: with all features of the adapter, and without subgroups. (SwiftShader has no
 // shader-f16, so the variants without it are the ones that run.)
 import { describe, it } from 'vitest';
 import { openTestWebGpu, webgpuMissing } from '../support/webgpu.js';
-import { conformanceCases, runConformance, type ConformanceCase, type OpName } from './suite.js';
+import { activationCases } from './cases-activations.js';
+import { conformanceCases, OPS, runConformance, type ConformanceCase, type OpName } from './suite.js';
 
-/** Ops of quantization that are not there yet. */
-const NOT_YET = 'not written yet';
-
-const QUANTIZATION = [
-  'matmul',
-  'transpose',
-  'dot',
-  'transformChannels',
-  'createObjective',
-  'roundToNearest',
-  'gptq',
-  'descend',
-  'gptqFactor',
-  'solveSymmetric',
-  'addScaled',
-];
 const skip = {
-  ...Object.fromEntries(QUANTIZATION.map((op) => [op, NOT_YET])),
-  'sliceRows: first, middle, last rows, none; a slice as an input': 'needs transpose',
+  // Refused by name until there are kernels.
+  ...Object.fromEntries(activationCases.map(({ op, name }) => [`${op}: ${name}`, 'not written yet'])),
+  // Ops of quantization: all from matmul on.
+  ...Object.fromEntries(OPS.slice(OPS.indexOf('matmul')).map((op) => [op, 'in webgpu-quantization.test.ts'])),
 };
 
 /** Ops whose kernels use subgroups where there are any; of linears two shapes, which reach every kind of kernel. */
@@ -42,9 +29,12 @@ const VARIANTS = [
 ];
 
 if (webgpuMissing !== undefined) {
-  describe('conformance of webgpu', () => it.skip(String(webgpuMissing), () => undefined));
+  describe('conformance of webgpu, inference', () => it.skip(String(webgpuMissing), () => undefined));
 } else {
   for (const { name, features, skip: left } of VARIANTS)
     // Keys and values are cached as f16.
-    runConformance(`webgpu, ${name}`, () => openTestWebGpu({ features }), { skip: left, cacheRoundoff: 2 ** -11 });
+    runConformance(`webgpu, inference, ${name}`, () => openTestWebGpu({ features }), {
+      skip: left,
+      cacheRoundoff: 2 ** -11,
+    });
 }

@@ -1,0 +1,130 @@
+// What happens to a model before its blocks are quantized: rotations are drawn, smoothing scales are searched on the
+// calibration tokens (one pass of the original model, one block in memory), and both are folded into a view of the model.
+import { GyreError } from '../core/errors.js';
+import type { ProgressListener } from '../core/progress.js';
+import { createRng } from '../core/rng.js';
+import { floats } from '../core/tensor.js';
+import type { GroupName } from '../models/block.js';
+import { groupModules, readLinear, type ModelSource } from '../models/load.js';
+import type { Backend, HadamardTransform } from '../ops/backend.js';
+import { InputSample } from './calibration/sample.js';
+import type { CalibrationTokens } from './calibration/tokens.js';
+import { walkInputs } from './calibration/walk.js';
+import { drawRotation, foldedSource, valueChannel, type ModelRotation, type Smoothing } from './folded-source.js';
+import { activationGrid, kvGrid } from './grids/activations.js';
+import { searchSmoothing, type SmoothingChoice } from './objectives/smoothing.js';
+import type { QuantizeSettings } from './types.js';
+
+/** Arguments of {@link prepareModel}. */
+export interface PrepareRun {
+  readonly backend: Backend;
+  readonly source: ModelSource;
+  readonly settings: QuantizeSettings;
+  readonly calibration: CalibrationTokens | undefined;
+  readonly onProgress?: ProgressListener;
+  readonly signal?: AbortSignal;
+}
+
+/** What {@link prepareModel} returns. */
+export interface PreparedModel {
+  /** The model to quantize: folded, with its online transforms and grids. */
+  readonly source: ModelSource;
+  /** What smoothing was chosen, per block and group; empty without smoothing. */
+  readonly smoothing: readonly (SmoothingChoice & { readonly layer: number; readonly group: GroupName })[];
+}
+
+/** Tokens of calibration that smoothing looks at: scales come from maxima over few thousand tokens in the published method too. */
+const SMOOTHING_TOKENS = 16_384;
+
+/** The groups that a setting smooths. */
+const SMOOTHED: Readonly<Record<NonNullable<QuantizeSettings['smooth']>, readonly GroupName[]>> = {
+  none: [],
+  down: ['down'],
+  all: ['qkv', 'o', 'gateUp', 'down'],
+};
+
+/** Whether a run changes the model before its blocks, or what happens between them. */
+export function isPrepared({ rotate, smooth = 'none', actBits, kvBits }: QuantizeSettings): boolean {
+  return rotate === true || smooth !== 'none' || actBits !== undefined || kvBits !== undefined;
+}
+
+/** Folds what the settings ask for. The same settings and tokens give the same model, to the bit. */
+export async function prepareModel(run: PrepareRun): Promise<PreparedModel> {
+  const { source, settings } = run;
+  if (!isPrepared(settings)) return { source, smoothing: [] };
+  const rotation = settings.rotate ? drawRotation(source.config, createRng(settings.seed).fork('rotation')) : undefined;
+  const groups = SMOOTHED[settings.smooth ?? 'none'];
+  const found = groups.length > 0 ? await smooth(run, groups, rotation) : undefined;
+  const folded = foldedSource(source, { rotation, smoothing: found?.scales });
+  const online = { ...folded.online, groups: folded.online?.groups ?? {} };
+  return {
+    source: {
+      ...folded,
+      online: {
+        ...online,
+        ...(settings.actBits ? { activations: activationGrid(settings.actBits) } : {}),
+        // Without rounded keys there is nothing that turning them would help.
+        heads: settings.kvBits ? online.heads : undefined,
+        ...(settings.kvBits ? { kv: kvGrid(settings.kvBits) } : {}),
+      },
+    },
+    smoothing: found?.choices ?? [],
+  };
+}
+
+/** One pass of the original model over the calibration tokens, choosing each block's scales on the way. */
+async function smooth(
+  run: PrepareRun,
+  groups: readonly GroupName[],
+  rotation: ModelRotation | undefined,
+): Promise<{ scales: Smoothing; choices: PreparedModel['smoothing'] }> {
+  const { backend, source, settings, calibration, onProgress, signal } = run;
+  if (!calibration)
+    throw new GyreError('calibration', 'smoothing needs calibration tokens', { remedy: 'give texts with --calib' });
+  const { config } = source;
+  const scales: Partial<Record<GroupName, Float64Array>>[] = [];
+  const choices: (SmoothingChoice & { layer: number; group: GroupName })[] = [];
+  let samples = new Map<GroupName, InputSample>();
+  await walkInputs({
+    backend,
+    source,
+    calibration,
+    maxTokens: SMOOTHING_TOKENS,
+    stage: 'smooth',
+    onProgress,
+    signal,
+    observe: () => (samples = new Map(groups.map((group) => [group, new InputSample(backend, settings.seed)]))),
+    finish: async (layer) => {
+      scales[layer] = {};
+      for (const [group, sample] of samples) {
+        const choice = await searchSmoothing(backend, {
+          weights: await weightsOf(source, layer, group),
+          peaks: sample.peaks(),
+          rows: sample.rows(),
+          sharedChannel: group === 'o' ? (c) => valueChannel(config, c) : undefined,
+          transform: onlineOf(rotation, group),
+          bits: settings.bits,
+          actBits: settings.actBits,
+          alpha: settings.alpha,
+        });
+        if (choice.scales) scales[layer][group] = choice.scales;
+        choices.push({ ...choice, layer, group });
+      }
+    },
+  });
+  return { scales, choices };
+}
+
+function onlineOf(rotation: ModelRotation | undefined, group: GroupName): HadamardTransform | undefined {
+  if (group === 'down') return rotation?.down;
+  return group === 'o' ? rotation?.o : undefined;
+}
+
+async function weightsOf(source: ModelSource, layer: number, group: GroupName): Promise<Float32Array[]> {
+  const weights: Float32Array[] = [];
+  for (let i = 0; i < groupModules(layer, group).length; i++) {
+    const part = await readLinear(source, layer, group, i);
+    if (part.source.kind === 'dense') weights.push(floats(part.source.weight));
+  }
+  return weights;
+}
