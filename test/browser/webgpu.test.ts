@@ -42,7 +42,7 @@ describe.skipIf(missing)(`WebGPU in a browser${missing ? `: skipped, ${missing}`
   beforeAll(async () => {
     folder = await mkdtemp(path.join(tmpdir(), 'gyre-web-'));
     const { prepareModel } = (await import(pathToFileURL(path.join(ROOT, 'web/prepare.mjs')).href)) as {
-      prepareModel(folder: string, options: Partial<QuantizeOptions>): Promise<void>;
+      prepareModel: (folder: string, options: Partial<QuantizeOptions>) => Promise<void>;
     };
     const prose = path.join(ROOT, 'models/gyre-14m/eval/prose/01-fiction-nineteenth-century.txt');
     // Little calibration and few steps: real rotations and codes, in seconds.

@@ -99,7 +99,7 @@ describe('devices', () => {
     const run = await gyre(['generate', model, '--prompt', 'Once', '--device', 'webgpu'], { env });
     expect(run.code).toBe(1);
     expect(run.stderr).toContain('WebGPU found no GPU');
-    expect(run.stderr).toContain('gyre doctor');
+    expect(run.stderr).toContain('--device cpu');
   });
 });
 
