@@ -13,8 +13,8 @@ const { gpu } = backend;
 for (const end = performance.now() + 1000; performance.now() < end;) await copyBandwidth(gpu, 1 << 28);
 const bandwidth = await copyBandwidth(gpu);
 console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
-/** Steps submitted before a token is read. */
-const AHEAD = 3;
+/** Steps submitted at once; the next are submitted before the last ones' tokens are read. */
+const AT_ONCE = 4;
 const results: Record<string, unknown>[] = [];
 
 /** Tokens per second of several plans, steps interleaved in blocks. */
@@ -37,13 +37,13 @@ async function compare(
   for (let roundIndex = -1; roundIndex < (quick ? 3 : 5); roundIndex++)
     for (const { plan, times } of plans) {
       plan.begin(tokens, positions, greedy);
-      await plan.step();
+      await plan.steps(1);
       const start = performance.now();
-      // Steps ahead of the token being read: the GPU never waits for the host.
+      // Submitted ahead of the tokens being read: the GPU never waits for the host.
       const pending: Promise<Uint32Array>[] = [];
-      for (let i = 0; i < steps; i++) {
-        pending.push(plan.step());
-        if (pending.length > AHEAD) await pending.shift();
+      for (let i = 0; i < steps; i += AT_ONCE) {
+        pending.push(plan.steps(AT_ONCE));
+        if (pending.length > 1) await pending.shift();
       }
       await Promise.all(pending);
       if (roundIndex >= 0) times.push((performance.now() - start) / 1000 / steps);
@@ -60,27 +60,11 @@ async function compare(
   const encode: number[] = [];
   const unread: number[] = [];
   for (const { plan } of plans) {
+    plan.begin(tokens, positions, greedy);
     await gpu.sync();
     const start = performance.now();
     for (let i = 0; i < 10; i++) plan.run();
     encode.push((performance.now() - start) / 10);
-    const before = performance.now();
-    const encoder = gpu.device.createCommandEncoder();
-    const pass = encoder.beginComputePass();
-    for (const { pipeline, bindGroup, groups } of plan.dispatches) {
-      pass.setPipeline(pipeline);
-      pass.setBindGroup(0, bindGroup);
-      pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
-    }
-    pass.end();
-    const recorded = performance.now();
-    const commands = encoder.finish();
-    const finished = performance.now();
-    gpu.device.queue.submit([commands]);
-    const submitted = performance.now();
-    console.log(
-      `    record ${(recorded - before).toFixed(3)} finish ${(finished - recorded).toFixed(3)} submit ${(submitted - finished).toFixed(3)} ms`,
-    );
     for (let i = 0; i < 30; i++) plan.run();
     await gpu.sync();
     unread.push((performance.now() - start) / 40);

@@ -116,16 +116,12 @@ async function rotation(rows: number, channels: number): Promise<void> {
       const groups = [channels / groupSize, Math.ceil(rows / ROTATE_ROWS)] as const;
       return { kernel, dispatch: gpu.prepare(kernel, { x, y, scale, table }, { rows, channels }, groups) };
     }),
-    ...[512, 2048].flatMap((block) =>
-      [16, 32, 64].flatMap((tile) =>
-        [true, false].flatMap((stageIn) =>
-          [true, false].map((stageOut) => {
-            const kernel = rotateDenseKernel({ rows: block, tile, stageIn, stageOut });
-            const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
-            return { kernel, dispatch: gpu.prepare(kernel, { x, y, r }, { rows, channels }, groups) };
-          }),
-        ),
-      ),
+    ...[1024, 2048].flatMap((block) =>
+      [32, 64].map((tile) => {
+        const kernel = rotateDenseKernel({ rows: block, tile, stageIn: true, stageOut: true });
+        const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
+        return { kernel, dispatch: gpu.prepare(kernel, { x, y, r }, { rows, channels }, groups) };
+      }),
     ),
   ];
   for (const { kernel, dispatch } of candidates) {
@@ -231,7 +227,7 @@ async function dense(out: number, inFeatures: number): Promise<void> {
     [4, 8],
     [1, 8],
   ] as const) {
-    const variant = { f16, shuffle, rows, teams, batch: 1 };
+    const variant = { f16, shuffle, rows, teams, batch: 1, weights: 'f16' as const };
     const kernel = denseGemvKernel(variant);
     const dispatch = gpu.prepare(kernel, { w, x, factors, y }, { words: inFeatures / 8, outFeatures: out }, [
       Math.ceil(out / denseRowsPerGroup(variant)),

@@ -5,6 +5,7 @@ import { createRng } from '../core/rng.js';
 import { contextLength, type ModelConfig } from '../models/config.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
 import { createBreath } from './breathe.js';
+import { FusedDecoding } from './fused.js';
 import { createSampler, type SamplingOptions } from './sampler.js';
 
 /** Rows of a prefill pass: enough to fill the machine, few enough that activations stay small. */
@@ -20,6 +21,8 @@ export interface GenerateOptions extends SamplingOptions {
   readonly stopIds?: readonly number[];
   /** Stops after the current token when aborted. */
   readonly signal?: AbortSignal;
+  /** False decodes op by op even where the backend has a faster way (to compare the two). */
+  readonly fused?: boolean;
 }
 
 /** Why a text ended: a stop id, `maxTokens` or the context reached, or the signal. */
@@ -64,9 +67,13 @@ export async function* generate(
   const clock = new Clock();
   const breathe = createBreath();
   const cache = await decoder.createCache(1, promptIds.length + Math.max(room - 1, 0));
+  let fused: FusedDecoding | undefined;
   try {
-    let logits = await prefill(decoder, cache, promptIds, signal);
+    // A row of logits, or the token that the backend chose from it.
+    let logits: Float32Array | number | undefined = await prefill(decoder, cache, promptIds, signal);
     const prefillSeconds = clock.lap();
+    const program = room > 1 && options.fused !== false ? await decoder.prepareDecode(cache) : undefined;
+    fused = program && new FusedDecoding(program, promptIds.length, room, { ...options, seed });
     let decodeSeconds = 0;
     let steps = 0;
     let tokens = 0;
@@ -81,9 +88,9 @@ export async function* generate(
     });
     for (;;) {
       await breathe();
-      if (!logits || signal?.aborted) return end('interrupted');
+      if (logits === undefined || signal?.aborted) return end('interrupted');
       if (tokens === room) return end('length');
-      const id = sampler.sample(logits, rng);
+      const id: number = typeof logits === 'number' ? logits : sampler.sample(logits, rng);
       const seconds = clock.lap();
       if (steps > 0) decodeSeconds += seconds;
       if (stopIds.includes(id)) return end('eos');
@@ -91,10 +98,11 @@ export async function* generate(
       tokens++;
       if (tokens === room) return end('length');
       clock.lap();
-      logits = await step(decoder, cache, Int32Array.of(id));
+      logits = fused ? await fused.next(id) : await step(decoder, cache, Int32Array.of(id));
       steps++;
     }
   } finally {
+    fused?.release();
     decoder.releaseCache(cache);
   }
 }

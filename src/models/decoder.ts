@@ -1,7 +1,17 @@
 // The decoder-only transformer, defined once for every family: token ids in, logits out.
 import { GyreError, ensure } from '../core/errors.js';
-import type { Backend, KvCacheHandle, KvGrid, LinearHandle, RopeHandle, SequenceCopy, Tensor } from '../ops/backend.js';
-import type { DecoderBlock } from './block.js';
+import type {
+  Backend,
+  DecodeBlockSpec,
+  DecodeProgram,
+  KvCacheHandle,
+  KvGrid,
+  LinearHandle,
+  RopeHandle,
+  SequenceCopy,
+  Tensor,
+} from '../ops/backend.js';
+import { GROUP_NAMES, type DecoderBlock } from './block.js';
 import { contextLength, type ModelConfig } from './config.js';
 import { ropeTable } from './rope.js';
 
@@ -114,6 +124,49 @@ export class Decoder {
     const normed = await backend.rmsNorm(x, parts.finalNorm, config.rmsNormEps);
     backend.free(x);
     return normed;
+  }
+
+  /**
+   * The backend's fast way to decode sequences that go on from `cache`, or undefined where it has none for this model. The cache
+   * must be as long as `capacity` says until the program is released.
+   */
+  async prepareDecode(cache: DecoderCache): Promise<DecodeProgram | undefined> {
+    const { backend, config, parts } = this;
+    // Dynamic NTK changes the angles as a sequence grows.
+    if (!backend.prepareDecode || config.ropeScaling.type === 'dynamic') return undefined;
+    const blocks: DecodeBlockSpec[] = [];
+    for (const [i, { frame, groups }] of parts.blocks.entries()) {
+      const [qkv, o, gateUp, down] = GROUP_NAMES.map((name) => groups[name].decodeProducts);
+      if (!qkv || !o || !gateUp || !down || frame.online.transform || frame.online.kv) return undefined;
+      const { input, postAttention, q, k } = frame.norms;
+      const window = config.windows[frame.layer];
+      blocks.push({
+        inputNorm: input,
+        postAttentionNorm: postAttention,
+        qNorm: q,
+        kNorm: k,
+        qkv,
+        o,
+        gateUp,
+        down,
+        cache: cache.blocks[i],
+        window,
+      });
+    }
+    return backend.prepareDecode({
+      hidden: config.hiddenSize,
+      intermediate: config.intermediateSize,
+      vocab: config.vocabSize,
+      heads: config.heads,
+      kvHeads: config.kvHeads,
+      headDim: config.headDim,
+      eps: config.rmsNormEps,
+      embedding: parts.embedding,
+      head: parts.head,
+      finalNorm: parts.finalNorm,
+      rope: await this.rope(cache.capacity),
+      blocks,
+    });
   }
 
   /** hidden [rows, hidden] → logits [rows, vocab]. */

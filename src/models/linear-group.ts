@@ -4,8 +4,8 @@ import { elementCount, floats } from '../core/tensor.js';
 import type {
   ActivationGrid,
   Backend,
+  DecodeProduct,
   HadamardTransform,
-  LinearHandle,
   LinearSource,
   PairwiseTransform,
   QuantizedWeight,
@@ -29,18 +29,13 @@ export interface LinearGroupOptions {
   readonly activations?: ActivationGrid;
 }
 
-interface Product {
-  readonly transform: TransformHandle | undefined;
-  readonly weight: LinearHandle;
-}
-
 /** A linear group resident on a backend; output columns in the order of its parts. */
 export class LinearGroup {
   readonly #backend: Backend;
   readonly #before: TransformHandle | undefined;
-  readonly #products: readonly Product[];
+  readonly #products: readonly DecodeProduct[];
 
-  private constructor(backend: Backend, before: TransformHandle | undefined, products: readonly Product[]) {
+  private constructor(backend: Backend, before: TransformHandle | undefined, products: readonly DecodeProduct[]) {
     this.#backend = backend;
     this.#before = before;
     this.#products = products;
@@ -59,7 +54,7 @@ export class LinearGroup {
       if (last && options.share !== false && mergeable(last[0], part)) last.push(part);
       else runs.push([part]);
     }
-    const products: Product[] = [];
+    const products: DecodeProduct[] = [];
     for (const run of runs) {
       const { transform } = run[0];
       products.push({
@@ -78,6 +73,11 @@ export class LinearGroup {
   /** Products per call: 1 when the whole group shares its transform. */
   get products(): number {
     return this.#products.length;
+  }
+
+  /** The products, for a backend that decodes models as a whole; undefined when the input takes a transform of the group's own. */
+  get decodeProducts(): readonly DecodeProduct[] | undefined {
+    return this.#before ? undefined : this.#products;
   }
 
   /** x [rows, in] → [rows, Σ out], plus `residual` when the group is one product. */

@@ -375,6 +375,64 @@ export interface QuantizationOps {
   solveSymmetric(h: Tensor, b: Tensor, damp: number): Promise<Tensor>;
 }
 
+/** One product of a linear group and the transform of its input. */
+export interface DecodeProduct {
+  readonly weight: LinearHandle;
+  readonly transform?: TransformHandle;
+}
+
+/** A decoder block as {@link Backend.prepareDecode} sees it; products in the order of their output columns. */
+export interface DecodeBlockSpec {
+  readonly inputNorm: Tensor;
+  readonly postAttentionNorm: Tensor;
+  readonly qNorm?: Tensor;
+  readonly kNorm?: Tensor;
+  readonly qkv: readonly DecodeProduct[];
+  readonly o: readonly DecodeProduct[];
+  readonly gateUp: readonly DecodeProduct[];
+  readonly down: readonly DecodeProduct[];
+  readonly cache: KvCacheHandle;
+  /** Keys a token sees; all when undefined. */
+  readonly window?: number;
+}
+
+/** A whole decoder, resident on a backend. */
+export interface DecodeSpec extends AttentionShape {
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly vocab: number;
+  readonly eps: number;
+  readonly embedding: LinearHandle;
+  readonly head: LinearHandle;
+  readonly finalNorm: Tensor;
+  /** Covers every position of the caches. */
+  readonly rope: RopeHandle;
+  readonly blocks: readonly DecodeBlockSpec[];
+}
+
+/** How a sequence's tokens are chosen: as SamplingOptions of the sampler, filters in the same order. */
+export interface TokenChoice {
+  /** 0: the most likely token. */
+  readonly temperature: number;
+  /** 0: all. */
+  readonly topK: number;
+  /** 1: all. */
+  readonly topP: number;
+  readonly seed: number;
+}
+
+/** A decoder's step prepared as a whole: tokens are chosen on the backend, which never waits for the host. */
+export interface DecodeProgram {
+  /** Each sequence's next input token, the tokens its caches hold, and how to choose what follows. */
+  begin(tokens: Uint32Array, positions: Uint32Array, choices: readonly TokenChoice[]): void;
+  /**
+   * Submits `count` steps: input tokens are appended to the caches, the next chosen, which become the input of the next step.
+   * Resolves to the chosen tokens [count, batch]; more steps may be submitted before it does.
+   */
+  steps(count: number): Promise<Uint32Array>;
+  release(): void;
+}
+
 /** What a backend says of itself (`gyre doctor`, results JSON). */
 export interface BackendInfo {
   readonly name: string;
@@ -388,6 +446,11 @@ export interface Backend extends InferenceOps, QuantizationOps {
   readonly info: BackendInfo;
   /** Ops of training, where the backend has them; see `requireGradients`. */
   readonly gradients?: GradientOps;
+  /**
+   * A faster way to decode a whole model than op by op, on backends that have one; undefined when it doesn't take this
+   * model. The handles stay the caller's and must outlive the program.
+   */
+  prepareDecode?(spec: DecodeSpec): Promise<DecodeProgram | undefined>;
   /** Frees everything; the backend can't be used after. */
   dispose(): Promise<void>;
 }

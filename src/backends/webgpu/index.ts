@@ -1,6 +1,7 @@
 // The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
-import type { Backend, BackendInfo } from '../../ops/backend.js';
+import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
+import { prepareDecode } from './fast/prepare.js';
 import { WebGpuInference } from './inference.js';
 import { WebGpuQuantization } from './quantization.js';
 
@@ -42,6 +43,7 @@ function compose(
   return Object.assign(Object.create(null), {
     gpu,
     info,
+    prepareDecode: (spec: DecodeSpec) => prepareDecode(gpu, spec),
     dispose: () => gpu.dispose(),
     ...methods(inference),
     ...methods(quantization),

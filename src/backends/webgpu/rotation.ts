@@ -20,6 +20,8 @@ export class GpuTransform implements TransformHandle {
   readonly channels: number;
   readonly groupSize: number;
   readonly krot: number;
+  /** What was loaded, for plans that make tables of their own. */
+  readonly source: PairwiseTransform;
   /** a, [channels]. */
   readonly scales: GPUBuffer;
   /** [krot, channels / 2]: i | j << 16, and (cos, sin). */
@@ -30,6 +32,7 @@ export class GpuTransform implements TransformHandle {
 
   constructor(gpu: GpuDevice, transform: PairwiseTransform) {
     const { channels, groupSize, krot, pairs, theta, channelScales } = transform;
+    this.source = transform;
     this.channels = channels;
     this.groupSize = groupSize;
     this.krot = krot;

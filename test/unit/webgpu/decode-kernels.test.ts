@@ -144,7 +144,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     const [out, inFeatures] = [29, 416];
     const w = normals(out * inFeatures, 0.05).map(roundToF16);
     const x = chunks(normals(batch * inFeatures));
-    const variant = { f16, shuffle, rows: 4, teams: 2, batch };
+    const variant = { f16, shuffle, rows: 4, teams: 2, batch, weights: 'f16' as const };
     const y = backend.gpu.buffer(batch * out * 4);
     backend.gpu.dispatch(
       denseGemvKernel(variant),

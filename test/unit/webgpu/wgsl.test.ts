@@ -20,7 +20,9 @@ const kernels: Kernel[] = [
       ...[1, 2, 4].map((split) =>
         gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true }),
       ),
-      denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2 }),
+      ...(['f16', 'bf16'] as const).map((weights) =>
+        denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2, weights }),
+      ),
       ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
         [32, 64, 128].flatMap((groupSize) =>
           (

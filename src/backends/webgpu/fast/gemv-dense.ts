@@ -12,6 +12,8 @@ export interface DenseGemvVariant extends Arithmetic {
   readonly rows: number;
   readonly teams: number;
   readonly batch: number;
+  /** Element type of W; bf16 is multiplied in f32. */
+  readonly weights: 'f16' | 'bf16';
 }
 
 type Buffers = 'w' | 'x' | 'factors' | 'y';
@@ -19,25 +21,35 @@ type Buffers = 'w' | 'x' | 'factors' | 'y';
 /** Rows of W that one workgroup finishes. */
 export const denseRowsPerGroup = (v: DenseGemvVariant): number => v.rows * v.teams;
 
-/** Buffers: w [out, in/8] of 8 f16; x [batch, in/8] of 8 f16; factors [batch, in/32]; y [batch, out] f32. */
+/** Buffers: w [out, in/8] of 8 f16 or bf16; x [batch, in/8] of 8 f16; factors [batch, in/32]; y [batch, out] f32. */
 export function denseGemvKernel(v: DenseGemvVariant): Kernel<Buffers, 'words' | 'outFeatures'> {
   const { rows, teams, batch } = v;
   const cells = rows * batch;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   return defineKernel({
-    name: `gemv.dense.${v.f16 ? 'f16' : 'f32'}.r${rows}.t${teams}.b${batch}`,
+    name: `gemv.dense.${v.weights}${v.f16 ? '' : '.f32'}.r${rows}.t${teams}.b${batch}`,
     features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: { w: read('vec4<u32>'), x: read('vec4<u32>'), factors: read('vec2<f32>'), y: write('f32') },
     params: { words: 'u32', outFeatures: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl(v)}
 ${v.shuffle ? '' : `var<workgroup> partial: array<f32, ${teams * cells * TEAM}>;`}
+${
+  v.weights === 'bf16'
+    ? /* wgsl */ `
+fn wide(w: u32) -> vec2<f32> { return vec2(bitcast<f32>(w << 16u), bitcast<f32>(w & 0xffff0000u)); }
+fn dot8(w: vec4<u32>, x: vec4<u32>) -> f32 {
+  return dot(wide(w.x), unpack2x16float(x.x)) + dot(wide(w.y), unpack2x16float(x.y))
+    + dot(wide(w.z), unpack2x16float(x.z)) + dot(wide(w.w), unpack2x16float(x.w));
+}`
+    : /* wgsl */ `
 fn dot8(w: vec4<u32>, x: vec4<u32>) -> f32 {
   var s = unpackH(w.x) * unpackH(x.x);
   s = fma(unpackH(w.y), unpackH(x.y), s);
   var t = unpackH(w.z) * unpackH(x.z);
   t = fma(unpackH(w.w), unpackH(x.w), t);
   return f32(s.x) + f32(s.y) + f32(t.x) + f32(t.y);
+}`
 }
 @compute @workgroup_size(${TEAM * teams})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,

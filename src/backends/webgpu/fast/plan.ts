@@ -2,6 +2,7 @@
 // token. About nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate |
 // o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
 import { GyreError, ensure } from '../../../core/errors.js';
+import type { DecodeProgram, TokenChoice } from '../../../ops/backend.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
@@ -64,7 +65,8 @@ export interface PlanModel {
   readonly embedding: { readonly table: GPUBuffer; readonly type: EmbeddingType };
   /** [vocab, hidden] f16, or int4. */
   readonly head:
-    { readonly kind: 'f16'; readonly weight: GPUBuffer } | { readonly kind: 'int4'; readonly weight: PlanWeight };
+    | { readonly kind: 'f16' | 'bf16'; readonly weight: GPUBuffer }
+    | { readonly kind: 'int4'; readonly weight: PlanWeight };
   /** [hidden] f32. */
   readonly finalNorm: GPUBuffer;
   readonly blocks: readonly PlanBlock[];
@@ -78,37 +80,23 @@ export interface PlanOptions {
 }
 
 /** How to choose tokens; see samplePickKernel. */
-export interface PlanSampling {
-  /** 0: the most likely token. */
-  readonly temperature: number;
-  readonly topP?: number;
-  readonly topK?: number;
-  readonly seed?: number;
-}
+export type PlanSampling = Pick<TokenChoice, 'temperature'> & Partial<TokenChoice>;
 
-/** Most rows one int4 product takes: beyond it the accumulators spill. */
-export const MAX_PLAN_BATCH = 8;
+/** Most steps submitted at once. */
+const MAX_STEPS = 64;
+/** Steps whose tokens stay readable: a read may come that many later, and reads of two submissions may be under way. */
+const RING = 4 * MAX_STEPS;
 
-/** What the fast path can't do with this model and GPU, or undefined when it can do it all. */
-export function planRefusal(
-  gpu: GpuDevice,
-  model: Omit<PlanModel, 'rope' | 'finalNorm'>,
-  batch: number,
-): string | undefined {
-  if (batch > MAX_PLAN_BATCH) return `${batch} sequences at once (at most ${MAX_PLAN_BATCH})`;
-  if (![16, 32, 64, 128, 256].includes(model.headDim)) return `heads of ${model.headDim} channels`;
-  for (const block of model.blocks)
-    for (const group of [block.qkv, block.o, block.gateUp, block.down])
-      for (const weight of group.weights) {
-        if (![32, 64, 128].includes(weight.groupSize)) return `grid groups of ${weight.groupSize} channels`;
-        if (![32, 64, 128].includes(group.rotationGroup)) return `rotation groups of ${group.rotationGroup} channels`;
-      }
-  void gpu;
-  return undefined;
-}
+/** Channels per grid or rotation group that the kernels take. */
+export const PLAN_GROUPS: readonly number[] = [32, 64, 128];
+/** Channels per head that the attention kernel takes. */
+export const PLAN_HEADS: readonly number[] = [16, 32, 64, 128, 256];
 
 /** A decoder's step, ready to run. */
-export class DecodePlan {
+export class DecodePlan implements DecodeProgram {
+  /** Most sequences: beyond it the products' accumulators spill. */
+  static readonly maxBatch = 8;
+
   readonly batch: number;
   readonly capacity: number;
   readonly #gpu: GpuDevice;
@@ -119,11 +107,17 @@ export class DecodePlan {
   readonly #settings: GPUBuffer;
   readonly #seeds: GPUBuffer;
   readonly #logits: GPUBuffer;
+  readonly #history: GPUBuffer;
+  /** Tokens each sequence's cache will hold when everything submitted is done. */
+  #lengths: number[] = [];
   readonly #vocab: number;
 
   constructor(gpu: GpuDevice, model: PlanModel, { batch, capacity }: PlanOptions) {
-    const refusal = planRefusal(gpu, model, batch);
-    if (refusal) throw new GyreError('unsupported', `the fused decode path does not take ${refusal}`);
+    ensure(
+      batch <= DecodePlan.maxBatch,
+      'unsupported',
+      () => `the decode plan takes at most ${DecodePlan.maxBatch} sequences, found ${batch}`,
+    );
     this.#gpu = gpu;
     this.batch = batch;
     this.capacity = capacity;
@@ -159,6 +153,7 @@ export class DecodePlan {
     const stats = make(batch * heads * splits * 8);
     const gateUp = make(batch * 2 * intermediate * 4);
     this.#logits = make(batch * vocab * 4);
+    this.#history = make(RING * batch * 4);
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
@@ -285,7 +280,7 @@ export class DecodePlan {
     if (model.head.kind === 'int4') {
       multiply([model.head.weight], this.#logits);
     } else {
-      const variant = { f16, shuffle, rows: 4, teams: 4, batch };
+      const variant = { f16, shuffle, rows: 4, teams: 4, batch, weights: model.head.kind };
       push(
         gpu.prepare(
           denseGemvKernel(variant),
@@ -311,8 +306,9 @@ export class DecodePlan {
           spans,
           tokens: this.#tokens,
           positions: this.#positions,
+          history: this.#history,
         },
-        { vocab, spanCount },
+        { vocab, spanCount, batch, ring: RING },
         [batch],
       ),
     );
@@ -331,6 +327,7 @@ export class DecodePlan {
       'usage',
       () => `a plan for ${batch} sequences was begun with ${tokens.length}`,
     );
+    this.#lengths = [...positions];
     this.#gpu.upload(this.#tokens, tokens);
     this.#gpu.upload(this.#positions, positions);
     this.#gpu.upload(
@@ -344,18 +341,41 @@ export class DecodePlan {
   }
 
   /**
-   * Submits one step: reads the input tokens, appends to the caches, chooses the next tokens, which become the next input. The
-   * promise gives them; the next step may be submitted before it settles.
+   * Submits `count` steps at once: each reads the input tokens, appends to the caches and chooses the next tokens, which become the
+   * next input. The promise gives the chosen tokens [count, batch]; more steps may be submitted before it settles.
+   * @throws GyreError `context-length` for steps past the end of the caches.
    */
-  step(): Promise<Uint32Array> {
-    this.#gpu.run(this.#step);
-    return this.#gpu.read(this.#tokens, 0, this.batch * 4).then((bytes) => new Uint32Array(bytes));
+  async steps(count: number): Promise<Uint32Array> {
+    ensure(count >= 1 && count <= MAX_STEPS, 'usage', () => `from 1 to ${MAX_STEPS} steps at once, not ${count}`);
+    const { batch } = this;
+    // Where each sequence's tokens of these steps will lie in the ring.
+    const slots = this.#lengths.map((position) => position % RING);
+    for (let i = 0; i < count; i++) {
+      this.#advance();
+      this.#gpu.run(this.#step);
+    }
+    const ring = new Uint32Array(await this.#gpu.read(this.#history, 0, RING * batch * 4));
+    const out = new Uint32Array(count * batch);
+    for (let i = 0; i < count; i++)
+      for (let b = 0; b < batch; b++) out[i * batch + b] = ring[((slots[b] + i) % RING) * batch + b];
+    return out;
   }
 
   /** Submits one step without reading its tokens back. */
   run(): void {
+    this.#advance();
     this.#gpu.run(this.#step);
     this.#gpu.flush();
+  }
+
+  #advance(): void {
+    const { capacity } = this;
+    ensure(
+      this.#lengths.every((length) => length < capacity),
+      'context-length',
+      () => `the caches hold ${capacity} tokens, and all are there`,
+    );
+    this.#lengths = this.#lengths.map((length) => length + 1);
   }
 
   /** The logits of the last step [batch, vocab]. */

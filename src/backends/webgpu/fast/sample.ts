@@ -80,7 +80,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
 });
 
 /**
- * Second pass, one workgroup per sequence: picks the token, stores it as the next input, advances the position.
+ * Second pass, one workgroup per sequence: picks the token, stores it as the next input and in a ring of the last steps, at slot
+ * position modulo `ring`, for the host to read when it likes; advances the position.
  *
  * settings [batch]: (temperature, top-p, top-k, unused); temperature 0 takes the maximum. Otherwise the logits at or above a
  * threshold take part: the top-k-th largest, and the largest threshold whose tail holds top-p of the probability, both found by
@@ -97,8 +98,9 @@ export const samplePickKernel = defineKernel({
     spans: read('vec4<f32>'),
     tokens: write('u32'),
     positions: write('u32'),
+    history: write('u32'),
   },
-  params: { vocab: 'u32', spanCount: 'u32' },
+  params: { vocab: 'u32', spanCount: 'u32', batch: 'u32', ring: 'u32' },
   body: /* wgsl */ `
 var<workgroup> values: array<f32, ${THREADS}>;
 var<workgroup> indices: array<u32, ${THREADS}>;
@@ -204,6 +206,10 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     workgroupBarrier();
     at = indices[0];
   }
-  if (local == 0u) { tokens[b] = at; positions[b] += 1u; }
+  if (local == 0u) {
+    history[(positions[b] % params.ring) * params.batch + b] = at;
+    tokens[b] = at;
+    positions[b] += 1u;
+  }
 }`,
 });

@@ -1,7 +1,7 @@
 // How weights lie in GPU memory, the kernels that bring them there, and the WGSL that reads them.
 //
 // A weight is [out, in], each row padded to whole words of 32 bits: f32 one element a word, f16 and bf16 two, codes of 2, 4
-// and 8 bits 16, 8 and 4, of 3 bits 10. A quantized one has a word per row and group besides: the f16 scale below, the
+// and 8 bits 16, 8 and 4, of 3 bits 10; codes of 4 bits in the order 0 2 4 6 1 3 5 7. A quantized one has a word per row and group besides: the f16 scale below, the
 // zero point above.
 import { unreachable } from '../../../core/errors.js';
 import type { WeightBits } from '../../../ops/backend.js';
@@ -26,6 +26,12 @@ export function perWord(format: WeightFormat): number {
       return unreachable(format);
   }
 }
+
+/**
+ * WGSL: the nibble of a word that holds 4-bit code e of its eight. Codes 2p and 2p + 1 lie 16 bits apart, so that one mask
+ * takes a pair of them to the two halves of a word, where f16 arithmetic wants them (fast/half.ts).
+ */
+const PAIR_NIBBLE = (e: string): string => `((${e} >> 1u) | ((${e} & 1u) << 2u))`;
 
 /** `int4` and the like, for names of kernels. */
 export function formatName(format: WeightFormat): string {
@@ -54,7 +60,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     for (var e = 0u; e < min(PER, params.cols - begin); e++) {
       let at = row * params.cols + begin + e;
       let value = extractBits(source[at / PER_SOURCE], (at % PER_SOURCE) * ${sourceBits}u, ${sourceBits}u);
-      word |= value << (e * ${bits}u);
+      word |= value << (${bits === 4 ? PAIR_NIBBLE('e') : 'e'} * ${bits}u);
     }
     out[params.first + i] = word;
   }
@@ -89,7 +95,8 @@ export function decodeElement(format: WeightFormat, word: string, e: number, gri
       return e === 0 ? `bitcast<f32>(${word} << 16u)` : `bitcast<f32>(${word} & 0xffff0000u)`;
     case 'int': {
       const { bits } = format;
-      const code = `((${word} >> ${e * bits}u) & ${2 ** bits - 1}u)`;
+      const at = bits === 4 ? (e >> 1) | ((e & 1) << 2) : e;
+      const code = `((${word} >> ${at * bits}u) & ${2 ** bits - 1}u)`;
       return `(f32(i32(${code}) - i32(${grid} >> 16u)) * unpack2x16float(${grid}).x)`;
     }
     default:
@@ -111,7 +118,8 @@ export function weightAt(format: WeightFormat): string {
       case 'bf16':
         return 'return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (column & 1u) == 1u));';
       case 'int':
-        return `let code = extractBits(word, (column % ${perWord(format)}u) * ${format.bits}u, ${format.bits}u);
+        return `let e = column % ${perWord(format)}u;
+  let code = extractBits(word, ${format.bits === 4 ? PAIR_NIBBLE('e') : 'e'} * ${format.bits}u, ${format.bits}u);
   let grid = grids[row * params.groupsPerRow + group];
   return f32(i32(code) - i32(grid >> 16u)) * unpack2x16float(grid).x;`;
       default:

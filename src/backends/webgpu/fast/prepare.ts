@@ -1,0 +1,154 @@
+// From the contract's handles to a decode plan: which models the fused path takes, and the tables and gains it needs besides the
+// weights, which stay where they are.
+import type { DecodeProduct, DecodeProgram, DecodeSpec, KvCacheHandle, Tensor } from '../../../ops/backend.js';
+import { GpuKvCache, GpuRope } from '../attention.js';
+import type { GpuDevice } from '../device.js';
+import { GpuLinear, ownLinear } from '../linear.js';
+import { GpuTransform } from '../rotation.js';
+import { downloadTensor, own } from '../tensor.js';
+import { rotationTable } from './activations.js';
+import {
+  DecodePlan,
+  PLAN_GROUPS,
+  PLAN_HEADS,
+  plainGroup,
+  type PlanBlock,
+  type PlanGroup,
+  type PlanModel,
+  type PlanWeight,
+} from './plan.js';
+
+/** See Backend.prepareDecode. */
+export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<DecodeProgram | undefined> {
+  const caches = spec.blocks.map((block) => block.cache);
+  const [first] = caches;
+  if (!takes(spec, caches) || !(first instanceof GpuKvCache)) return undefined;
+  const made: GPUBuffer[] = [];
+  const upload = (data: Float32Array | Uint32Array): GPUBuffer => {
+    const buffer = gpu.buffer(Math.max(16, data.byteLength), 'tables of the decode plan');
+    gpu.upload(buffer, data);
+    made.push(buffer);
+    return buffer;
+  };
+  const group = async (products: readonly DecodeProduct[], norm?: Tensor): Promise<PlanGroup> => {
+    const weights = products.map(({ weight }) => planWeight(ownLinear(weight)));
+    const channels = weights[0].inFeatures;
+    const normWeight = norm && (await downloadTensor(gpu, norm));
+    const transforms = products.map(({ transform }) => (transform as GpuTransform | undefined)?.source);
+    const gain = new Float32Array(products.length * channels);
+    for (const [i, transform] of transforms.entries())
+      for (let c = 0; c < channels; c++)
+        gain[i * channels + c] = (normWeight?.[c] ?? 1) * (transform?.channelScales[c] ?? 1);
+    const [transform] = transforms;
+    if (!transform || transform.krot === 0)
+      return { weights, krot: 0, rotationGroup: plainGroup(channels), gain: upload(gain) };
+    const tables = transforms.flatMap((t) => (t ? [rotationTable(t)] : []));
+    // One kernel serves all products: with pairs of any kind among them, all take the general tables.
+    const pairing = tables.every((t) => t.pairing === 'xor') ? 'xor' : 'any';
+    const same = transforms.flatMap((t) => (t ? [rotationTable(t, pairing)] : []));
+    return {
+      weights,
+      krot: transform.krot,
+      rotationGroup: transform.groupSize,
+      gain: upload(gain),
+      rotations: {
+        pairing,
+        table: upload(concat(same.map((t) => t.table))),
+        ...(pairing === 'xor' && { masks: upload(concat(same.map((t) => t.masks))) }),
+      },
+    };
+  };
+  const blocks: PlanBlock[] = [];
+  for (const block of spec.blocks) {
+    const cache = block.cache as GpuKvCache;
+    blocks.push({
+      qkv: await group(block.qkv, block.inputNorm),
+      o: await group(block.o),
+      gateUp: await group(block.gateUp, block.postAttentionNorm),
+      down: await group(block.down),
+      ...(block.qNorm && { qNorm: own(block.qNorm).buffer }),
+      ...(block.kNorm && { kNorm: own(block.kNorm).buffer }),
+      keys: cache.keys,
+      values: cache.values,
+      window: block.window ?? 0,
+    });
+  }
+  const rope = spec.rope as GpuRope;
+  const count = (first.capacity * rope.rotaryDim) / 2;
+  const [cos, sin] = await Promise.all(
+    [rope.cos, rope.sin].map(async (buffer) => new Float32Array(await gpu.read(buffer, 0, count * 4))),
+  );
+  const [embedding, head] = [ownLinear(spec.embedding), ownLinear(spec.head)];
+  const model: PlanModel = {
+    hidden: spec.hidden,
+    intermediate: spec.intermediate,
+    heads: spec.heads,
+    kvHeads: spec.kvHeads,
+    headDim: spec.headDim,
+    rotaryDim: rope.rotaryDim,
+    vocab: spec.vocab,
+    eps: spec.eps,
+    rope: upload(Float32Array.from({ length: 2 * count }, (_, i) => (i % 2 === 0 ? cos : sin)[i >> 1])),
+    embedding: { table: embedding.weights, type: embedding.format.kind === 'int' ? 'f32' : embedding.format.kind },
+    head:
+      head.format.kind === 'int'
+        ? { kind: 'int4', weight: planWeight(head) }
+        : { kind: head.format.kind === 'bf16' ? 'bf16' : 'f16', weight: head.weights },
+    finalNorm: own(spec.finalNorm).buffer,
+    blocks,
+  };
+  const plan = new DecodePlan(gpu, model, { batch: first.batch, capacity: first.capacity });
+  return {
+    begin: (tokens, positions, choices) => plan.begin(tokens, positions, choices),
+    steps: (steps) => plan.steps(steps),
+    release: () => {
+      plan.release();
+      for (const buffer of made.splice(0)) gpu.release(buffer);
+    },
+  };
+}
+
+function planWeight(linear: GpuLinear): PlanWeight {
+  const { inFeatures, outFeatures, groupSize, weights, grids, bias } = linear;
+  return { inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
+}
+
+/** Whether the fused kernels take a model: int4 in groups they know, 16-bit or int4 head, plain f16 caches. */
+function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
+  const { embedding, head } = spec;
+  const isInt4 = (linear: GpuLinear): boolean =>
+    linear.format.kind === 'int' && linear.format.bits === 4 && PLAN_GROUPS.includes(linear.groupSize);
+  const product = ({ weight, transform }: DecodeProduct): boolean =>
+    isInt4(ownLinear(weight)) &&
+    (transform === undefined || (transform instanceof GpuTransform && PLAN_GROUPS.includes(transform.groupSize)));
+  const uniform = (products: readonly DecodeProduct[]): boolean => {
+    const [a] = products.map(({ transform }) => transform as GpuTransform | undefined);
+    return products.every(({ transform }) => {
+      const b = transform as GpuTransform | undefined;
+      return a?.krot === b?.krot && a?.groupSize === b?.groupSize;
+    });
+  };
+  const heads = ownLinear(head).format;
+  const table = ownLinear(embedding).format;
+  return (
+    PLAN_HEADS.includes(spec.headDim) &&
+    spec.hidden % 32 === 0 &&
+    spec.rope instanceof GpuRope &&
+    caches.every((cache) => cache instanceof GpuKvCache && cache.batch <= DecodePlan.maxBatch) &&
+    table.kind !== 'int' &&
+    (heads.kind === 'f16' || heads.kind === 'bf16' || isInt4(ownLinear(head))) &&
+    spec.blocks.every((b) => [b.qkv, b.o, b.gateUp, b.down].every((group) => group.every(product) && uniform(group))) &&
+    // One product adds the residual.
+    spec.blocks.every((b) => b.o.length === 1 && b.down.length === 1)
+  );
+}
+
+function concat(parts: readonly Uint32Array[]): Uint32Array {
+  const out = new Uint32Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
+  }
+  return out;
+}
