@@ -13,9 +13,10 @@ import { embedFromFile, groupModules, groupShape, loadBlock, loadFrame, readLine
 import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
 import { memoryActivations, type ActivationStore, type Stream } from './activations.js';
+import { checkScales } from './block-quantizer.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import { perGroup } from './objectives/block.js';
-import { copyEntry, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
+import { copyEntry, MAX_SQUARES, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples } from './types.js';
 
@@ -94,13 +95,14 @@ export class BlockPipeline {
     const { ids, sequences, length } = this.#calibration;
     for (let i = 0; i < sequences; i++) {
       const x = floats(await embedFromFile(this.#run.source, ids.subarray(i * length, (i + 1) * length)));
+      checkStream(TENSOR_NAMES.embedding, x);
       await this.#store.write('reference', i, x);
       await this.#store.write('quantized', i, x);
     }
   }
 
   /** Runs a block over a stream, in place. */
-  async #advance(stream: Stream, block: DecoderBlock, rope: RopeHandle): Promise<void> {
+  async #advance(stream: Stream, layer: number, block: DecoderBlock, rope: RopeHandle): Promise<void> {
     const { backend, source } = this.#run;
     const { sequences, length } = this.#calibration;
     const perPass = Math.max(1, Math.floor(PASS_TOKENS / length));
@@ -116,11 +118,7 @@ export class BlockPipeline {
         const size = values.length / batch;
         for (const [i, index] of indices.entries()) {
           const sequence = values.slice(i * size, (i + 1) * size);
-          if (!sequence.every(Number.isFinite)) {
-            throw new GyreError('non-finite', `the ${stream} path is NaN or infinite on the calibration data`, {
-              remedy: 'check the model with gyre eval; if it is sound, report this as a bug with the model and command',
-            });
-          }
+          checkStream(`the output of block ${layer} on the ${stream} path`, sequence);
           await this.#store.write(stream, index, sequence);
         }
       }
@@ -130,7 +128,7 @@ export class BlockPipeline {
   /** The original block over the reference path: its outputs are the targets, and the next block's reference inputs. */
   async #advanceReference(layer: number, rope: RopeHandle): Promise<void> {
     const block = await loadBlock(this.#run.backend, this.#run.source, layer);
-    await this.#advance('reference', block, rope);
+    await this.#advance('reference', layer, block, rope);
     block.release();
   }
 
@@ -139,7 +137,7 @@ export class BlockPipeline {
     const { backend, source, sink, quantization } = this.#run;
     const checkpoint = await Checkpoint.open(sink.open(blockShard(layer)));
     const block = await loadBlock(backend, { ...source, quantization, checkpoint }, layer);
-    await this.#advance('quantized', block, rope);
+    await this.#advance('quantized', layer, block, rope);
     block.release();
     await checkpoint.close();
   }
@@ -234,6 +232,7 @@ export class BlockPipeline {
     for (const group of GROUP_NAMES) {
       for (const [i, part] of (result.parts[group] ?? []).entries()) {
         const module = groups[group].names[i];
+        checkScales(module, part);
         done.add(module);
         const linear = { ...part.weight, bias: biases.get(module), transform: part.transform };
         entries.push(...quantizedLinearEntries(module, linear, plan.layout));
@@ -245,6 +244,17 @@ export class BlockPipeline {
     }
     return entries;
   }
+}
+
+/** Throws when a residual stream is not finite, or so large that sums over it are not. */
+function checkStream(what: string, values: Float32Array): void {
+  let squares = 0;
+  for (let i = 0; i < values.length; i++) squares += values[i] * values[i];
+  // Negated, so that NaN is caught too.
+  if (squares <= MAX_SQUARES) return;
+  throw new GyreError('non-finite', `${what} is NaN, infinite or overflows on the calibration data`, {
+    remedy: 'check the model with gyre eval; if it is sound, report this as a bug with the model and command',
+  });
 }
 
 /** Sequences held out for validation: as many as asked, at most an eighth, at least one. */

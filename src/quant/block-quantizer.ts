@@ -393,7 +393,7 @@ export class BlockQuantizer {
 const MAX_SCALE = 65504;
 
 /** Throws when a linear's weights are too large for the f16 scales of its grid: they would be cut off without a word. */
-function checkScales(module: string, { weight }: QuantizedPart): void {
+export function checkScales(module: string, { weight }: QuantizedPart): void {
   if (weight.scales.every((scale) => scale < MAX_SCALE)) return;
   throw new GyreError(
     'non-finite',

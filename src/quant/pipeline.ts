@@ -14,15 +14,19 @@ import type { CalibrationTokens } from './calibration/tokens.js';
 import { BlockPipeline } from './block-pipeline.js';
 import { fourDigits } from './ranges.js';
 import { groupRecordSchema, type GroupRecord } from './results.js';
-import { restEntries, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
+import {
+  MAX_SQUARES,
+  restEntries,
+  type Chunk,
+  type GroupReport,
+  type PipelineReport,
+  type QuantizeRun,
+} from './run.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { isBlockRecipe } from './types.js';
 
 /** Tokens per chunk of the calibration run: large enough for full speed, small enough for memory. */
 const CHUNK_TOKENS = 4096;
-
-/** Sum of squares of a residual stream from which on f32 norms overflow, and quietly give zeros. */
-const MAX_SQUARES = 3.4e38;
 
 /** Quantizes every block into `run.sink`. Resumes after the last finished block, to the same bytes. */
 export async function quantizeModel(run: QuantizeRun): Promise<PipelineReport> {

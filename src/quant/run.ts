@@ -13,6 +13,9 @@ import type { CheckpointSink } from './sink.js';
 import type { ActivationStore } from './activations.js';
 import type { QuantizeSettings, Recipe, StageCurve } from './types.js';
 
+/** Sum of squares of a residual stream from which on f32 norms overflow, and quietly give zeros. */
+export const MAX_SQUARES = 3.4e38;
+
 /** Arguments of quantizeModel. */
 export interface QuantizeRun {
   readonly backend: Backend;
