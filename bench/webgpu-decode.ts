@@ -33,7 +33,7 @@ async function compare(
   const tokens = new Uint32Array(batch).fill(11);
   const positions = new Uint32Array(batch).fill(context);
   const greedy = Array.from({ length: batch }, () => ({ temperature: 0 }));
-  const steps = quick ? 24 : 48;
+  const steps = quick ? 128 : 256;
   for (let roundIndex = -1; roundIndex < (quick ? 3 : 5); roundIndex++)
     for (const { plan, times } of plans) {
       plan.begin(tokens, positions, greedy);
