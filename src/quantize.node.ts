@@ -2,13 +2,14 @@
 // calibration text (given or written by the model), the pipeline and the output folder.
 import { createHash } from 'node:crypto';
 import { readdir, readFile, stat } from 'node:fs/promises';
-import { availableParallelism } from 'node:os';
+import { availableParallelism, freemem } from 'node:os';
 import path from 'node:path';
 import { openBackend, type BackendName } from './backends/registry.js';
 import { GyreError, ensure } from './core/errors.js';
 import { silent, type ProgressListener } from './core/progress.js';
 import { createRng } from './core/rng.js';
 import { bytesOf, hostTensor } from './core/tensor.js';
+import { ActivationFiles } from './formats/activations.node.js';
 import { freeBytes } from './formats/atomic.node.js';
 import { resolveModel } from './formats/hub.node.js';
 import { quantizationConfigJson, type QuantizationConfig } from './formats/quantization-config.js';
@@ -23,14 +24,16 @@ import { GROUP_NAMES } from './models/block.js';
 import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
 import type { WeightBits } from './ops/backend.js';
+import { requireGradients } from './ops/gradients.js';
 import {
   documentsOf,
   sampleWindows,
   type CalibrationText,
   type CalibrationTokens,
 } from './quant/calibration/tokens.js';
+import { TRAINING_KEY } from './quant/block-pipeline.js';
 import { groupRecord, quantizeModel } from './quant/pipeline.js';
-import type { GroupReport, PipelineReport } from './quant/run.js';
+import type { BlockReport, GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
 import { prepareModel, type PreparedModel } from './quant/prepare.js';
 import { rotationGroup } from './quant/recipes/paroquant.js';
@@ -38,7 +41,15 @@ import { findRecipe } from './quant/recipes/index.js';
 import { RECORD_FILE, RECORD_KIND, RECORD_VERSION, type QuantizationRecord } from './quant/results.js';
 import { blockShard, REST_SHARD } from './quant/sink.js';
 import type { NarrowBits } from './quant/grids/activations.js';
-import type { QuantizeSettings, Recipe, Rounding, SmoothedGroups } from './quant/types.js';
+import {
+  isBlockRecipe,
+  type BlockSettings,
+  type QuantizeSettings,
+  type Recipe,
+  type Rounding,
+  type SmoothedGroups,
+  type StageCurve,
+} from './quant/types.js';
 import { loadTokenizer } from './tokenizer/index.js';
 import { VERSION } from './version.js';
 
@@ -65,6 +76,10 @@ export interface QuantizeOptions {
   /** Optimiser steps per transform; default 100. */
   readonly steps?: number;
   readonly seed?: number;
+  /** Settings of recipes that train whole blocks; the rest default to the published ones. */
+  readonly block?: Partial<BlockSettings>;
+  /** Bytes of residual streams that such recipes may keep in memory; more goes to disk. Default half of what is free. */
+  readonly activationBytes?: number;
   /** Bits of activations; default 16, or the recipe's own. */
   readonly actBits?: NarrowBits | 16;
   /** Bits of keys and values; default 16, or the recipe's own. */
@@ -115,6 +130,8 @@ export interface QuantizeReport {
   readonly seconds: number;
   readonly breakdown: PipelineReport['seconds'] & { readonly calibrationText: number };
   readonly groups: readonly GroupReport[];
+  /** Of recipes that train whole blocks; losses by epoch are in `training.json` beside the weights. */
+  readonly blocks?: readonly BlockReport[];
   /** Smoothing as searched or given, per block and group. */
   readonly smoothing: readonly { readonly layer: number; readonly group: string; readonly alpha: number | null }[];
   /** What was written to `gyre-report.json`; undefined when nothing was done. */
@@ -127,7 +144,6 @@ const DEFAULTS = {
   groupSize: 128,
   krot: 8,
   scales: true,
-  share: true,
   steps: 100,
   seed: 0,
   calibSamples: 64,
@@ -163,6 +179,13 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       });
     }
     checkTensors(source);
+    if (isBlockRecipe(recipe))
+      ensure(
+        (options.calibrationTokens?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples) >= 2,
+        'usage',
+        `${recipe.name} needs at least two calibration sequences: one to train on, one to choose the best epoch by`,
+        'raise --calib-samples',
+      );
     const calibrated = needsCalibration(recipe, settings);
     const given = calibrated ? options.calibrationTokens : undefined;
     const shape = {
@@ -176,7 +199,9 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const ready =
       given ??
       (tokenizer && texts.length > 0
-        ? sampleWindows(tokenizer, texts, shape, createRng(settings.seed).fork('calibration'))
+        ? sampleWindows(tokenizer, texts, shape, createRng(settings.seed).fork('calibration'), {
+            evenly: isBlockRecipe(recipe),
+          })
         : undefined);
     const fingerprint = await fingerprintOf(source, settings, calibrated ? { shape, texts, tokens: given } : undefined);
     options.onPlan?.({ ...plan, lines: describePlan(source, plan, settings, recipe, shape, texts) });
@@ -206,6 +231,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const threads = options.threads ?? availableParallelism();
     const backend = await openBackend(options.device ?? 'cpu', { threads });
     try {
+      if (isBlockRecipe(recipe)) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
       const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
       try {
@@ -224,6 +250,9 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           ready ??
           (tokenizer && (await storedTokens(folder, shape, () => writeCalibrationText(source, tokenizer, writing))));
         const calibrationText = (performance.now() - textStart) / 1000;
+        const activations = isBlockRecipe(recipe)
+          ? activationFiles(folder, source, shape, options.activationBytes ?? freemem() / 2)
+          : undefined;
         const prepared = await prepareModel({
           backend,
           source,
@@ -242,14 +271,16 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           quantization,
           calibration: recipe.needs === 'nothing' ? undefined : calibration,
           sink: folder,
+          activations,
           onProgress,
           signal: options.signal,
-        });
+        }).finally(() => activations?.remove());
         const description = calibration?.description ?? 'none';
         let record: QuantizationRecord | undefined;
         const files = await resultFiles(prepared.source, quantization, {
           fingerprint,
           settings,
+          training: isBlockRecipe(recipe) ? await trainingOf(folder, source) : undefined,
           calibration: description,
           notes: plan.notes,
           ...(prepared.smoothing.length > 0 ? { smoothing: describeSmoothing(prepared) } : {}),
@@ -257,7 +288,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         await folder.finish(files, async (made) => {
           record = await describeResult(source, made, {
             method: settings.method,
-            settings: Object.fromEntries(Object.entries(settings)),
+            settings: flatSettings(settings),
             layout: plan.layout,
             calibration: description,
             notes: [...plan.notes],
@@ -272,6 +303,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           seconds: (performance.now() - start) / 1000,
           breakdown: { ...pipeline.seconds, calibrationText },
           groups: pipeline.groups,
+          ...(pipeline.blocks && { blocks: pipeline.blocks }),
           smoothing: describeSmoothing(prepared),
         });
       } finally {
@@ -326,21 +358,52 @@ function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings 
     'usage',
     () => `--alpha must be between 0 and 1, found ${alpha}`,
   );
+  ensure(
+    !isBlockRecipe(recipe) || (!actBits && !kvBits && !rotate && smooth === 'none'),
+    'usage',
+    () => `${recipe.name} trains blocks as they are, with activations in full precision`,
+    'leave out --act-bits, --kv-bits, --rotate and --smooth, or choose another method',
+  );
   return {
     method: recipe.name,
     bits,
     groupSize,
     krot,
     scales: options.scales ?? DEFAULTS.scales,
-    share: options.share ?? DEFAULTS.share,
+    share: options.share ?? (isBlockRecipe(recipe) ? recipe.share : true),
     rounding: options.rounding,
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
+    ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
     ...(actBits ? { actBits } : {}),
     ...(kvBits ? { kvBits } : {}),
     ...(rotate ? { rotate } : {}),
     ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
   };
+}
+
+/** Settings as a record has them: one flat table. */
+function flatSettings({ block, ...settings }: QuantizeSettings): QuantizationRecord['settings'] {
+  const entries = Object.entries({ ...settings, ...block });
+  return Object.fromEntries(entries.flatMap(([name, value]) => (value === undefined ? [] : [[name, value]])));
+}
+
+function blockSettings(defaults: BlockSettings, given: Partial<BlockSettings> = {}): BlockSettings {
+  const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
+  const block: BlockSettings = { ...defaults, ...chosen };
+  for (const name of ['epochs', 'batch', 'validation'] as const)
+    ensure(
+      Number.isInteger(block[name]) && block[name] >= 1,
+      'usage',
+      () => `${name} must be a whole number of at least 1, found ${block[name]}`,
+    );
+  for (const name of ['transformRate', 'weightRate', 'gridRate', 'weightDecay', 'beta'] as const)
+    ensure(
+      Number.isFinite(block[name]) && block[name] >= 0 && (name !== 'beta' || block[name] > 0),
+      'usage',
+      () => `${name} must be a positive number, found ${block[name]}`,
+    );
+  return block;
 }
 
 function checkShape(
@@ -489,6 +552,35 @@ async function storedTokens(
   return tokens;
 }
 
+/** Residual streams on disk when they would take more than `budget` bytes; undefined: keep them in memory. */
+function activationFiles(
+  folder: RunFolder,
+  source: ModelSource,
+  shape: { sequences: number; length: number },
+  budget: number,
+): ActivationFiles | undefined {
+  const elements = shape.length * source.config.hiddenSize;
+  if (2 * shape.sequences * elements * 4 <= budget) return undefined;
+  return new ActivationFiles(folder.temporary('activations'), elements);
+}
+
+/** Losses of one block's training, as `training.json` has them. */
+interface BlockTraining {
+  readonly layer: number;
+  readonly stages: readonly StageCurve[];
+}
+
+/** The losses that finished shards carry, those of an interrupted run included. */
+async function trainingOf(folder: RunFolder, source: ModelSource): Promise<BlockTraining[]> {
+  const blocks: BlockTraining[] = [];
+  for (let layer = 0; layer < source.config.layers; layer++) {
+    const file = await SafetensorsFile.open(await folder.open(blockShard(layer)).open('model.safetensors'));
+    blocks.push({ layer, stages: JSON.parse(file.metadata[TRAINING_KEY] ?? '[]') as StageCurve[] });
+    await file.close();
+  }
+  return blocks;
+}
+
 /** The quantization config of a planned run. */
 export function quantizationOf(
   source: ModelSource,
@@ -534,18 +626,23 @@ function commonRotationGroup(source: ModelSource): number {
 async function resultFiles(
   source: ModelSource,
   quantization: QuantizationConfig,
-  record: {
+  run: {
     fingerprint: string;
     settings: QuantizeSettings;
     calibration: string;
     notes: readonly string[];
+    training?: readonly BlockTraining[];
     smoothing?: QuantizeReport['smoothing'];
   },
 ): Promise<Record<string, string>> {
+  const { training, ...record } = run;
   const result: Record<string, string> = {
     'config.json': `${JSON.stringify({ ...source.rawConfig, quantization_config: quantizationConfigJson(quantization) }, null, 2)}\n`,
     'gyre.json': `${JSON.stringify({ ...record, gyre: VERSION, model: source.name }, null, 2)}\n`,
   };
+  if (training)
+    result['training.json'] =
+      `${JSON.stringify({ gyre: VERSION, model: source.name, settings: run.settings, blocks: training }, null, 2)}\n`;
   const present = new Set(await source.files.list());
   for (const name of COPIED_FILES) if (present.has(name)) result[name] = await readRaw(source.files, name);
   return result;

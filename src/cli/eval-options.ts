@@ -15,6 +15,7 @@ export const evalSchema = z.object({
   startToken: oneOf(['none', 'once', 'each']).optional(),
   perDocument: z.boolean().optional(),
   tasks: z.string().optional(),
+  drift: z.string().optional(),
   listTasks: z.boolean().optional(),
   data: z.string().optional(),
   limit: wholeNumber(1).optional(),

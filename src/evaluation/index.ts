@@ -16,6 +16,14 @@ export {
   type WindowScore,
 } from './perplexity.js';
 export { cutWindows, type ProtocolOptions, type StartPlacement, type TextWindow } from './windows.js';
+export {
+  evaluateDrift,
+  type DriftEvaluation,
+  type DriftOptions,
+  type LengthDrift,
+  type PositionDrift,
+  type TaskDrift,
+} from './drift.js';
 export * from './tasks/index.js';
 export {
   evaluateTasks,

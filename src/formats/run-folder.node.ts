@@ -142,8 +142,12 @@ export class RunFolder {
     return (await stat(this.#path(shard)).catch(() => undefined)) !== undefined;
   }
 
-  async write(shard: string, entries: readonly TensorEntry[]): Promise<void> {
-    await writeSafetensors(this.#path(shard), entries);
+  async write(
+    shard: string,
+    entries: readonly TensorEntry[],
+    metadata?: Readonly<Record<string, string>>,
+  ): Promise<void> {
+    await writeSafetensors(this.#path(shard), entries, metadata ? { metadata: { format: 'pt', ...metadata } } : {});
   }
 
   async keepRecord(shard: string, record: string): Promise<void> {

@@ -4,6 +4,7 @@
 // return its result or a promise of it (kernels are synchronous on the CPU, asynchronous elsewhere): callers await.
 // Every op has a float64 oracle in ops/reference, and test/conformance runs each op on each backend against it.
 import type { HostTensor } from '../core/tensor.js';
+import type { GradientOps } from './gradients.js';
 
 export type Awaitable<T> = T | Promise<T>;
 
@@ -443,6 +444,8 @@ export interface BackendInfo {
 /** A machine gyre can run on. */
 export interface Backend extends InferenceOps, QuantizationOps {
   readonly info: BackendInfo;
+  /** Ops of training, where the backend has them; see `requireGradients`. */
+  readonly gradients?: GradientOps;
   /**
    * A faster way to decode a whole model than op by op, on backends that have one; undefined when it doesn't take this
    * model. The handles stay the caller's and must outlive the program.

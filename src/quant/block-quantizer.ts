@@ -16,7 +16,7 @@ import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { divideBy, groupRanges, RangeSample } from './ranges.js';
 import { InputStatistics, wantedOutputs, type Statistics } from './statistics.js';
-import type { GroupResult, GroupTask, QuantizedPart } from './types.js';
+import { isBlockRecipe, type GroupResult, type GroupTask, type QuantizedPart } from './types.js';
 
 /** What a block asks of the pipeline. */
 export interface BlockHooks {
@@ -234,6 +234,7 @@ export class BlockQuantizer {
     statistics?: Statistics & { readonly sample?: HostTensor; readonly ranges: Float32Array | undefined },
   ): Promise<LinearPart[]> {
     const { backend, source, recipe, settings, plan } = this.#run;
+    if (isBlockRecipe(recipe)) throw new Error(`${recipe.name} quantizes whole blocks`);
     const decision = plan.decisions[group];
     const read = parts ?? (await this.#readParts(group));
     if (decision.kind === 'keep') return read;
@@ -392,7 +393,7 @@ export class BlockQuantizer {
 const MAX_SCALE = 65504;
 
 /** Throws when a linear's weights are too large for the f16 scales of its grid: they would be cut off without a word. */
-function checkScales(module: string, { weight }: QuantizedPart): void {
+export function checkScales(module: string, { weight }: QuantizedPart): void {
   if (weight.scales.every((scale) => scale < MAX_SCALE)) return;
   throw new GyreError(
     'non-finite',

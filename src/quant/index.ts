@@ -7,6 +7,25 @@ export { AdamW, cosineRate, type AdamWOptions } from './optimizer.js';
 export { quantizeModel } from './pipeline.js';
 export { planQuantization, type GroupDecision, type Layout, type QuantizePlan } from './plan.js';
 export { findRecipe, RECIPES } from './recipes/index.js';
-export type { GroupReport, PipelineReport, QuantizeRun } from './run.js';
+export { memoryActivations, type ActivationStore, type Stream } from './activations.js';
+export type { BlockReport, GroupReport, PipelineReport, QuantizeRun } from './run.js';
 export { blockShard, REST_SHARD, type CheckpointSink } from './sink.js';
-export type { GroupResult, GroupTask, InputFold, QuantizedPart, QuantizeSettings, Recipe, Rounding } from './types.js';
+export {
+  BLOCK_DEFAULTS,
+  isBlockRecipe,
+  type BlockGroup,
+  type BlockRecipe,
+  type BlockResult,
+  type BlockSamples,
+  type BlockSettings,
+  type BlockTask,
+  type GroupRecipe,
+  type GroupResult,
+  type GroupTask,
+  type InputFold,
+  type QuantizedPart,
+  type QuantizeSettings,
+  type Recipe,
+  type Rounding,
+  type StageCurve,
+} from './types.js';

@@ -1,4 +1,5 @@
-// AdamW and the cosine schedule, for the few thousand parameters of a transform.
+// AdamW on the host, for the few thousand parameters of a transform.
+export { cosineRate } from '../autograd/optimizer.js';
 
 /** Settings of {@link AdamW}; the defaults are the published ParoQuant ones (design §4.4). */
 export interface AdamWOptions {
@@ -35,9 +36,4 @@ export class AdamW {
         learningRate * (m / correction1 / (Math.sqrt(v / correction2) + eps) + weightDecay * parameters[i]);
     }
   }
-}
-
-/** Cosine from `peak` at step 0 to `peak · floor` at the last step. */
-export function cosineRate(step: number, steps: number, peak: number, floor = 1 / 20): number {
-  return peak * (floor + ((1 - floor) * (1 + Math.cos((Math.PI * step) / steps))) / 2);
 }

@@ -4,7 +4,6 @@ import { z } from 'zod';
 import { GyreError } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { Checkpoint } from '../formats/safetensors.js';
-import type { TensorEntry } from '../formats/safetensors-writer.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
 import { embedFromFile, loadBlock, loadFrame, type ModelSource } from '../models/load.js';
 import { exact, NO_ONLINE } from '../models/online.js';
@@ -12,20 +11,27 @@ import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
 import { BlockQuantizer } from './block-quantizer.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
+import { BlockPipeline } from './block-pipeline.js';
 import { fourDigits } from './ranges.js';
 import { groupRecordSchema, type GroupRecord } from './results.js';
-import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
+import {
+  MAX_SQUARES,
+  restEntries,
+  type Chunk,
+  type GroupReport,
+  type PipelineReport,
+  type QuantizeRun,
+} from './run.js';
 import { blockShard, REST_SHARD } from './sink.js';
+import { isBlockRecipe } from './types.js';
 
 /** Tokens per chunk of the calibration run: large enough for full speed, small enough for memory. */
 const CHUNK_TOKENS = 4096;
 
-/** Sum of squares of a residual stream from which on f32 norms overflow, and quietly give zeros. */
-const MAX_SQUARES = 3.4e38;
-
 /** Quantizes every block into `run.sink`. Resumes after the last finished block, to the same bytes. */
 export async function quantizeModel(run: QuantizeRun): Promise<PipelineReport> {
-  return new Pipeline(run).run();
+  const { recipe } = run;
+  return isBlockRecipe(recipe) ? new BlockPipeline(run, recipe).run() : new Pipeline(run).run();
 }
 
 class Pipeline {
@@ -59,7 +65,8 @@ class Pipeline {
       }
     }
     this.#tell(layers, 'embeddings, norms and head');
-    if (!(await sink.has(REST_SHARD))) await this.#timed('write', () => sink.write(REST_SHARD, this.#restEntries()));
+    if (!(await sink.has(REST_SHARD)))
+      await this.#timed('write', () => sink.write(REST_SHARD, restEntries(this.#run.source)));
     for (const chunk of chunks) freeChunk(backend, chunk);
     if (rope) backend.release(rope);
     return { groups: this.#groups, seconds: this.#seconds };
@@ -187,17 +194,6 @@ class Pipeline {
         }
       }
     }
-  }
-
-  /** Everything outside the blocks' quantized linears, copied as it is, one tensor at a time. */
-  #restEntries(): TensorEntry[] {
-    const { checkpoint, config } = this.#run.source;
-    const prefixes = Array.from({ length: config.layers }, (_, layer) => `${TENSOR_NAMES.block(layer)}.`);
-    const inBlocks = new Set(prefixes);
-    const blockOf = (name: string) => /^(.*?\.layers\.\d+\.)/.exec(name)?.[1] ?? '';
-    return [...checkpoint.names()]
-      .filter((name) => !inBlocks.has(blockOf(name)))
-      .map((name) => copyEntry(this.#run.source, name));
   }
 }
 

@@ -5,7 +5,7 @@ import type { ModelConfig } from '../models/config.js';
 import { groupShape } from '../models/load.js';
 import { findHadamardBase, largestHadamardOrder } from '../transforms/index.js';
 import { isPrepared } from './prepare.js';
-import type { QuantizeSettings, Recipe } from './types.js';
+import { isBlockRecipe, type QuantizeSettings, type Recipe } from './types.js';
 
 /** What happens to a linear group. */
 export type GroupDecision =
@@ -166,14 +166,36 @@ function estimate(
       if (recipe.layout === 'paroquant') flops += 2 * inFeatures ** 2 * (settings.steps * learnedColumns + 13 * out);
     }
     flops += 2 * count * tokens * 2;
+    // Forward, gradient of inputs, gradient of weights.
+    flops += 6 * count * tokens * trainingPasses(recipe, settings);
     largest = Math.max(largest, count);
   }
   const stream = tokens * config.hiddenSize * 4 * (paths === 2 ? 2 : 1);
   const intermediate = tokens * Math.max(config.intermediateSize, config.heads * config.headDim) * 4;
   return {
-    memoryBytes: weights * 8 + largest * 12 + widest ** 2 * 40 + stream + intermediate,
+    memoryBytes: isBlockRecipe(recipe)
+      ? weights * 4 * TRAINING_COPIES + trainingActivations(config) + stream
+      : weights * 8 + largest * 12 + widest ** 2 * 40 + stream + intermediate,
     outputBytes: Math.ceil((storedBits / 8 + keptBytes) * config.layers + otherBytes),
     floatingPointOperations: flops * config.layers,
     bitsPerWeight: quantizedWeights === 0 ? 16 : storedBits / quantizedWeights,
   };
+}
+
+/** Copies of a block's weights while it is trained: values, gradients, two moments, and what transforms make of them. */
+const TRAINING_COPIES = 10;
+/** Tokens of a training pass. */
+const TRAINING_TOKENS = 4096;
+
+/** Passes of a whole-block recipe over its calibration tokens. */
+function trainingPasses(recipe: Recipe, settings: QuantizeSettings): number {
+  if (!isBlockRecipe(recipe)) return 0;
+  const { epochs, stages } = settings.block ?? recipe.training;
+  return epochs * (stages === 'both' ? 2 : 1);
+}
+
+/** Values and gradients that the tape of a training pass holds. */
+function trainingActivations({ hiddenSize, intermediateSize, heads, kvHeads, headDim }: ModelConfig): number {
+  const perToken = 8 * hiddenSize + 4 * (heads + kvHeads) * headDim + 5 * intermediateSize;
+  return 2 * TRAINING_TOKENS * perToken * 4;
 }

@@ -51,10 +51,11 @@ export class InputStatistics {
     const cross = this.#cross && (await this.#average(this.#cross));
     const target = this.#target && (await this.#average(this.#target));
     const size = await this.#backend.dot(gram, gram);
-    let wanted = 0;
-    for (const matrix of [cross, target]) if (matrix) wanted += await this.#backend.dot(matrix, matrix);
-    if (!Number.isFinite(size + wanted)) {
-      throw new GyreError('non-finite', `inputs of ${what} are NaN, infinite or overflow on the calibration data`, {
+    const reference = cross ? await this.#backend.dot(cross, cross) : 0;
+    const wanted = target ? await this.#backend.dot(target, target) : 0;
+    if (!Number.isFinite(size + reference + wanted)) {
+      const which = Number.isFinite(size + reference) ? 'outputs' : 'inputs';
+      throw new GyreError('non-finite', `${which} of ${what} are NaN, infinite or overflow on the calibration data`, {
         remedy: 'the model itself produces them: check it with gyre eval on the same text',
       });
     }

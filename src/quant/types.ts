@@ -6,11 +6,13 @@ import type {
   GridSpec,
   PairwiseTransform,
   QuantizedWeight,
+  RopeHandle,
   Tensor,
   WeightBits,
 } from '../ops/backend.js';
 import type { GroupName } from '../models/block.js';
 import type { NarrowBits } from './grids/activations.js';
+import type { FixedBlock } from './objectives/block.js';
 
 /** How values land on the grid. */
 export type Rounding = 'rtn' | 'gptq';
@@ -35,6 +37,8 @@ export interface QuantizeSettings {
   /** Optimiser steps per transform (ParoQuant). */
   readonly steps: number;
   readonly seed: number;
+  /** Settings of recipes that train whole blocks; absent for the others. */
+  readonly block?: BlockSettings;
   /** Bits of activations; 16 when undefined. */
   readonly actBits?: NarrowBits;
   /** Bits of keys and values; 16 when undefined. */
@@ -46,6 +50,43 @@ export interface QuantizeSettings {
   /** Exponent of the smoothing scales; searched when undefined. */
   readonly alpha?: number;
 }
+
+/** How a whole-block recipe trains; the defaults ({@link BLOCK_DEFAULTS}) are the published ones (design §4.4). */
+export interface BlockSettings {
+  /** Passes over the training sequences, per stage. */
+  readonly epochs: number;
+  /** Sequences per optimiser step. */
+  readonly batch: number;
+  /** Sequences held out to choose the best epoch; at most an eighth of all. */
+  readonly validation: number;
+  /** Loss on the block's output, and where smooth-L1 turns from squares to absolute values. */
+  readonly loss: 'smooth-l1' | 'mse';
+  readonly beta: number;
+  /** Peak learning rate of angles and channel scales (stage 1), of weights, and of grid scales and zero points (stage 2). */
+  readonly transformRate: number;
+  readonly weightRate: number;
+  readonly gridRate: number;
+  readonly weightDecay: number;
+  /** Stage 1 learns transforms, stage 2 weights and grids. */
+  readonly stages: 'both' | 'transforms' | 'weights';
+  /** How rotations pair channels: at random, largest with smallest magnitude, or those that learn the largest angles. */
+  readonly pairs: 'random' | 'magnitude' | 'learned';
+}
+
+/** The published settings. */
+export const BLOCK_DEFAULTS: BlockSettings = {
+  epochs: 10,
+  batch: 16,
+  validation: 64,
+  loss: 'smooth-l1',
+  beta: 1,
+  transformRate: 0.05,
+  weightRate: 1e-5,
+  gridRate: 1e-6,
+  weightDecay: 0.01,
+  stages: 'both',
+  pairs: 'random',
+};
 
 /** The linears of one group and what is known of their inputs. */
 export interface GroupTask {
@@ -103,8 +144,59 @@ export interface GroupResult {
   readonly curve?: readonly number[];
 }
 
-/** A quantization method as an entry of the table in recipes/index.ts. */
-export interface Recipe {
+/** One linear group of a block to be trained. */
+export interface BlockGroup {
+  readonly names: readonly string[];
+  /** Weights [out, in], f32, one per name. */
+  readonly weights: readonly Float32Array[];
+  readonly outFeatures: readonly number[];
+  readonly inFeatures: number;
+  /** Absent for groups that stay in 16 bits. */
+  readonly grid?: GridSpec;
+}
+
+/** Sequences of one length with what a block should make of them. */
+export interface BlockSamples {
+  readonly count: number;
+  /** Inputs of the quantized path and outputs of the reference path, [indices.length · length, hidden] each; the caller frees them. */
+  read(indices: readonly number[]): Promise<{ input: Tensor; target: Tensor }>;
+}
+
+/** A whole decoder block, for recipes that train it as one function. */
+export interface BlockTask {
+  readonly layer: number;
+  readonly fixed: FixedBlock;
+  readonly groups: Readonly<Record<GroupName, BlockGroup>>;
+  readonly rope: RopeHandle;
+  /** Tokens per sequence. */
+  readonly length: number;
+  readonly training: BlockSamples;
+  readonly validation: BlockSamples;
+  readonly settings: QuantizeSettings;
+  tell(message: string): void;
+  checkAborted(): void;
+}
+
+/** Losses of one stage of training, by epoch. */
+export interface StageCurve {
+  readonly stage: string;
+  /** Mean over the epoch's steps. */
+  readonly train: readonly number[];
+  /** After each epoch; the first is before any. */
+  readonly validation: readonly number[];
+  /** The epoch that was kept: an index of `validation`. */
+  readonly best: number;
+}
+
+/** What a whole-block recipe returns. */
+export interface BlockResult {
+  /** Of every group with a grid. */
+  readonly parts: Readonly<Partial<Record<GroupName, readonly QuantizedPart[]>>>;
+  readonly stats: Readonly<Record<string, number>>;
+  readonly curves: readonly StageCurve[];
+}
+
+interface RecipeBase {
   readonly name: string;
   /** One line for `--help` and reports. */
   readonly summary: string;
@@ -120,5 +212,26 @@ export interface Recipe {
   readonly defaults?: Partial<
     Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'kvBits'>
   >;
+}
+
+/** A quantization method that works on one linear group at a time. */
+export interface GroupRecipe extends RecipeBase {
   quantizeGroup(backend: Backend, task: GroupTask): Promise<GroupResult>;
+}
+
+/** A quantization method that trains a whole decoder block. */
+export interface BlockRecipe extends RecipeBase {
+  /** Whether a linear group shares one transform unless settings say otherwise. */
+  readonly share: boolean;
+  /** Settings of training unless given. */
+  readonly training: BlockSettings;
+  quantizeBlock(backend: Backend, task: BlockTask): Promise<BlockResult>;
+}
+
+/** A quantization method as an entry of the table in recipes/index.ts. */
+export type Recipe = GroupRecipe | BlockRecipe;
+
+/** Whether a recipe trains whole blocks. */
+export function isBlockRecipe(recipe: Recipe): recipe is BlockRecipe {
+  return 'quantizeBlock' in recipe;
 }

@@ -42,11 +42,17 @@ describe.skipIf(missing)(`WebGPU in a browser${missing ? `: skipped, ${missing}`
   beforeAll(async () => {
     folder = await mkdtemp(path.join(tmpdir(), 'gyre-web-'));
     const { prepareModel } = (await import(pathToFileURL(path.join(ROOT, 'web/prepare.mjs')).href)) as {
-      prepareModel(folder: string, options: Partial<QuantizeOptions>): Promise<void>;
+      prepareModel: (folder: string, options: Partial<QuantizeOptions>) => Promise<void>;
     };
     const prose = path.join(ROOT, 'models/gyre-14m/eval/prose/01-fiction-nineteenth-century.txt');
     // Little calibration and few steps: real rotations and codes, in seconds.
-    await prepareModel(path.join(folder, 'public'), { calib: [prose], calibSamples: 2, seqLen: 64, steps: 1, rounding: 'rtn' });
+    await prepareModel(path.join(folder, 'public'), {
+      calib: [prose],
+      calibSamples: 2,
+      seqLen: 64,
+      steps: 1,
+      rounding: 'rtn',
+    });
     const customLogger = createLogger('silent');
     customLogger.warn = customLogger.warnOnce = (message) => warnings.push(message);
     await build({
@@ -84,50 +90,54 @@ describe.skipIf(missing)(`WebGPU in a browser${missing ? `: skipped, ${missing}`
     expect(warnings.filter((warning) => warning.includes('externalized for browser'))).toEqual([]);
   });
 
-  it('generates the tokens that Node.js generates', async () => {
-    const backend = await openTestWebGpu();
-    const files = await folderFiles(path.join(folder, 'public', 'model'));
-    const source = await openModel(files);
-    const decoder = await loadDecoder(backend, source);
-    const tokenizer = await loadTokenizer(files);
-    const prompt = tokenizer.encode(
-      tokenizer.applyChatTemplate([{ role: 'user', content: 'Compute 413 + 436.' }], { addGenerationPrompt: true }),
-      { addSpecialTokens: false },
-    );
-    const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
-    const expected = await collect(generate(decoder, prompt, { temperature: 0, maxTokens: TOKENS, stopIds }));
-    await source.checkpoint.close();
-    await backend.dispose();
-
-    const server = await preview({
-      configFile: false,
-      root: path.join(ROOT, 'web'),
-      logLevel: 'error',
-      build: { outDir: path.join(folder, 'site') },
-      preview: { host: '127.0.0.1', port: 0 },
-    });
-    const page = await browser?.newPage();
-    page?.setDefaultTimeout(PATIENCE);
-    if (!page) throw new Error('the browser did not start');
-    const errors: string[] = [];
-    page.on('pageerror', (error) => errors.push(String(error)));
-    try {
-      await page.goto(server.resolvedUrls?.local[0] ?? '');
-      await page
-        .waitForFunction(() => 'complete' in globalThis, undefined, { timeout: PATIENCE })
-        .catch((cause: unknown) => {
-          throw new Error(`the page did not start: ${errors.join('; ')}`, { cause });
-        });
-      const found = await page.evaluate(
-        (request) => (globalThis as unknown as { complete(r: object): Promise<Completion> }).complete(request),
-        { ids: [...prompt], maxTokens: TOKENS },
+  it(
+    'generates the tokens that Node.js generates',
+    async () => {
+      const backend = await openTestWebGpu();
+      const files = await folderFiles(path.join(folder, 'public', 'model'));
+      const source = await openModel(files);
+      const decoder = await loadDecoder(backend, source);
+      const tokenizer = await loadTokenizer(files);
+      const prompt = tokenizer.encode(
+        tokenizer.applyChatTemplate([{ role: 'user', content: 'Compute 413 + 436.' }], { addGenerationPrompt: true }),
+        { addSpecialTokens: false },
       );
-      expect(found.info.name).toBe('webgpu');
-      expect(found.ids.length).toBeGreaterThan(1);
-      expect(found.ids).toEqual([...expected.ids]);
-    } finally {
-      await page.close();
-      await server.close();
-    }
-  }, PATIENCE);
+      const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
+      const expected = await collect(generate(decoder, prompt, { temperature: 0, maxTokens: TOKENS, stopIds }));
+      await source.checkpoint.close();
+      await backend.dispose();
+
+      const server = await preview({
+        configFile: false,
+        root: path.join(ROOT, 'web'),
+        logLevel: 'error',
+        build: { outDir: path.join(folder, 'site') },
+        preview: { host: '127.0.0.1', port: 0 },
+      });
+      const page = await browser?.newPage();
+      page?.setDefaultTimeout(PATIENCE);
+      if (!page) throw new Error('the browser did not start');
+      const errors: string[] = [];
+      page.on('pageerror', (error) => errors.push(String(error)));
+      try {
+        await page.goto(server.resolvedUrls?.local[0] ?? '');
+        await page
+          .waitForFunction(() => 'complete' in globalThis, undefined, { timeout: PATIENCE })
+          .catch((cause: unknown) => {
+            throw new Error(`the page did not start: ${errors.join('; ')}`, { cause });
+          });
+        const found = await page.evaluate(
+          (request) => (globalThis as unknown as { complete(r: object): Promise<Completion> }).complete(request),
+          { ids: [...prompt], maxTokens: TOKENS },
+        );
+        expect(found.info.name).toBe('webgpu');
+        expect(found.ids.length).toBeGreaterThan(1);
+        expect(found.ids).toEqual([...expected.ids]);
+      } finally {
+        await page.close();
+        await server.close();
+      }
+    },
+    PATIENCE,
+  );
 });

@@ -6,6 +6,8 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { resultSchema } from '../../src/evaluation/results.js';
+import { driftSchema } from '../../src/report/drift-schema.js';
+import { readInput } from '../../src/report/inputs.js';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const bin = path.join(root, 'bin', 'gyre.js');
@@ -99,7 +101,7 @@ describe('devices', () => {
     const run = await gyre(['generate', model, '--prompt', 'Once', '--device', 'webgpu'], { env });
     expect(run.code).toBe(1);
     expect(run.stderr).toContain('WebGPU found no GPU');
-    expect(run.stderr).toContain('gyre doctor');
+    expect(run.stderr).toContain('--device cpu');
   });
 });
 
@@ -252,6 +254,24 @@ describe('eval', () => {
     expect(second.items).toEqual(chains.items);
   });
 
+  it('follows the chains of a reference, in a file that reports read', async () => {
+    const out = path.join(folder, 'drift.json');
+    const tasks = path.join(model, 'eval', 'tasks.jsonl');
+    const args = ['eval', model, '--drift', tasks, '--limit', '2', '--max-tokens', '24', '--out', out];
+    const alone = await gyre(args);
+    expect([alone.code, alone.stderr]).toEqual([2, expect.stringContaining('--reference')]);
+    const both = await gyre([...args, '--reference', model, '--text', prose]);
+    expect([both.code, both.stderr]).toEqual([2, expect.stringContaining('--drift')]);
+    const run = await gyre([...args, '--reference', model]);
+    expect(run.code).toBe(0);
+    expect(run.stdout).toMatch(/position +tokens +KL +agreement/);
+    const input = readInput('drift.json', await readFile(out, 'utf8'));
+    expect(input?.kind).toBe('drift');
+    const { chains, positions, freeRunning } = driftSchema.parse(JSON.parse(await readFile(out, 'utf8')));
+    expect([chains, freeRunning?.tasks, freeRunning?.departed]).toEqual([2, 2, 0]);
+    expect(positions[0]).toMatchObject({ from: 0, to: 16, top1Agreement: { value: 1 } });
+  });
+
   it('measures several tasks from a folder of data; compare tells them apart', async () => {
     const data = path.join(folder, 'data');
     await mkdir(data);
@@ -373,8 +393,8 @@ describe('quantize', () => {
     expect(shown).toMatchObject({ quantization: { method: 'awq', bits: 4 } });
     expect(shown['linearBitsPerWeight']).toBeCloseTo(4.156, 2);
     const args2 = ['eval', out, '--text', prose, '--reference', model, '--seq-len', '128', '--samples', '2', '--json'];
-    const measured = json(await gyre(args2));
-    expect(measured['kl']).toBeGreaterThan(0.005);
-    expect(measured['kl']).toBeLessThan(0.3);
+    const [measured] = resultSchema.parse(json(await gyre(args2))).evaluations;
+    expect(measured.metrics['kl'].value).toBeGreaterThan(0.005);
+    expect(measured.metrics['kl'].value).toBeLessThan(0.3);
   });
 });

@@ -13,7 +13,7 @@ import { quantizeModel } from '../../src/quant/pipeline.js';
 import { planQuantization } from '../../src/quant/plan.js';
 import { findRecipe } from '../../src/quant/recipes/index.js';
 import { blockShard, REST_SHARD } from '../../src/quant/sink.js';
-import type { QuantizeSettings } from '../../src/quant/types.js';
+import { BLOCK_DEFAULTS, type QuantizeSettings } from '../../src/quant/types.js';
 import { quantizationOf } from '../../src/quantize.node.js';
 
 export const FIXTURES = path.join(import.meta.dirname, '../fixtures/parity');
@@ -40,6 +40,7 @@ export const SETTINGS: QuantizeSettings = {
   rounding: undefined,
   steps: 20,
   seed: 0,
+  block: { ...BLOCK_DEFAULTS, epochs: 1, batch: 4 },
 };
 
 /** Quantizes a fixture into `out` (made by the run) and returns the source and the report. */

@@ -1,5 +1,6 @@
 // The CPU backend: ONNX Runtime for matrix products and prefill attention, our WebAssembly SIMD kernels for the rest.
 import type { Backend, BackendInfo } from '../../ops/backend.js';
+import { CpuGradients } from './gradients.js';
 import { CpuInference } from './inference.js';
 import { KernelPool } from './kernels.js';
 import { OrtKernels } from './ort.js';
@@ -30,21 +31,24 @@ export async function openCpuBackend(options: CpuOptions = {}): Promise<Backend>
   return compose(
     new CpuInference(pool, ort, tensors, options.activations ?? 'exact'),
     new CpuQuantization(pool, ort, tensors),
+    new CpuGradients(pool, tensors),
     info,
     dispose,
   );
 }
 
-/** One object with the ops of both halves. */
+/** One object with the ops of both halves, and those of training beside them. */
 function compose(
   inference: CpuInference,
   quantization: CpuQuantization,
+  gradients: CpuGradients,
   info: BackendInfo,
   dispose: () => Promise<void>,
 ): Backend {
   return Object.assign(Object.create(null), {
     info,
     dispose,
+    gradients,
     ...methods(inference),
     ...methods(quantization),
   }) as Backend;

@@ -354,8 +354,9 @@ export class CpuInference implements InferenceOps {
       else await this.#attendStored(cache, own(q).data, out.data, options, starts);
       return out;
     }
-    if (tokens <= FEW_QUERY_ROWS) {
-      const out = this.#make(rows, cols);
+    // ONNX Runtime takes head dimensions in multiples of 8 only.
+    if (tokens <= FEW_QUERY_ROWS || headDim % 8 !== 0) {
+      const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);
       const [kNew, vNew]: Floats[] = [own(k).floats, own(v).floats];
       cache?.append(kNew, vNew, starts);
       const source = cache ?? { k: kNew, v: vNew };

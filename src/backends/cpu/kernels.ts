@@ -32,3 +32,16 @@ export {
   type SplitHeadsArguments,
 } from './wasm/forward-kernels.js';
 export { MAX_GEMV_ROWS, PackedLinear } from './wasm/packed-linear.js';
+export {
+  adamW,
+  attentionGradient,
+  elementLoss,
+  freeGrid,
+  logitLoss,
+  rmsNormGradient,
+  rotateGradient,
+  scaleGroups,
+  siluMulGradient,
+  splitHeadsGradient,
+  sumGroups,
+} from './wasm/gradient-kernels.js';

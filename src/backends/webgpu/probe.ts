@@ -30,7 +30,12 @@ export async function probeWebGpu(): Promise<WebGpuProbe> {
     if (!(error instanceof GyreError)) throw error;
     return { available: false, reason: error.message, remedy: error.remedy ?? '' };
   }
-  if (!adapter) return { available: false, reason: 'WebGPU found no GPU on this machine', remedy: DRIVER_REMEDY };
+  if (!adapter) {
+    const remedy = inNode
+      ? (await import('./provider.node.js')).DRIVER_REMEDY
+      : 'allow hardware acceleration in the settings of the browser';
+    return { available: false, reason: 'WebGPU found no GPU on this machine', remedy };
+  }
   const { limits } = adapter;
   return {
     available: true,
@@ -41,11 +46,6 @@ export async function probeWebGpu(): Promise<WebGpuProbe> {
     version: inNode ? (await import('./provider.node.js')).dawnVersion() : undefined,
   };
 }
-
-const DRIVER_REMEDY = inNode
-  ? "install the GPU's Vulkan driver and loader (Debian and Ubuntu: libvulkan1, and mesa-vulkan-drivers or NVIDIA's driver); " +
-    'for a software GPU install chromium and set VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json'
-  : 'allow hardware acceleration in the settings of the browser';
 
 /** Bytes copied at a time: more than any cache. */
 const COPY_BYTES = 256 * 2 ** 20;

@@ -1,5 +1,8 @@
 // Dawn in Node.js. One instance per process: its adapters, devices and buffers must not outlive it.
+import { existsSync, readdirSync } from 'node:fs';
 import { createRequire } from 'node:module';
+import { homedir } from 'node:os';
+import path from 'node:path';
 import { GyreError } from '../../core/errors.js';
 
 /**
@@ -22,7 +25,35 @@ export const DAWN_TOGGLES: readonly string[] = [
 
 let instance: Promise<GPU> | undefined;
 
-/** Dawn's entry point. @throws GyreError `unsupported` when the optional package `webgpu` is missing or fails to load. */
+/** What brings a GPU to WebGPU on Linux. */
+export const DRIVER_REMEDY =
+  "install the GPU's Vulkan driver and loader (Debian and Ubuntu: libvulkan1, and mesa-vulkan-drivers or NVIDIA's driver); " +
+  'for a software GPU install chromium and set VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json';
+
+/** Descriptions of Vulkan drivers, where the loader looks for them on Linux. */
+function vulkanDrivers(): string[] {
+  const { env } = process;
+  const list = (text: string | undefined, otherwise = ''): string[] => (text || otherwise).split(':').filter(Boolean);
+  const forced = list(env.VK_DRIVER_FILES, env.VK_ICD_FILENAMES);
+  if (forced.length > 0) return forced.filter((file) => existsSync(file));
+  const folders = [
+    ...list(env.XDG_CONFIG_HOME, path.join(homedir(), '.config')),
+    ...list(env.XDG_CONFIG_DIRS, '/etc/xdg'),
+    '/etc',
+    ...list(env.XDG_DATA_HOME, path.join(homedir(), '.local/share')),
+    ...list(env.XDG_DATA_DIRS, '/usr/local/share:/usr/share'),
+    '/run/opengl-driver/share',
+  ].map((folder) => path.join(folder, 'vulkan/icd.d'));
+  const found = folders
+    .filter((folder) => existsSync(folder))
+    .flatMap((folder) => readdirSync(folder).map((file) => path.join(folder, file)));
+  return [...found, ...list(env.VK_ADD_DRIVER_FILES)].filter((file) => file.endsWith('.json'));
+}
+
+/**
+ * Dawn's entry point. @throws GyreError `unsupported` when there is no Vulkan driver on Linux (Dawn would write warnings of
+ * its own to stderr), and when the optional package `webgpu` is missing or fails to load.
+ */
 export function dawn(): Promise<GPU> {
   instance ??= load();
   return instance;
@@ -35,6 +66,10 @@ export function dawnVersion(): string {
 }
 
 async function load(): Promise<GPU> {
+  if (process.platform === 'linux' && vulkanDrivers().length === 0)
+    throw new GyreError('unsupported', 'WebGPU found no GPU on this machine: no Vulkan driver is installed', {
+      remedy: `${DRIVER_REMEDY}; or use --device cpu`,
+    });
   let module: { create(options: string[]): GPU; globals: object };
   try {
     module = await import('webgpu');

@@ -26,6 +26,7 @@ import {
   type PreparedTask,
 } from '../evaluations.js';
 import { describeModel } from '../result-files.js';
+import { measureDrift } from './eval-drift.js';
 import { jsonOption, modelOptions, parseOptions, runtimeOptions } from '../options.js';
 import { formatDuration, formatFields, formatTable } from '../ui/table.js';
 import { formatMetric } from '../ui/metrics.js';
@@ -45,6 +46,7 @@ export function evalCommand(context: CommandContext): Command {
     .option('--per-document', 'score the documents of --text apart, and report each')
     .option('--tasks <names>', 'tasks, separated by commas: names (--list-tasks), task files (.json), chains (.jsonl)')
     .option('--list-tasks', 'print the names of the tasks and stop')
+    .option('--drift <file>', "tasks as .jsonl: KL along the reference's chains, and where the model's own depart")
     .option('--data <folder>', 'where to look for the data of tasks before the hub')
     .option('--limit <n>', 'questions per task, from the first (default: all)')
     .option('--few-shot <n>', 'examples before each question (default: what the task says)')
@@ -73,6 +75,7 @@ Examples:
   $ gyre eval qwen3-w4 --tasks wikitext2,arc_easy,piqa --out w4.json
   $ gyre eval qwen3-w4 --tasks math500,aime25 --n-samples 4 --limit 100 --out reasoning.json
   $ gyre eval models/gyre-14m --tasks chains --limit 100
+  $ gyre eval gyre-14m-w3 --drift models/gyre-14m/eval/tasks.jsonl --reference models/gyre-14m --limit 200
   $ gyre compare fp16.json w4.json
 
 Data comes from the hub at pinned commits, or from --data. A run that was stopped goes on where it was when it is
@@ -87,7 +90,12 @@ started again. kl is the mean of KL(reference‖model) per token in nats; interv
         return;
       }
       if (model === undefined) throw new GyreError('usage', "missing required argument 'model'");
-      await run(context, model, options);
+      if (options.drift === undefined) return run(context, model, options);
+      const { result, text } = await measureDrift(context, model, options.drift, options);
+      await writeResult(options.out, result);
+      context.progress.clear();
+      context.result(result);
+      context.print(text);
     });
 }
 
@@ -150,9 +158,7 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
                 settings: { activations: options.activations, headBits: options.headBits },
                 evaluations,
               };
-              if (options.out !== undefined) {
-                await writeFileAtomic(path.resolve(options.out), `${JSON.stringify(result, null, 1)}\n`);
-              }
+              await writeResult(options.out, result);
               context.result(result);
               context.print(report(result));
             },
@@ -161,6 +167,10 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
       );
     }),
   );
+}
+
+async function writeResult(out: string | undefined, result: object): Promise<void> {
+  if (out !== undefined) await writeFileAtomic(path.resolve(out), `${JSON.stringify(result, null, 1)}\n`);
 }
 
 /** The reference, loaded beside the model when there is one. */

@@ -2,6 +2,7 @@
 import { Command } from 'commander';
 import { z } from 'zod';
 import { RECIPES } from '../../quant/recipes/index.js';
+import { BLOCK_DEFAULTS } from '../../quant/types.js';
 import type { QuantizeReport } from '../../quantize.node.js';
 import { VERSION } from '../../version.js';
 import { pickDevice, withModel, type CommandContext } from '../context.js';
@@ -28,10 +29,21 @@ const schema = z.object({
   groupSize: oneOf([32, 64, 128, -1]).optional(),
   krot: wholeNumber(0, 31),
   scales: z.boolean(),
-  share: z.boolean(),
+  share: z.boolean().optional(),
   rounding: oneOf(['rtn', 'gptq']).optional(),
   steps: wholeNumber(0, 100_000),
   seed: wholeNumber(0),
+  epochs: wholeNumber(1, 100_000).optional(),
+  batch: wholeNumber(1, 100_000).optional(),
+  validation: wholeNumber(1, 1_000_000).optional(),
+  blockLoss: oneOf(['smooth-l1', 'mse']).optional(),
+  beta: z.coerce.number().positive().optional(),
+  transformRate: z.coerce.number().nonnegative().optional(),
+  weightRate: z.coerce.number().nonnegative().optional(),
+  gridRate: z.coerce.number().nonnegative().optional(),
+  weightDecay: z.coerce.number().nonnegative().optional(),
+  stages: oneOf(['both', 'transforms', 'weights']).optional(),
+  pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
   actBits: oneOf([4, 8, 16]).optional(),
   kvBits: oneOf([4, 8, 16]).optional(),
   rotate: z.boolean().optional(),
@@ -60,7 +72,8 @@ export function quantizeCommand(context: CommandContext): Command {
     )
     .option('--krot <n>', 'rotations per group (paroquant); 0 learns scales alone', '8')
     .option('--no-scales', 'learn no channel scales (paroquant)')
-    .option('--no-share', 'a transform for each linear instead of one per linear group (paroquant)')
+    .option('--share', 'one transform per linear group (the default of paroquant)')
+    .option('--no-share', 'a transform for each linear (the default of paroquant-block)')
     .option('--rounding <how>', "rtn or gptq (default: the method's own)")
     .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
     .option(
@@ -76,6 +89,23 @@ export function quantizeCommand(context: CommandContext): Command {
     )
     .option('--alpha <x>', 'exponent of the smoothing scales, 0 to 1 (default: searched block by block)')
     .option('--seed <n>', 'of everything random', '0')
+    .option('--epochs <n>', `passes over the sequences per stage (paroquant-block; default: ${BLOCK_DEFAULTS.epochs})`)
+    .option('--batch <n>', `sequences per optimiser step (paroquant-block; default: ${BLOCK_DEFAULTS.batch})`)
+    .option('--validation <n>', 'sequences held out to choose the epoch by, at most an eighth (paroquant-block)')
+    .option('--block-loss <name>', 'smooth-l1 or mse, on the output of a block (paroquant-block)')
+    .option('--beta <x>', `where smooth-l1 turns linear (paroquant-block; default: ${BLOCK_DEFAULTS.beta})`)
+    .option(
+      '--transform-rate <x>',
+      `learning rate of stage 1 (paroquant-block; default: ${BLOCK_DEFAULTS.transformRate})`,
+    )
+    .option('--weight-rate <x>', `of weights in stage 2 (paroquant-block; default: ${BLOCK_DEFAULTS.weightRate})`)
+    .option(
+      '--grid-rate <x>',
+      `of scales and zero points in stage 2 (paroquant-block; default: ${BLOCK_DEFAULTS.gridRate})`,
+    )
+    .option('--weight-decay <x>', `of AdamW (paroquant-block; default: ${BLOCK_DEFAULTS.weightDecay})`)
+    .option('--stages <which>', 'both, transforms or weights (paroquant-block)')
+    .option('--pairs <how>', 'random, magnitude or learned choice of what rotations pair (paroquant-block)')
     .option(
       '--calib <files...>',
       '.txt or .jsonl with "text"; without it the model calibrates on text it writes itself',
@@ -111,10 +141,14 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n
       const device = options.dryRun
         ? undefined
         : (await withModel(context, model, options, (source) => pickDevice(context, source, options))).name;
+      const { epochs, batch, validation, blockLoss, beta, stages, pairs, ...shared } = options;
+      const { transformRate, weightRate, gridRate, weightDecay, ...common } = shared;
+      const rates = { transformRate, weightRate, gridRate, weightDecay };
       const report = await quantizeCheckpoint({
         model,
-        ...options,
+        ...common,
         device,
+        block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, ...rates },
         signal,
         onProgress: progress.listener,
         onPlan: (plan) => {

@@ -35,6 +35,7 @@ import {
   ReferenceRope,
   splitHeads,
 } from './attention.js';
+import { ReferenceGradients } from './gradients.js';
 import { hadamardRows, ReferenceHadamard } from './hadamard.js';
 import { gptqFactor, solveSymmetric } from './linalg.js';
 import { embed, linear, matmul, ownLinear, ReferenceLinear, transpose } from './linear.js';
@@ -61,6 +62,7 @@ export function createReferenceBackend(): Backend {
 
 class ReferenceBackend implements Backend {
   readonly info: BackendInfo = { name: 'reference', description: 'plain TypeScript, float64', threads: 1 };
+  readonly gradients = new ReferenceGradients();
 
   upload(tensor: HostTensor): Tensor {
     return new ReferenceTensor([...tensor.shape], hostValues(tensor));

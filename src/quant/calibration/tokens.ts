@@ -50,8 +50,10 @@ export function sampleWindows(
   files: readonly CalibrationText[],
   shape: { readonly sequences: number; readonly length: number },
   rng: Rng,
+  options: { readonly evenly?: boolean } = {},
 ): CalibrationTokens {
   const { sequences, length } = shape;
+  if (options.evenly && files.length > 1) return sampleEvenly(tokenizer, files, shape, rng);
   const pieces = files.flatMap(documentsOf).map((text) => tokenizer.encode(text, { addSpecialTokens: false }));
   const total = pieces.reduce((sum, p) => sum + p.length, 0);
   const names = files.map((f) => f.name).join(', ');
@@ -76,4 +78,24 @@ export function sampleWindows(
     ids.set(joined.subarray(start, start + body), s * length + length - body);
   }
   return { ids, sequences, length, description: `${sequences} × ${length} tokens from ${names}` };
+}
+
+/** As many windows of each file, in turn, however long the files are. */
+function sampleEvenly(
+  tokenizer: Tokenizer,
+  files: readonly CalibrationText[],
+  shape: { readonly sequences: number; readonly length: number },
+  rng: Rng,
+): CalibrationTokens {
+  const { sequences, length } = shape;
+  const ids = new Int32Array(sequences * length);
+  for (const [i, file] of files.entries()) {
+    const count = Math.ceil((sequences - i) / files.length);
+    if (count <= 0) break;
+    const part = sampleWindows(tokenizer, [file], { sequences: count, length }, rng.fork(i));
+    for (let s = 0; s < count; s++)
+      ids.set(part.ids.subarray(s * length, (s + 1) * length), (s * files.length + i) * length);
+  }
+  const names = files.map((f) => f.name).join(', ');
+  return { ids, sequences, length, description: `${sequences} × ${length} tokens, evenly from ${names}` };
 }

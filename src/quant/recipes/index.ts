@@ -4,13 +4,25 @@ import type { Recipe } from '../types.js';
 import { awq } from './awq.js';
 import { gptq } from './gptq.js';
 import { paroquant } from './paroquant.js';
+import { paroquantBlock } from './paroquant-block.js';
+import { paroquantTuned } from './paroquant-tuned.js';
 import { quarot } from './quarot.js';
 import { rtn } from './rtn.js';
 import { smoothquant } from './smoothquant.js';
 import { smoothrot } from './smoothrot.js';
 
 /** Every recipe by name. */
-export const RECIPES: readonly Recipe[] = [rtn, awq, gptq, paroquant, smoothquant, quarot, smoothrot];
+export const RECIPES: readonly Recipe[] = [
+  rtn,
+  awq,
+  gptq,
+  paroquant,
+  paroquantBlock,
+  paroquantTuned,
+  smoothquant,
+  quarot,
+  smoothrot,
+];
 
 /** @throws GyreError `usage` naming the recipes there are. */
 export function findRecipe(name: string): Recipe {

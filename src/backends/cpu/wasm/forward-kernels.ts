@@ -70,6 +70,11 @@ export class RowTransform {
     arena.f32.set(scales, this.#scales >>> 2);
   }
 
+  /** What of it is in the arena, for the gradient. */
+  get resident(): { readonly spec: RotationSpec; readonly table: Pointer; readonly scales: Pointer } {
+    return { spec: this.#spec, table: this.#table, scales: this.#scales };
+  }
+
   /** Scales and rotates each row of x [rows, channels] into out (may be x). */
   apply(x: Floats, rows: number, out: Floats): void {
     const { channels, krot } = this.#spec;

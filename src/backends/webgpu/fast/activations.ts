@@ -79,7 +79,7 @@ export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channel
     x: write(slots === 4 ? 'vec2<u32>' : 'u32'),
     factors: write('vec2<f32>'),
   };
-  return defineKernel({
+  return defineKernel<Buffers, 'channels' | 'eps' | 'krot'>({
     name: `activations.${v.source}.k${v.krot}${xor ? 'x' : ''}.g${v.groupSize}${v.f16 ? '' : '.f32'}`,
     features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: buffers as Record<Buffers, BufferSpec>,
@@ -160,7 +160,7 @@ ${list(4, (i) => `    let e${i}_ = source[b * width + c + ${i * THREADS}u];`, '\
 ${v.krot > 0 ? rotations(v, slots) : ''}
 ${pack(v, slots)}
 }`,
-  }) as Kernel<Buffers, 'channels' | 'eps' | 'krot'>;
+  });
 }
 
 /** Type of a lane's entry in the table. */

@@ -61,7 +61,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   const group = TEAMS * perTeam * UNROLL;
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
-  return defineKernel({
+  return defineKernel<Buffers, 'capacity' | 'scale' | 'eps'>({
     name: `attention.decode.d${headDim}.q${q}.s${splits}`,
     features: v.shuffle ? ['subgroups'] : [],
     buffers: {
@@ -229,7 +229,7 @@ ${each(4, (i) => `    parts[at + ${i}u] = oa${h}[${i}] * weight; parts[at + ${i 
     out[((b * HEADS + firstHead + h) * ${splits}u + wg.y) * D + d] = sum;
   }
 }`,
-  }) as Kernel<Buffers, 'capacity' | 'scale' | 'eps'>;
+  });
 }
 
 /** WGSL: the sum of `name` over the lanes that share a key, in all of them. */

@@ -83,7 +83,7 @@ ${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiply
     }`,
     );
   const zero = (): string => '0u';
-  return defineKernel({
+  return defineKernel<Buffers, 'm' | 'n' | 'k'>({
     name: `gemm.${v.b}.${tileM}x${tileN}x${tileK}.${warpsM}x${warpsN}${v.double ? '.double' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
@@ -138,5 +138,5 @@ ${multiply(zero)}
 }
 ${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<row_major>(&c, (wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u) * params.n + wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 16}u, c${i}_${j}, params.n);`))}
 }`,
-  }) as Kernel<Buffers, 'm' | 'n' | 'k'>;
+  });
 }

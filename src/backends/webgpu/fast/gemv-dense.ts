@@ -83,5 +83,5 @@ ${each(cells, (i) => `    if (row + ${i % rows}u < params.outFeatures) { y[${Mat
   }`
 }
 }`,
-  }) as Kernel<Buffers, 'words' | 'outFeatures'>;
+  });
 }

@@ -52,7 +52,7 @@ export function gemvKernel(
     ...(v.residual ? { residual: read('f32') } : {}),
     ...(v.bias ? { bias: read('f32') } : {}),
   };
-  return defineKernel({
+  return defineKernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'>({
     name: `gemv.${v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${v.residual ? '.res' : ''}`,
     features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: {
@@ -110,7 +110,7 @@ ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r
   }
 ${reduction(v)}
 }`,
-  }) as Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'>;
+  });
 }
 
 /** Sums acc over lanes and splits and writes the results. */

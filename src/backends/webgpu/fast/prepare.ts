@@ -3,7 +3,7 @@
 import type { DecodeProduct, DecodeProgram, DecodeSpec, KvCacheHandle, Tensor } from '../../../ops/backend.js';
 import { GpuKvCache, GpuRope } from '../attention.js';
 import type { GpuDevice } from '../device.js';
-import { GpuLinear, ownLinear } from '../linear.js';
+import { ownLinear, type GpuLinear } from '../linear.js';
 import { GpuTransform } from '../rotation.js';
 import { downloadTensor, own } from '../tensor.js';
 import { rotationTable } from './activations.js';

@@ -15,3 +15,7 @@ export {
   quantizeActivations, gemvNibbles, gemvBytes, packBytes, packNibbles, dequantizeBytes, dequantizeNibbles, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
 export { scoreRows } from './score';
+export {
+  rmsNormGradient, siluMulGradient, splitHeadsGradient, scaleAndDot, gridForward, gridGradient, scaleGroups, sumGroups, elementLoss, logitGradient, adamW,
+} from './gradients';
+export { attentionGradient } from './attention-gradient';

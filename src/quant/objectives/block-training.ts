@@ -1,0 +1,155 @@
+// Training a decoder block as one function (design §4.4): steps of AdamW on the block's output error over shuffled batches,
+// the best epoch kept by the loss on held-out sequences.
+import { constant, Optimizer, Tape, type ParameterGroup } from '../../autograd/index.js';
+import { GyreError } from '../../core/errors.js';
+import type { Rng } from '../../core/rng.js';
+import type { Backend } from '../../ops/backend.js';
+import type { ElementLoss } from '../../ops/gradients.js';
+import type { BlockSamples, BlockSettings, BlockTask, StageCurve } from '../types.js';
+import { blockForward, type ApplyLinear } from './block.js';
+
+/** Tokens of one pass: a batch of more is split, and its gradients are added up. */
+const PASS_TOKENS = 4096;
+
+/** What is trained, and how the block's forward pass is made of it. */
+export interface BlockModel {
+  readonly groups: readonly ParameterGroup[];
+  /**
+   * Makes of the parameters, once per step and on a tape of its own, what all batches of the step share (weights, say);
+   * returns how a batch's tape applies the linears.
+   */
+  prepare(tape: Tape): Promise<(tape: Tape) => ApplyLinear>;
+  /** Remembers the parameters as they are now (called when an epoch is the best so far). */
+  keep(): Promise<void>;
+}
+
+/** What training needs to know of a task. */
+export type TrainingTask = Pick<
+  BlockTask,
+  'fixed' | 'rope' | 'length' | 'training' | 'validation' | 'tell' | 'checkAborted'
+>;
+
+/** The loss of block settings as an op's argument. */
+export function lossOf({ loss, beta }: Pick<BlockSettings, 'loss' | 'beta'>): ElementLoss {
+  return loss === 'mse' ? { kind: 'mse' } : { kind: 'smooth-l1', beta };
+}
+
+/**
+ * Trains a model of the block and returns the losses; the best parameters are those last kept.
+ * @throws GyreError `non-finite` when the loss is.
+ */
+export async function trainBlock(
+  backend: Backend,
+  task: TrainingTask,
+  model: BlockModel,
+  options: BlockSettings & { readonly stage: string; readonly rng: Rng },
+): Promise<StageCurve> {
+  const { epochs, batch, stage, rng, weightDecay } = options;
+  const { training } = task;
+  const stepsPerEpoch = Math.ceil(training.count / batch);
+  const optimizer = new Optimizer(backend, model.groups, { steps: epochs * stepsPerEpoch, weightDecay });
+  const loss = lossOf(options);
+  const train: number[] = [];
+  const validation: number[] = [await validationLoss(backend, task, model, loss)];
+  let best = 0;
+  await model.keep();
+  try {
+    for (let epoch = 0; epoch < epochs; epoch++) {
+      const order = [...rng.permutation(training.count)];
+      let sum = 0;
+      for (let step = 0; step < stepsPerEpoch; step++) {
+        task.checkAborted();
+        const indices = order.slice(step * batch, (step + 1) * batch);
+        const value = await trainStep(backend, task, model, loss, indices);
+        sum += value * indices.length;
+        if (!Number.isFinite(value)) throw diverged(stage);
+        await optimizer.step();
+        task.tell(
+          `${stage}: epoch ${epoch + 1}/${epochs}, step ${step + 1}/${stepsPerEpoch}, loss ${value.toExponential(3)}`,
+        );
+      }
+      train.push(sum / training.count);
+      const held = await validationLoss(backend, task, model, loss);
+      validation.push(held);
+      if (!Number.isFinite(held)) throw diverged(stage);
+      if (held < validation[best]) {
+        best = epoch + 1;
+        await model.keep();
+      }
+    }
+  } finally {
+    optimizer.dispose();
+  }
+  return { stage, train, validation, best };
+}
+
+/** Adds the gradients of one batch to the parameters; returns its mean loss. */
+async function trainStep(
+  backend: Backend,
+  task: TrainingTask,
+  model: BlockModel,
+  loss: ElementLoss,
+  indices: readonly number[],
+): Promise<number> {
+  const weightTape = new Tape(backend);
+  const apply = await model.prepare(weightTape);
+  let sum = 0;
+  for (const part of passes(indices, task.length)) {
+    const { input, target } = await task.training.read(part);
+    const tape = new Tape(backend);
+    const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
+      batch: part.length,
+      rope: task.rope,
+    });
+    const found = await tape.elementLoss(y, target, loss);
+    sum += found.value * part.length;
+    await found.backward(part.length / indices.length);
+    tape.free();
+    backend.free(input, target);
+  }
+  await weightTape.backward();
+  weightTape.free();
+  return sum / indices.length;
+}
+
+/** Mean loss on the held-out sequences. */
+export async function validationLoss(
+  backend: Backend,
+  task: Pick<TrainingTask, 'fixed' | 'rope' | 'length' | 'validation'>,
+  model: BlockModel,
+  loss: ElementLoss,
+): Promise<number> {
+  const samples: BlockSamples = task.validation;
+  const weightTape = new Tape(backend, { record: false });
+  const apply = await model.prepare(weightTape);
+  let sum = 0;
+  for (const part of passes(
+    Array.from({ length: samples.count }, (_, i) => i),
+    task.length,
+  )) {
+    const { input, target } = await samples.read(part);
+    const tape = new Tape(backend, { record: false });
+    const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
+      batch: part.length,
+      rope: task.rope,
+    });
+    sum += (await tape.elementLoss(y, target, loss)).value * part.length;
+    tape.free();
+    backend.free(input, target);
+  }
+  weightTape.free();
+  return sum / samples.count;
+}
+
+function passes(indices: readonly number[], length: number): number[][] {
+  const size = Math.max(1, Math.floor(PASS_TOKENS / length));
+  const parts: number[][] = [];
+  for (let begin = 0; begin < indices.length; begin += size) parts.push(indices.slice(begin, begin + size));
+  return parts;
+}
+
+function diverged(stage: string): GyreError {
+  return new GyreError('non-finite', `the loss of ${stage} is NaN or infinite`, {
+    remedy: 'lower the learning rate, or check the model with gyre eval',
+  });
+}
