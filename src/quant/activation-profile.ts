@@ -36,8 +36,8 @@ export interface ActivationProfile {
 }
 
 /** Tokens and channel bins of a surface; more would not be told apart in a figure. */
-const SURFACE_TOKENS = 48;
-const SURFACE_BINS = 128;
+const SURFACE_TOKENS = 32;
+const SURFACE_BINS = 96;
 const MEASURED_TOKENS = 4096;
 
 /** Arguments of {@link profileActivations}. */
