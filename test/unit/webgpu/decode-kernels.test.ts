@@ -12,6 +12,12 @@ import {
 import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
 import { gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv-dense.js';
+import {
+  NO_TOKEN,
+  SAMPLE_SPAN,
+  samplePickKernel,
+  sampleSpansKernel,
+} from '../../../src/backends/webgpu/fast/sample.js';
 import { packCodes, packGrid } from '../../../src/backends/webgpu/fast/repack.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
 import { randomPairs, xorPairs } from '../../../src/transforms/index.js';
@@ -371,6 +377,67 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           // The new key and value are rounded to f16, as they are stored: scores move by F16·|q|·|k|·scale.
           for (let d = 0; d < headDim; d++) expect(Math.abs(got[d] / sum - want[d] / total)).toBeLessThan(30 * F16);
         }
+    });
+  });
+
+  describe('choosing tokens', () => {
+    const vocab = 5000;
+    /** One draw per sequence and position from the same row of logits. */
+    async function draws(
+      logits: Float32Array,
+      [temperature, topP, topK]: [number, number, number],
+      positions: number,
+      seed = 3,
+    ): Promise<number[]> {
+      const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
+      const [row, spans, tokens] = [toGpu(logits), backend.gpu.buffer(spanCount * 16), backend.gpu.buffer(16)];
+      const settings = toGpu(Float32Array.of(temperature, topP, topK, 0));
+      const [seeds, at] = [toGpu(Uint32Array.of(seed)), toGpu(new Uint32Array(4))];
+      const ring = 256;
+      const history = backend.gpu.buffer(ring * 4);
+      for (let i = 0; i < positions; i++) {
+        backend.gpu.dispatch(sampleSpansKernel, { logits: row, settings, spans }, { vocab }, [spanCount, 1]);
+        backend.gpu.dispatch(
+          samplePickKernel,
+          { logits: row, settings, seeds, spans, tokens, positions: at, history },
+          { vocab, spanCount, batch: 1, ring },
+          [1],
+        );
+      }
+      return [...new Uint32Array(await backend.gpu.read(history, 0, positions * 4))];
+    }
+
+    it('takes the largest logit, the first of equals', async () => {
+      const logits = normals(vocab);
+      logits[4321] = logits[77] = 9;
+      expect(await draws(logits, [0, 1, 0], 2)).toEqual([77, 77]);
+    });
+
+    it('keeps to the k largest, in their proportions', async () => {
+      const logits = normals(vocab);
+      const weights = new Map([
+        [10, 4],
+        [2500, 2],
+        [4999, 1],
+      ]);
+      for (const [i, w] of weights) logits[i] = 20 + Math.log(w);
+      const got = await draws(logits, [1, 1, 3], 256);
+      expect(new Set(got)).toEqual(new Set(weights.keys()));
+      // 256 draws of probability 4/7: five standard deviations are 40.
+      expect(Math.abs(got.filter((id) => id === 10).length - (256 * 4) / 7)).toBeLessThan(40);
+      expect(await draws(logits, [1, 1, 3], 256)).toEqual(got);
+      expect(await draws(logits, [1, 1, 3], 256, 4)).not.toEqual(got);
+    });
+
+    it('keeps the fewest tokens that reach top-p', async () => {
+      const logits = new Float32Array(vocab).fill(-30);
+      // Probabilities 0.5, 0.3, 0.2: 0.6 is reached with two.
+      for (const [i, p] of [0.5, 0.3, 0.2].entries()) logits[1000 * (i + 1)] = Math.log(p);
+      expect(new Set(await draws(logits, [1, 0.6, 0], 128))).toEqual(new Set([1000, 2000]));
+    });
+
+    it.each([NaN, Infinity])('chooses no token from a row of %s', async (value) => {
+      expect(await draws(new Float32Array(vocab).fill(value), [0, 1, 0], 1)).toEqual([NO_TOKEN]);
     });
   });
 });

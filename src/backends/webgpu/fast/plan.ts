@@ -8,7 +8,14 @@ import { activationGroups, activationKernel, type ActivationSource, type Pairing
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
-import { SAMPLE_SPAN, embedTokensKernel, samplePickKernel, sampleSpansKernel, type EmbeddingType } from './sample.js';
+import {
+  NO_TOKEN,
+  SAMPLE_SPAN,
+  embedTokensKernel,
+  samplePickKernel,
+  sampleSpansKernel,
+  type EmbeddingType,
+} from './sample.js';
 
 /** An int4 weight in GPU memory; see gemv.ts for the layout. */
 export interface PlanWeight {
@@ -234,7 +241,7 @@ export class DecodePlan implements DecodeProgram {
       gpu.prepare(
         embedTokensKernel(model.embedding.type),
         { tokens: this.#tokens, table: model.embedding.table, x },
-        { hidden },
+        { hidden, vocab },
         [Math.ceil(hidden / 256), batch],
       ),
     );
@@ -343,7 +350,7 @@ export class DecodePlan implements DecodeProgram {
   /**
    * Submits `count` steps at once: each reads the input tokens, appends to the caches and chooses the next tokens, which become the
    * next input. The promise gives the chosen tokens [count, batch]; more steps may be submitted before it settles.
-   * @throws GyreError `context-length` for steps past the end of the caches.
+   * @throws GyreError `context-length` for steps past the end of the caches, `non-finite` for logits without a finite maximum.
    */
   async steps(count: number): Promise<Uint32Array> {
     ensure(count >= 1 && count <= MAX_STEPS, 'usage', () => `from 1 to ${MAX_STEPS} steps at once, not ${count}`);
@@ -358,6 +365,12 @@ export class DecodePlan implements DecodeProgram {
     const out = new Uint32Array(count * batch);
     for (let i = 0; i < count; i++)
       for (let b = 0; b < batch; b++) out[i * batch + b] = ring[((slots[b] + i) % RING) * batch + b];
+    ensure(
+      !out.includes(NO_TOKEN),
+      'non-finite',
+      'the logits hold no finite maximum: the weights or the caches are damaged, or values left the range of f16',
+      'check the checkpoint with gyre inspect, or decode with --device cpu',
+    );
     return out;
   }
 

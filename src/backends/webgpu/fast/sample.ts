@@ -6,7 +6,7 @@ import { defineKernel, read, write, type Kernel } from '../kernel.js';
 export type EmbeddingType = 'f16' | 'bf16' | 'f32';
 
 /** tokens [batch] → x [batch, hidden] f32, from table [vocab, hidden]. Workgroups: hidden / 256, batch. */
-export function embedTokensKernel(type: EmbeddingType): Kernel<'tokens' | 'table' | 'x', 'hidden'> {
+export function embedTokensKernel(type: EmbeddingType): Kernel<'tokens' | 'table' | 'x', 'hidden' | 'vocab'> {
   const value = {
     f32: 'bitcast<f32>(table[token * params.hidden + c])',
     f16: 'unpack2x16float(table[(token * params.hidden + c) / 2u])[c & 1u]',
@@ -15,17 +15,21 @@ export function embedTokensKernel(type: EmbeddingType): Kernel<'tokens' | 'table
   return defineKernel({
     name: `embedTokens.${type}`,
     buffers: { tokens: read('u32'), table: read('u32'), x: write('f32') },
-    params: { hidden: 'u32' },
+    params: { hidden: 'u32', vocab: 'u32' },
     body: /* wgsl */ `
 @compute @workgroup_size(256)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let c = id.x;
   if (c >= params.hidden) { return; }
-  let token = tokens[id.y];
+  // NO_TOKEN stays inside the table; whoever reads it back stops.
+  let token = min(tokens[id.y], params.vocab - 1u);
   x[id.y * params.hidden + c] = ${value};
 }`,
   });
 }
+
+/** Chosen where a row of logits holds no finite maximum: for the host to refuse. */
+export const NO_TOKEN = 0xffffffff;
 
 /** Logits a workgroup of {@link sampleCandidatesKernel} looks at. */
 export const SAMPLE_SPAN = 2048;
@@ -206,6 +210,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     workgroupBarrier();
     at = indices[0];
   }
+  // NaN is above nothing, and nothing is above infinity.
+  if (!(top > -3.4e38 && top < 3.4e38)) { at = ${NO_TOKEN}u; }
   if (local == 0u) {
     history[(positions[b] % params.ring) * params.batch + b] = at;
     tokens[b] = at;
