@@ -18,7 +18,7 @@ import {
   samplePickKernel,
   sampleSpansKernel,
 } from '../../../src/backends/webgpu/fast/sample.js';
-import { packCodes, packGrid } from '../../../src/backends/webgpu/fast/repack.js';
+import { ownLinear } from '../../../src/backends/webgpu/linear.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
 import { randomPairs, xorPairs } from '../../../src/transforms/index.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
@@ -112,6 +112,8 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       const x = chunks(normals(v.batch * v.inFeatures));
       const residual = normals(v.batch * v.out);
       const bias = normals(v.out);
+      // As the backend packs it.
+      const linear = ownLinear(await backend.loadLinear({ kind: 'quantized', weight }));
       const variant = { ...v, f16, shuffle };
       const kernel = gemvKernel(variant);
       const y = backend.gpu.buffer(v.batch * v.out * 4);
@@ -119,8 +121,8 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       backend.gpu.dispatch(
         kernel,
         {
-          w: toGpu(packCodes(weight)),
-          grid: toGpu(packGrid(weight)),
+          w: linear.weights,
+          grid: linear.grids ?? linear.weights,
           x: toGpu(x.x),
           factors: toGpu(x.factors),
           y,

@@ -13,7 +13,7 @@ export const halfFeatures = ({ f16 }: Arithmetic): KernelFeature[] => (f16 ? ['f
 
 /**
  * `h`, `h2`: scalar and pair; `unpackH(u32) → h2`, `packH(h2) → u32`; `codes8(u32) → array<h2, 4>`: eight 4-bit codes
- * less 8, in the order of the nibbles' channels 0–7 (nibble order 0 2 4 6 1 3 5 7, see repack.ts).
+ * less 8, in the order of the nibbles' channels 0–7 (nibble order 0 2 4 6 1 3 5 7, see kernels/weights.ts).
  *
  * The f16 variant never converts integers: 0x6400 is 1024 in f16, whose lowest mantissa bits count ones, so
  * `bitcast(code | 0x6400) − 1032` is code − 8, exactly; codes four bits higher count sixteens.
