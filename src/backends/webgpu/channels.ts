@@ -167,6 +167,7 @@ export class GpuObjective implements TransformObjective {
       () => `a transform of ${layout.channels} channels on ${w.matrix.rows} rows`,
     );
     checkGrid(layout.channels, grid);
+    ensure(!grid.symmetric, 'unsupported', 'a transform objective has an asymmetric grid');
     this.#gpu = gpu;
     this.#layout = layout;
     this.#grid = grid;

@@ -1,7 +1,8 @@
-// Pairwise transforms of activations on the GPU.
+// Transforms of activations on the GPU: pairwise ones here, Hadamard's in hadamard.ts.
 import { ensure, GyreError } from '../../core/errors.js';
 import type { PairwiseTransform, TransformHandle } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
+import { applyHadamard, GpuHadamard } from './hadamard.js';
 import {
   MAX_PER_LANE,
   rotateInPlaceKernel,
@@ -86,11 +87,16 @@ function fixedSubgroup({ capabilities: { subgroups } }: GpuDevice): number | und
 
 /** See InferenceOps.rotate. */
 export function rotate(gpu: GpuDevice, x: GpuTensor, handle: TransformHandle): GpuTensor {
+  const { rows, cols } = x.matrix;
+  ensure(
+    cols === handle.channels,
+    'tensor-shape',
+    () => `a transform of ${handle.channels} channels was given ${cols}`,
+  );
+  if (handle instanceof GpuHadamard) return applyHadamard(gpu, x, handle);
   if (!(handle instanceof GpuTransform))
     throw new GyreError('backend', 'a transform of another backend was given to the WebGPU backend');
   const { channels, groupSize, krot, scales, pairs, turns, elements } = handle;
-  const { rows, cols } = x.matrix;
-  ensure(cols === channels, 'tensor-shape', () => `a transform of ${channels} channels was given ${cols}`);
   const out = makeTensor(gpu, x.shape);
   const groups = channels / groupSize;
   if (elements && rows < MANY_ROWS) {
