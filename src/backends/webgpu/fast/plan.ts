@@ -6,6 +6,7 @@ import type { DecodeProgram, TokenChoice } from '../../../ops/backend.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
+import { BATCH_SHIFT, batchProduct, usesMatrixUnits } from './batch-products.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import {
@@ -101,8 +102,8 @@ export const PLAN_HEADS: readonly number[] = [16, 32, 64, 128, 256];
 
 /** A decoder's step, ready to run. */
 export class DecodePlan implements DecodeProgram {
-  /** Most sequences: beyond it the products' accumulators spill. */
-  static readonly maxBatch = 8;
+  /** Most sequences; see batch-gemm.ts. */
+  static readonly maxBatch = 32;
 
   readonly batch: number;
   readonly capacity: number;
@@ -147,6 +148,7 @@ export class DecodePlan implements DecodeProgram {
       ),
       hidden,
     );
+    const matrixUnits = usesMatrixUnits(gpu, batch);
     const splits = splitsFor(capacity, kvHeads * batch);
     this.#tokens = make(batch * 4);
     this.#positions = make(batch * 4);
@@ -199,7 +201,7 @@ export class DecodePlan implements DecodeProgram {
         ]),
       );
     };
-    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, residual?: GPUBuffer): void => {
+    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, shift: number, residual?: GPUBuffer): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
       let column = 0;
       for (const [i, weight] of weights.entries()) {
@@ -225,6 +227,12 @@ export class DecodePlan implements DecodeProgram {
         };
         const chunks = inFeatures / CHUNK;
         const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
+        column += outFeatures;
+        if (matrixUnits) {
+          const kind = { batch, groupSize, weights: 'int4', residual: variant.residual, bias: variant.bias } as const;
+          push(batchProduct(gpu, kind, buffers, params, shift));
+          continue;
+        }
         push(
           gpu.prepare(
             gemvKernel(variant),
@@ -233,7 +241,6 @@ export class DecodePlan implements DecodeProgram {
             groupsOf(Math.ceil(outFeatures / gemvRowsPerGroup(variant))),
           ),
         );
-        column += outFeatures;
       }
     };
 
@@ -247,7 +254,7 @@ export class DecodePlan implements DecodeProgram {
     );
     for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
-      multiply(block.qkv.weights, qkv);
+      multiply(block.qkv.weights, qkv, BATCH_SHIFT.norm);
       const attention = {
         shuffle,
         heads,
@@ -277,15 +284,21 @@ export class DecodePlan implements DecodeProgram {
         ),
       );
       activate('attention', parts, block.o, attended, block.o.weights.length);
-      multiply(block.o.weights, middle, x);
+      multiply(block.o.weights, middle, BATCH_SHIFT.attention, x);
       activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
-      multiply(block.gateUp.weights, gateUp);
+      multiply(block.gateUp.weights, gateUp, BATCH_SHIFT.norm);
       activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
-      multiply(block.down.weights, x, middle);
+      multiply(block.down.weights, x, BATCH_SHIFT.silu, middle);
     }
     activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
     if (model.head.kind === 'int4') {
-      multiply([model.head.weight], this.#logits);
+      multiply([model.head.weight], this.#logits, BATCH_SHIFT.norm);
+    } else if (matrixUnits) {
+      const kind = { batch, groupSize: CHUNK, weights: model.head.kind, residual: false, bias: false };
+      const { weight } = model.head;
+      const buffers = { w: weight, grid: weight, x: halves, factors, y: this.#logits, residual: weight, bias: weight };
+      const params = { chunks: hidden / CHUNK, outFeatures: vocab, stride: vocab, column: 0, first: 0 };
+      push(batchProduct(gpu, kind, buffers, params, BATCH_SHIFT.norm));
     } else {
       const variant = { f16, shuffle, rows: 4, teams: 4, batch, weights: model.head.kind };
       push(
