@@ -81,7 +81,10 @@ export function batchGemmKernel(v: BatchGemmVariant): Kernel<BatchGemmBuffer, Pa
   const [countW, countX] = [rows * perRowW, columns * perRowX];
   const [loadsW, loadsX] = [Math.ceil(countW / threads), Math.ceil(countX / threads)];
   const [subM, subN] = [rows / 16, columns / 16];
-  const wide = weights === 'f16' ? '' : 'fn wide(w: u32) -> u32 { return packH(h2(f16(bitcast<f32>(w << 16u)), f16(bitcast<f32>(w & 0xffff0000u)))); }';
+  const wide =
+    weights === 'f16'
+      ? ''
+      : 'fn wide(w: u32) -> u32 { return packH(h2(f16(bitcast<f32>(w << 16u)), f16(bitcast<f32>(w & 0xffff0000u)))); }';
   // The last load of a thread may lie past the tile.
   const within = (i: number, count: number): string =>
     (i + 1) * threads > count ? `if (local + ${i * threads}u < ${count}u) ` : '';
@@ -163,8 +166,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: ve
 ${int4 ? `  let groups = params.chunks / ${v.groupSize / CHUNK}u;` : ''}
   let steps = (params.chunks + ${tileK / CHUNK - 1}u) / ${tileK / CHUNK}u;
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j} = subgroup_matrix_result<f32, 16, 16>();`))}
-${each(depth, (d) => `${each(loadsW, (i) => `  var w${d}_${i}: vec4<u32>;${int4 ? ` var g${d}_${i}: u32;` : ''}`)}
-${each(loadsX, (i) => `  var x${d}_${i}: vec4<u32>; var f${d}_${i}: f32;`)}`)}
+${each(
+  depth,
+  (d) => `${each(loadsW, (i) => `  var w${d}_${i}: vec4<u32>;${int4 ? ` var g${d}_${i}: u32;` : ''}`)}
+${each(loadsX, (i) => `  var x${d}_${i}: vec4<u32>; var f${d}_${i}: f32;`)}`,
+)}
 ${each(depth, (d) => `  if (${d}u < steps) { let step = ${d}u;${load(d)} }`)}
   for (var base = 0u; base < steps; base += ${depth}u) {
 ${each(

@@ -6,7 +6,7 @@ import type { DecodeProgram, TokenChoice } from '../../../ops/backend.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
-import { BATCH_SHIFT, batchProduct, usesMatrixUnits } from './batch-products.js';
+import { MOST_SEQUENCES, batchProduct, batchProductKind, type BatchProduct } from './batch-products.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import {
@@ -102,8 +102,8 @@ export const PLAN_HEADS: readonly number[] = [16, 32, 64, 128, 256];
 
 /** A decoder's step, ready to run. */
 export class DecodePlan implements DecodeProgram {
-  /** Most sequences; see batch-gemm.ts. */
-  static readonly maxBatch = 32;
+  /** Most sequences. */
+  static readonly maxBatch = MOST_SEQUENCES;
 
   readonly batch: number;
   readonly capacity: number;
@@ -148,7 +148,7 @@ export class DecodePlan implements DecodeProgram {
       ),
       hidden,
     );
-    const matrixUnits = usesMatrixUnits(gpu, batch);
+    const several = batchProductKind(gpu, batch);
     const splits = splitsFor(capacity, kvHeads * batch);
     this.#tokens = make(batch * 4);
     this.#positions = make(batch * 4);
@@ -201,7 +201,12 @@ export class DecodePlan implements DecodeProgram {
         ]),
       );
     };
-    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, shift: number, residual?: GPUBuffer): void => {
+    const multiply = (
+      weights: readonly PlanWeight[],
+      source: BatchProduct['source'],
+      y: GPUBuffer,
+      residual?: GPUBuffer,
+    ): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
       let column = 0;
       for (const [i, weight] of weights.entries()) {
@@ -228,9 +233,8 @@ export class DecodePlan implements DecodeProgram {
         const chunks = inFeatures / CHUNK;
         const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
         column += outFeatures;
-        if (matrixUnits) {
-          const kind = { batch, groupSize, weights: 'int4', residual: variant.residual, bias: variant.bias } as const;
-          push(batchProduct(gpu, kind, buffers, params, shift));
+        if (several) {
+          push(batchProduct(gpu, several, { ...variant, weights: 'int4', source, buffers, params }));
           continue;
         }
         push(
@@ -254,7 +258,7 @@ export class DecodePlan implements DecodeProgram {
     );
     for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
-      multiply(block.qkv.weights, qkv, BATCH_SHIFT.norm);
+      multiply(block.qkv.weights, 'norm', qkv);
       const attention = {
         shuffle,
         heads,
@@ -284,21 +288,30 @@ export class DecodePlan implements DecodeProgram {
         ),
       );
       activate('attention', parts, block.o, attended, block.o.weights.length);
-      multiply(block.o.weights, middle, BATCH_SHIFT.attention, x);
+      multiply(block.o.weights, 'attention', middle, x);
       activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
-      multiply(block.gateUp.weights, gateUp, BATCH_SHIFT.norm);
+      multiply(block.gateUp.weights, 'norm', gateUp);
       activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
-      multiply(block.down.weights, x, BATCH_SHIFT.silu, middle);
+      multiply(block.down.weights, 'silu', x, middle);
     }
     activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
     if (model.head.kind === 'int4') {
-      multiply([model.head.weight], this.#logits, BATCH_SHIFT.norm);
-    } else if (matrixUnits) {
-      const kind = { batch, groupSize: CHUNK, weights: model.head.kind, residual: false, bias: false };
-      const { weight } = model.head;
-      const buffers = { w: weight, grid: weight, x: halves, factors, y: this.#logits, residual: weight, bias: weight };
-      const params = { chunks: hidden / CHUNK, outFeatures: vocab, stride: vocab, column: 0, first: 0 };
-      push(batchProduct(gpu, kind, buffers, params, BATCH_SHIFT.norm));
+      multiply([model.head.weight], 'norm', this.#logits);
+    } else if (several) {
+      const { kind: weights, weight } = model.head;
+      const unused = { grid: weight, residual: weight, bias: weight };
+      push(
+        batchProduct(gpu, several, {
+          batch,
+          weights,
+          groupSize: CHUNK,
+          residual: false,
+          bias: false,
+          source: 'norm',
+          buffers: { w: weight, x: halves, factors, y: this.#logits, ...unused },
+          params: { chunks: hidden / CHUNK, outFeatures: vocab, stride: vocab, column: 0, first: 0 },
+        }),
+      );
     } else {
       const variant = { f16, shuffle, rows: 4, teams: 4, batch, weights: model.head.kind };
       push(
