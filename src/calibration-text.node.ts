@@ -2,7 +2,7 @@
 // token and a few neutral openings. Written with 8-bit weights and, on the CPU, activations: fast, and near enough its own voice.
 import { openBackend, type BackendName } from './backends/registry.js';
 import { silent, type ProgressListener } from './core/progress.js';
-import { generateBatch } from './generate/index.js';
+import { generateContinuously } from './generate/index.js';
 import { loadDecoder, type ModelSource } from './models/load.js';
 import type { CalibrationTokens } from './quant/calibration/tokens.js';
 import type { Tokenizer } from './tokenizer/index.js';
@@ -47,12 +47,13 @@ export async function writeCalibrationText(
       return ids.length > 0 ? ids : Int32Array.of(0);
     });
     const perSequence = config.layers * config.kvHeads * config.headDim * 2 * 4 * length;
-    const texts = await generateBatch(decoder, prompts, {
-      maxTokens: prompts.map((p) => length - p.length),
+    const requests = prompts.map((prompt, stream) => ({ prompt, maxTokens: length - prompt.length, stream }));
+    const { texts } = await generateContinuously(decoder, requests, {
       temperature: 1,
       seed,
       stopIds: [],
-      batchSize: Math.max(1, Math.min(sequences, Math.floor(CACHE_BYTES / perSequence))),
+      slots: Math.max(1, Math.min(sequences, Math.floor(CACHE_BYTES / perSequence))),
+      cacheBytes: CACHE_BYTES,
       signal: options.signal,
       onProgress: (event) => onProgress({ ...event, stage: 'calibration text' }),
     });

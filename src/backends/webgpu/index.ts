@@ -1,6 +1,7 @@
 // The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
 import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
+import { MOST_SEQUENCES } from './fast/batch-products.js';
 import { prepareDecode } from './fast/prepare.js';
 import { WebGpuInference } from './inference.js';
 import { WebGpuQuantization } from './quantization.js';
@@ -44,6 +45,8 @@ function compose(
     gpu,
     info,
     prepareDecode: (spec: DecodeSpec) => prepareDecode(gpu, spec),
+    decodeSequences: MOST_SEQUENCES,
+    cacheValueBytes: 2,
     dispose: () => gpu.dispose(),
     ...methods(inference),
     ...methods(quantization),

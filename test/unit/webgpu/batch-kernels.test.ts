@@ -111,8 +111,8 @@ describe.skipIf(webgpuMissing)('products of several sequences', () => {
   }
 
   describe.each(CASES)('$weights, $batch × $out × $inFeatures', (v) => {
-    it.each(['tiled', 'matrix'] satisfies BatchProductKind[])('%s', async (kind) => {
-      if (kind === 'matrix' && !hasBatchGemm(backend.gpu.capabilities)) return;
+    it.for(['tiled', 'matrix'] satisfies BatchProductKind[])('%s', async (kind, { skip }) => {
+      skip(kind === 'matrix' && !hasBatchGemm(backend.gpu.capabilities), 'this GPU has no matrix units');
       const { batch, out, inFeatures } = v;
       const [handle, w] = await weight(v);
       const linear = ownLinear(handle);

@@ -393,7 +393,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     ): Promise<number[]> {
       const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
       const [row, spans, tokens] = [toGpu(logits), backend.gpu.buffer(spanCount * 16), backend.gpu.buffer(16)];
-      const settings = toGpu(Float32Array.of(temperature, topP, topK, 0));
+      const settings = toGpu(Float32Array.of(temperature, topP, topK, positions));
       const [seeds, at] = [toGpu(Uint32Array.of(seed)), toGpu(new Uint32Array(4))];
       const ring = 256;
       const history = backend.gpu.buffer(ring * 4);

@@ -2,7 +2,7 @@
 // 16 bits, read once whatever the batch.
 //
 // Bytes: the weights once, 2·in per sequence and workgroup (from L2). A workgroup takes `rows` rows of W and all sequences,
-// padded to 16 or 32; its subgroups share the channels of a step, so that each fragment is loaded from workgroup memory by one
+// padded to 16 or 32 columns; its subgroups share the channels of a step, so that each fragment is loaded from workgroup memory by one
 // of them only, and their sums are added at the end. int4 codes become f16 on the way into workgroup memory: 15 instructions
 // per 8 weights. The next `depth` steps are on their way from memory meanwhile: with a few rows per workgroup, what is in
 // flight is what sets the speed. X comes as gemv.ts reads it, normalised per chunk of 32 channels; factors are multiplied back in,
@@ -23,8 +23,8 @@ export interface BatchGemmVariant {
   readonly tileK: number;
   /** Steps whose loads are under way. */
   readonly depth: number;
-  /** Sequences, up to 32. */
-  readonly batch: number;
+  /** Sequences as the units see them: 16 or 32. */
+  readonly columns: number;
   readonly weights: 'int4' | 'f16' | 'bf16';
   /** For int4: channels per grid group, a multiple of 32. */
   readonly groupSize: number;
@@ -34,7 +34,7 @@ export interface BatchGemmVariant {
 
 /** Buffers of {@link batchGemmKernel}. */
 export type BatchGemmBuffer = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
-type Params = 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first' | 'shift';
+type Params = 'batch' | 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first' | 'shift';
 
 /** Most sequences of one product. */
 export const BATCH_GEMM_MAX = 32;
@@ -49,16 +49,13 @@ export function hasBatchGemm({ f16, subgroups, subgroupMatrices }: GpuCapabiliti
   );
 }
 
-/** Rows of X as the units see them. */
-const padded = (batch: number): number => Math.ceil(batch / 16) * 16;
-
 /** Bytes of workgroup memory. */
 export const batchGemmMemory = (v: BatchGemmVariant): number => 16 * memoryWords(v);
 
 /** Tiles, then, in the same place, each subgroup's sums: in units of 16 bytes. */
 function memoryWords(v: BatchGemmVariant): number {
-  const tiles = (v.rows + padded(v.batch)) * (v.tileK / 8 + 1);
-  return Math.max(tiles, (v.warps * v.rows * padded(v.batch)) / 4);
+  const tiles = (v.rows + v.columns) * (v.tileK / 8 + 1);
+  return Math.max(tiles, (v.warps * v.rows * v.columns) / 4);
 }
 
 /**
@@ -67,9 +64,8 @@ function memoryWords(v: BatchGemmVariant): number {
  * `column`; x and factors are read from chunk `first`; bias [out] f32. `shift` is a power of two: see above.
  */
 export function batchGemmKernel(v: BatchGemmVariant): Kernel<BatchGemmBuffer, Params> {
-  const { rows, warps, tileK, depth, weights } = v;
+  const { rows, columns, warps, tileK, depth, weights } = v;
   const threads = 32 * warps;
-  const columns = padded(v.batch);
   const int4 = weights === 'int4';
   // Tiles are rows of 16 bytes (8 channels), padded by one against bank conflicts.
   const stride = tileK / 8 + 1;
@@ -101,7 +97,7 @@ ${each(
   (i) => `      ${within(i, countX)}{ let at = local + ${i * threads}u;
         let b = at / ${perRowX}u; let c = step * ${perRowX}u + at % ${perRowX}u;
         x${d}_${i} = vec4<u32>(); f${d}_${i} = 0.0;
-        if (b < ${v.batch}u && c < params.chunks * 4u) {
+        if (b < params.batch && c < params.chunks * 4u) {
           let at4 = params.first * 4u + b * params.chunks * 4u + c;
           x${d}_${i} = x[at4]; f${d}_${i} = factors[at4 / 4u].x;
         } }`,
@@ -142,7 +138,7 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<BatchGemmBuffer, Params>({
-    name: `batchGemm.${weights}.b${v.batch}.r${rows}.w${warps}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
+    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       w: read('vec4<u32>'),
@@ -152,7 +148,15 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
       y: write('f32'),
       ...optional,
     } as Record<BatchGemmBuffer, BufferSpec>,
-    params: { chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32', shift: 'f32' },
+    params: {
+      batch: 'u32',
+      chunks: 'u32',
+      outFeatures: 'u32',
+      stride: 'u32',
+      column: 'u32',
+      first: 'u32',
+      shift: 'f32',
+    },
     body: /* wgsl */ `
 ${halfWgsl({ f16: true })}
 ${wide}
@@ -187,7 +191,7 @@ ${multiply}
   // Each subgroup's sums [sequence, row]; added, and out.
 ${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<col_major>(&tile, (warp * ${columns}u + ${j * 16}u) * ${rows / 4}u + ${i * 4}u, c${i}_${j}, ${rows / 4}u);`))}
   workgroupBarrier();
-  for (var cell = local; cell < ${(v.batch * rows) / 4}u; cell += ${threads}u) {
+  for (var cell = local; cell < params.batch * ${rows / 4}u; cell += ${threads}u) {
     var sum = vec4<f32>();
     for (var s = 0u; s < ${warps}u; s++) { sum += bitcast<vec4<f32>>(tile[s * ${(columns * rows) / 4}u + cell]); }
     sum /= params.shift;

@@ -54,15 +54,18 @@ export interface BatchProduct {
 /** Prepares a product of several sequences. */
 export function batchProduct(gpu: GpuDevice, kind: BatchProductKind, product: BatchProduct): PreparedDispatch {
   const { batch, weights, groupSize, residual, bias, source, buffers, params } = product;
-  const variant = { batch, weights, groupSize, residual, bias };
+  const variant = { weights, groupSize, residual, bias };
+  const uniforms = { ...params, batch };
   if (kind === 'tiled') {
-    const kernel = tiledKernel({ ...variant, f16: gpu.capabilities.f16 });
-    return gpu.prepare(kernel, buffers, params, spread(params.outFeatures / BATCH_TILED_ROWS));
+    const kernel = tiledKernel({ ...variant, columns: roundUp(batch, 8), f16: gpu.capabilities.f16 });
+    return gpu.prepare(kernel, buffers, uniforms, spread(params.outFeatures / BATCH_TILED_ROWS));
   }
   const shape = batchGemmShape(params.outFeatures);
-  const kernel = gemmKernel({ ...variant, ...shape });
-  return gpu.prepare(kernel, buffers, { ...params, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows));
+  const kernel = gemmKernel({ ...variant, columns: roundUp(batch, 16), ...shape });
+  return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows));
 }
+
+const roundUp = (n: number, step: number): number => Math.ceil(n / step) * step;
 
 /** Workgroups over x and y. */
 function spread(count: number): Workgroups {

@@ -10,8 +10,8 @@ import { halfFeatures, halfWgsl, type Arithmetic } from './half.js';
 
 /** A variant of {@link batchTiledKernel}. */
 export interface BatchTiledVariant extends Arithmetic {
-  /** Sequences, up to 32. */
-  readonly batch: number;
+  /** Sequences it has room for: 8, 16, 24 or 32. */
+  readonly columns: number;
   readonly weights: 'int4' | 'f16' | 'bf16';
   /** For int4: channels per grid group, a multiple of 32. */
   readonly groupSize: number;
@@ -20,7 +20,7 @@ export interface BatchTiledVariant extends Arithmetic {
 }
 
 type Buffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
-type Params = 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first';
+type Params = 'batch' | 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first';
 
 /** Rows of W per workgroup. */
 export const BATCH_TILED_ROWS = 32;
@@ -35,7 +35,7 @@ const STRIDE = PAIRS + 1;
 export function batchTiledKernel(v: BatchTiledVariant): Kernel<Buffers, Params> {
   const int4 = v.weights === 'int4';
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
-  const cells = Math.ceil(v.batch / ACROSS);
+  const cells = v.columns / ACROSS;
   // Words of W per row and step, and loads per thread.
   const words = int4 ? CHUNK / 8 : PAIRS;
   const loads = (BATCH_TILED_ROWS * words) / THREADS;
@@ -51,7 +51,7 @@ ${each(
 )}
 ${each(
   loadsX,
-  (i) => `      { let at = local + ${i * THREADS}u; let b = min(at / ${PAIRS}u, ${v.batch - 1}u);
+  (i) => `      { let at = local + ${i * THREADS}u; let b = min(at / ${PAIRS}u, params.batch - 1u);
         x${i} = x[(params.first + b * params.chunks + step) * ${PAIRS}u + at % ${PAIRS}u]; }`,
 )}`;
   const optional: Partial<Record<Buffers, BufferSpec>> = {
@@ -59,7 +59,7 @@ ${each(
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<Buffers, Params>({
-    name: `batchTiled.${v.weights}${v.f16 ? '' : '.f32'}.b${v.batch}${v.residual ? '.res' : ''}`,
+    name: `batchTiled.${v.weights}${v.f16 ? '' : '.f32'}.c${v.columns}${v.residual ? '.res' : ''}`,
     features: halfFeatures(v),
     buffers: {
       w: read('u32'),
@@ -69,7 +69,7 @@ ${each(
       y: write('f32'),
       ...optional,
     } as Record<Buffers, BufferSpec>,
-    params: { chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32' },
+    params: { batch: 'u32', chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl(v)}
 var<workgroup> tileW: array<h2, ${BATCH_TILED_ROWS * STRIDE}>;
@@ -97,7 +97,7 @@ ${each(4, (p) => `      tileW[to + ${p}u] = (q[${p}] - z) * s;`)} }`
 ${each(loadsX, (i) => `    { let at = local + ${i * THREADS}u; tileX[(at / ${PAIRS}u) * ${STRIDE}u + at % ${PAIRS}u] = unpackH(x${i}); }`)}
     workgroupBarrier();
     if (next < params.chunks) { let step = next;${load} }
-${each(cells, (c) => `    let f${c} = factors[params.first + min(across + ${c * ACROSS}u, ${v.batch - 1}u) * params.chunks + next - 1u].x; var s${c} = h2(); var t${c} = h2();`)}
+${each(cells, (c) => `    let f${c} = factors[params.first + min(across + ${c * ACROSS}u, params.batch - 1u) * params.chunks + next - 1u].x; var s${c} = h2(); var t${c} = h2();`)}
     for (var p = 0u; p < ${PAIRS}u; p++) {
       let u = tileW[mine * ${STRIDE}u + p]; let v = tileW[(mine + ${BATCH_TILED_ROWS / 2}u) * ${STRIDE}u + p];
 ${each(cells, (c) => `      { let e = tileX[(across + ${c * ACROSS}u) * ${STRIDE}u + p]; s${c} = fma(u, e, s${c}); t${c} = fma(v, e, t${c}); }`)}
@@ -108,7 +108,7 @@ ${each(cells, (c) => `    a${c} = fma(f${c}, f32(s${c}.x) + f32(s${c}.y), a${c})
 ${each(
   cells,
   (c) => `  { let b = across + ${c * ACROSS}u;
-    if (b < ${v.batch}u) {
+    if (b < params.batch) {
       let at = b * params.stride + params.column + row + mine;
       if (row + mine < params.outFeatures) { y[at] = a${c}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + bias[row + mine]' : ''}; }
       if (row + mine + ${BATCH_TILED_ROWS / 2}u < params.outFeatures) { y[at + ${BATCH_TILED_ROWS / 2}u] = b${c}${v.residual ? ` + residual[at + ${BATCH_TILED_ROWS / 2}u]` : ''}${v.bias ? ` + bias[row + mine + ${BATCH_TILED_ROWS / 2}u]` : ''}; }

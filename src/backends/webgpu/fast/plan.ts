@@ -2,7 +2,8 @@
 // token. About nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate |
 // o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
 import { GyreError, ensure } from '../../../core/errors.js';
-import type { DecodeProgram, TokenChoice } from '../../../ops/backend.js';
+import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/backend.js';
+import { checkBufferSize } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
@@ -95,6 +96,22 @@ const MAX_STEPS = 64;
 /** Steps whose tokens stay readable: a read may come that many later, and reads of two submissions may be under way. */
 const RING = 4 * MAX_STEPS;
 
+/** A place that nobody holds: its one token is written over and over. */
+const EMPTY: DecodePlace = {
+  token: 0,
+  position: 0,
+  end: 0,
+  choice: { temperature: 0, topK: 0, topP: 1, seed: 0 },
+};
+
+/** A sequence's settings as samplePickKernel reads them. */
+const settingsOf = ({ temperature, topP = 1, topK = 0 }: PlanSampling, last: number): number[] => [
+  temperature,
+  topP,
+  topK,
+  last,
+];
+
 /** Channels per grid or rotation group that the kernels take. */
 export const PLAN_GROUPS: readonly number[] = [32, 64, 128];
 /** Channels per head that the attention kernel takes. */
@@ -117,18 +134,23 @@ export class DecodePlan implements DecodeProgram {
   readonly #logits: GPUBuffer;
   readonly #history: GPUBuffer;
   /** Tokens each sequence's cache will hold when everything submitted is done. */
-  #lengths: number[] = [];
+  readonly #lengths: number[];
+  /** Where a sequence that was placed stands still; Infinity for one that was begun. */
+  readonly #ends: number[];
   readonly #vocab: number;
 
   constructor(gpu: GpuDevice, model: PlanModel, { batch, capacity }: PlanOptions) {
     ensure(
-      batch <= DecodePlan.maxBatch,
+      Number.isInteger(batch) && batch >= 1 && batch <= DecodePlan.maxBatch,
       'unsupported',
-      () => `the decode plan takes at most ${DecodePlan.maxBatch} sequences, found ${batch}`,
+      () => `the decode plan takes from 1 to ${DecodePlan.maxBatch} sequences, found ${batch}`,
+      'decode fewer sequences at once',
     );
     this.#gpu = gpu;
     this.batch = batch;
     this.capacity = capacity;
+    this.#lengths = new Array<number>(batch).fill(0);
+    this.#ends = new Array<number>(batch).fill(0);
     this.#vocab = model.vocab;
     const { hidden, intermediate, heads, kvHeads, headDim, vocab } = model;
     const { capabilities } = gpu;
@@ -150,6 +172,13 @@ export class DecodePlan implements DecodeProgram {
     );
     const several = batchProductKind(gpu, batch);
     const splits = splitsFor(capacity, kvHeads * batch);
+    // The largest of the buffers below, before any is made.
+    for (const [what, bytes] of Object.entries({
+      logits: batch * vocab * 4,
+      activations: batch * Math.max(widest * 2, width * 4, 2 * intermediate * 4),
+      'partial sums of attention': batch * attended * splits * 4,
+    }))
+      checkBufferSize(gpu.limits, bytes, `the ${what} of ${batch} sequences`);
     this.#tokens = make(batch * 4);
     this.#positions = make(batch * 4);
     this.#settings = make(batch * 16);
@@ -360,17 +389,30 @@ export class DecodePlan implements DecodeProgram {
       'usage',
       () => `a plan for ${batch} sequences was begun with ${tokens.length}`,
     );
-    this.#lengths = [...positions];
+    for (let b = 0; b < batch; b++) [this.#lengths[b], this.#ends[b]] = [positions[b], Infinity];
     this.#gpu.upload(this.#tokens, tokens);
     this.#gpu.upload(this.#positions, positions);
-    this.#gpu.upload(
-      this.#settings,
-      Float32Array.from(sampling.flatMap((s) => [s.temperature, s.topP ?? 1, s.topK ?? 0, 0])),
-    );
+    this.#gpu.upload(this.#settings, Float32Array.from(sampling.flatMap((s) => settingsOf(s, this.capacity))));
     this.#gpu.upload(
       this.#seeds,
       Uint32Array.from(sampling, (s) => s.seed ?? 0),
     );
+  }
+
+  /** See DecodeProgram.place. @throws GyreError `context-length` for an end that the caches have no entry behind. */
+  place(sequence: number, place: DecodePlace | undefined): void {
+    ensure(sequence >= 0 && sequence < this.batch, 'usage', () => `no sequence ${sequence} of ${this.batch}`);
+    const { token, position, end, choice } = place ?? EMPTY;
+    ensure(
+      position <= end && end < this.capacity,
+      'context-length',
+      () => `a sequence from ${position} to ${end} tokens does not fit caches of ${this.capacity}`,
+    );
+    [this.#lengths[sequence], this.#ends[sequence]] = [position, end];
+    this.#gpu.upload(this.#tokens, Uint32Array.of(token), 4 * sequence);
+    this.#gpu.upload(this.#positions, Uint32Array.of(position), 4 * sequence);
+    this.#gpu.upload(this.#settings, Float32Array.from(settingsOf(choice, end)), 16 * sequence);
+    this.#gpu.upload(this.#seeds, Uint32Array.of(choice.seed), 4 * sequence);
   }
 
   /**
@@ -382,15 +424,15 @@ export class DecodePlan implements DecodeProgram {
     ensure(count >= 1 && count <= MAX_STEPS, 'usage', () => `from 1 to ${MAX_STEPS} steps at once, not ${count}`);
     const { batch } = this;
     // Where each sequence's tokens of these steps will lie in the ring.
-    const slots = this.#lengths.map((position) => position % RING);
+    const slots: number[] = [];
     for (let i = 0; i < count; i++) {
+      slots.push(...this.#lengths.map((position) => position % RING));
       this.#advance();
       this.#gpu.run(this.#step);
     }
     const ring = new Uint32Array(await this.#gpu.read(this.#history, 0, RING * batch * 4));
     const out = new Uint32Array(count * batch);
-    for (let i = 0; i < count; i++)
-      for (let b = 0; b < batch; b++) out[i * batch + b] = ring[((slots[b] + i) % RING) * batch + b];
+    for (const [i, slot] of slots.entries()) out[i] = ring[slot * batch + (i % batch)];
     ensure(
       !out.includes(NO_TOKEN),
       'non-finite',
@@ -414,7 +456,7 @@ export class DecodePlan implements DecodeProgram {
       'context-length',
       () => `the caches hold ${capacity} tokens, and all are there`,
     );
-    this.#lengths = this.#lengths.map((length) => length + 1);
+    for (const [b, length] of this.#lengths.entries()) this.#lengths[b] = Math.min(length + 1, this.#ends[b]);
   }
 
   /** The logits of the last step [batch, vocab]. */
