@@ -297,6 +297,11 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       const qkv = normals(batch * width);
       const keys = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
       const values = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
+      // What lies past a sequence's tokens is whatever was there before.
+      for (let head = 0; head < batch * kvHeads; head++) {
+        const from = head * capacity + positions[Math.floor(head / kvHeads)];
+        for (const data of [keys, values]) data.fill(NaN, from * headDim, (head + 1) * capacity * headDim);
+      }
       const [qNorm, kNorm] = [normals(headDim), normals(headDim)];
       const rope = new Float32Array(capacity * rotaryDim);
       for (let p = 0; p < capacity; p++)

@@ -59,8 +59,10 @@ const kernels: Kernel[] = [
         batchGemmKernel({
           rows: 32,
           warps: 8,
+          warpsM: 2,
           tileK: 256,
           depth,
+          stagger: true,
           columns,
           weights,
           groupSize: 128,

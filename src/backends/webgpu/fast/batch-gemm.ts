@@ -19,10 +19,13 @@ export interface BatchGemmVariant {
   readonly rows: number;
   /** Subgroups per workgroup. */
   readonly warps: number;
-  /** Channels per step, a multiple of 16·warps and of 32. */
+  /** Parts that the rows are divided into among subgroups; the rest of the subgroups share the channels of a step. */
+  readonly warpsM: number;
+  /** Channels per step, a multiple of 32 and of 16 for each subgroup that shares them. */
   readonly tileK: number;
   /** Steps whose loads are under way. */
   readonly depth: number;
+  readonly stagger: boolean;
   /** Sequences as the units see them: 16 or 32. */
   readonly columns: number;
   readonly weights: 'int4' | 'f16' | 'bf16';
@@ -55,7 +58,7 @@ export const batchGemmMemory = (v: BatchGemmVariant): number => 16 * memoryWords
 /** Tiles, then, in the same place, each subgroup's sums: in units of 16 bytes. */
 function memoryWords(v: BatchGemmVariant): number {
   const tiles = (v.rows + v.columns) * (v.tileK / 8 + 1);
-  return Math.max(tiles, (v.warps * v.rows * v.columns) / 4);
+  return Math.max(tiles, ((v.warps / v.warpsM) * v.rows * v.columns) / 4);
 }
 
 /**
@@ -64,19 +67,20 @@ function memoryWords(v: BatchGemmVariant): number {
  * `column`; x and factors are read from chunk `first`; bias [out] f32. `shift` is a power of two: see above.
  */
 export function batchGemmKernel(v: BatchGemmVariant): Kernel<BatchGemmBuffer, Params> {
-  const { rows, columns, warps, tileK, depth, weights } = v;
+  const { rows, columns, warps, warpsM, tileK, depth, weights } = v;
   const threads = 32 * warps;
   const int4 = weights === 'int4';
   // Tiles are rows of 16 bytes (8 channels), padded by one against bank conflicts.
   const stride = tileK / 8 + 1;
-  const slice = tileK / warps;
+  const slices = warps / warpsM;
+  const slice = tileK / slices;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   // Loads of 16 bytes per row and step: 32 codes or 8 halves.
   const perRowW = int4 ? tileK / CHUNK : tileK / 8;
   const perRowX = tileK / 8;
   const [countW, countX] = [rows * perRowW, columns * perRowX];
   const [loadsW, loadsX] = [Math.ceil(countW / threads), Math.ceil(countX / threads)];
-  const [subM, subN] = [rows / 16, columns / 16];
+  const [subM, subN] = [rows / warpsM / 16, columns / 16];
   const wide =
     weights === 'f16'
       ? ''
@@ -128,8 +132,8 @@ ${each(
   const multiply = each(
     slice / 16,
     (k) => `      {
-${each(subM, (i) => `        let a${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&tile, ${i * 16 * stride + k * 2}u + warp * ${slice / 8}u, ${stride}u);`)}
-${each(subN, (j) => `        let b${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&tile, ${(rows + j * 16) * stride + k * 2}u + warp * ${slice / 8}u, ${stride}u);`)}
+${each(subM, (i) => `        let a${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&tile, part * ${(rows / warpsM) * stride}u + ${i * 16 * stride + k * 2}u + slice * ${slice / 8}u, ${stride}u);`)}
+${each(subN, (j) => `        let b${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&tile, ${(rows + j * 16) * stride + k * 2}u + slice * ${slice / 8}u, ${stride}u);`)}
 ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultiplyAccumulate(a${i}, b${j}, c${i}_${j});`))}
       }`,
   );
@@ -138,7 +142,7 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<BatchGemmBuffer, Params>({
-    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
+    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.stagger ? '.s' : ''}${v.residual ? '.res' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       w: read('vec4<u32>'),
@@ -165,35 +169,39 @@ var<workgroup> tile: array<vec4<u32>, ${memoryWords(v)}>;
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>,
         @builtin(local_invocation_index) local: u32, @builtin(subgroup_id) warp: u32) {
-  let first = (wg.y * count.x + wg.x) * ${rows}u;
+  let index = wg.y * count.x + wg.x;
+  let first = index * ${rows}u;
+  let part = warp / ${slices}u;
+  let slice = warp % ${slices}u;
   let words = params.chunks${int4 ? '' : ' * 4u'};
 ${int4 ? `  let groups = params.chunks / ${v.groupSize / CHUNK}u;` : ''}
   let steps = (params.chunks + ${tileK / CHUNK - 1}u) / ${tileK / CHUNK}u;
+  let turn = ${v.stagger ? 'index % steps' : '0u'};
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j} = subgroup_matrix_result<f32, 16, 16>();`))}
 ${each(
   depth,
   (d) => `${each(loadsW, (i) => `  var w${d}_${i}: vec4<u32>;${int4 ? ` var g${d}_${i}: u32;` : ''}`)}
 ${each(loadsX, (i) => `  var x${d}_${i}: vec4<u32>; var f${d}_${i}: f32;`)}`,
 )}
-${each(depth, (d) => `  if (${d}u < steps) { let step = ${d}u;${load(d)} }`)}
+${each(depth, (d) => `  if (${d}u < steps) { let step = ${d}u + turn - select(0u, steps, ${d}u + turn >= steps);${load(d)} }`)}
   for (var base = 0u; base < steps; base += ${depth}u) {
 ${each(
   depth,
   (d) => `    ${depth > 1 ? `if (base + ${d}u < steps) ` : ''}{
 ${store(d)}
       workgroupBarrier();
-      if (base + ${d + depth}u < steps) { let step = base + ${d + depth}u;${load(d)} }
+      if (base + ${d + depth}u < steps) { let step = base + ${d + depth}u + turn - select(0u, steps, base + ${d + depth}u + turn >= steps);${load(d)} }
 ${multiply}
       workgroupBarrier();
     }`,
 )}
   }
   // Each subgroup's sums [sequence, row]; added, and out.
-${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<col_major>(&tile, (warp * ${columns}u + ${j * 16}u) * ${rows / 4}u + ${i * 4}u, c${i}_${j}, ${rows / 4}u);`))}
+${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<col_major>(&tile, (slice * ${columns}u + ${j * 16}u) * ${rows / 4}u + part * ${rows / warpsM / 4}u + ${i * 4}u, c${i}_${j}, ${rows / 4}u);`))}
   workgroupBarrier();
   for (var cell = local; cell < params.batch * ${rows / 4}u; cell += ${threads}u) {
     var sum = vec4<f32>();
-    for (var s = 0u; s < ${warps}u; s++) { sum += bitcast<vec4<f32>>(tile[s * ${(columns * rows) / 4}u + cell]); }
+    for (var s = 0u; s < ${slices}u; s++) { sum += bitcast<vec4<f32>>(tile[s * ${(columns * rows) / 4}u + cell]); }
     sum /= params.shift;
     let row = first + (cell % ${rows / 4}u) * 4u;
     let at = (cell / ${rows / 4}u) * params.stride + params.column + row;

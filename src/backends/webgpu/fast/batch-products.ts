@@ -29,13 +29,13 @@ const SHIFT = { norm: 1, attention: 2 ** -4, silu: 2 ** -6 } as const;
 const gemmKernel = variants(batchGemmKernel);
 const tiledKernel = variants(batchTiledKernel);
 
-type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'tileK' | 'depth'>;
+type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth' | 'stagger'>;
 
 /** Enough workgroups to fill the GPU first, then as many rows in each as X is worth. */
 export function batchGemmShape(outFeatures: number): Shape {
-  if (outFeatures >= 64 * 256) return { rows: 64, warps: 4, tileK: 128, depth: 2 };
-  if (outFeatures >= 32 * 128) return { rows: 32, warps: 8, tileK: 256, depth: 2 };
-  return { rows: 16, warps: 8, tileK: 256, depth: 2 };
+  const common = { warpsM: 1, tileK: 128, depth: 2, stagger: true };
+  if (outFeatures >= 64 * 256) return { rows: 64, warps: 4, ...common };
+  return { rows: 32, warps: 4, ...common };
 }
 
 /** A product of all sequences, its buffers and parameters as batchGemmKernel's. */
