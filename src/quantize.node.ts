@@ -26,6 +26,7 @@ import { checkTensors, groupModules, groupShape, openModel, type ModelSource } f
 import type { WeightBits } from './ops/backend.js';
 import { requireGradients } from './ops/gradients.js';
 import {
+  CALIBRATION_SEQUENCES,
   documentsOf,
   sampleWindows,
   type CalibrationText,
@@ -94,7 +95,7 @@ export interface QuantizeOptions {
   readonly calib?: readonly string[];
   /** Calibration sequences made before (by {@link writeCalibrationText}, say), instead of texts. */
   readonly calibrationTokens?: CalibrationTokens;
-  /** Calibration sequences; default 64. */
+  /** Calibration sequences; default {@link CALIBRATION_SEQUENCES} of the device. */
   readonly calibSamples?: number;
   /** Tokens per calibration sequence; default 512. */
   readonly seqLen?: number;
@@ -146,7 +147,6 @@ const DEFAULTS = {
   scales: true,
   steps: 100,
   seed: 0,
-  calibSamples: 64,
   seqLen: 512,
 } as const;
 
@@ -179,9 +179,11 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       });
     }
     checkTensors(source);
+    const sequences =
+      options.calibrationTokens?.sequences ?? options.calibSamples ?? CALIBRATION_SEQUENCES[options.device ?? 'cpu'];
     if (isBlockRecipe(recipe))
       ensure(
-        (options.calibrationTokens?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples) >= 2,
+        sequences >= 2,
         'usage',
         `${recipe.name} needs at least two calibration sequences: one to train on, one to choose the best epoch by`,
         'raise --calib-samples',
@@ -189,7 +191,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const calibrated = needsCalibration(recipe, settings);
     const given = calibrated ? options.calibrationTokens : undefined;
     const shape = {
-      sequences: given?.sequences ?? options.calibSamples ?? DEFAULTS.calibSamples,
+      sequences,
       length: given?.length ?? options.seqLen ?? DEFAULTS.seqLen,
     };
     if (calibrated) checkShape(source, shape, given);

@@ -1,6 +1,6 @@
 // AdamW over variables, in place on their backend, with a cosine schedule.
 import type { Backend, Tensor } from '../ops/backend.js';
-import { requireGradients } from '../ops/gradients.js';
+import { requireGradients, type AdamWStep } from '../ops/gradients.js';
 import type { Variable } from './tape.js';
 
 /** Settings of AdamW; the defaults are the published ParoQuant ones (design §4.4). */
@@ -19,8 +19,8 @@ export interface OptimizerOptions {
 export interface ParameterGroup {
   readonly parameters: readonly Variable[];
   readonly learningRate: number;
-  /** Brings values back into their domain after a step, in place; read to the host, so for small parameters. */
-  readonly constrain?: (values: Float32Array) => boolean;
+  /** Where values are held after each step. */
+  readonly range?: AdamWStep['range'];
 }
 
 /** Cosine from `peak` at step 0 to `peak · floor` at step `steps`. */
@@ -48,7 +48,7 @@ export class Optimizer {
     const { steps, floor, ...adam } = this.#options;
     const share = cosineRate(Math.min(this.#step, steps), steps, 1, floor);
     this.#step++;
-    for (const { parameters, learningRate, constrain } of this.#groups) {
+    for (const { parameters, learningRate, range } of this.#groups) {
       for (const variable of parameters) {
         const gradient = variable.takeGradient();
         if (!gradient) continue;
@@ -57,9 +57,9 @@ export class Optimizer {
           ...adam,
           learningRate: learningRate * share,
           step: this.#step,
+          range,
         });
         backend.free(gradient);
-        if (constrain) await this.#constrain(variable, constrain);
       }
     }
   }
@@ -80,12 +80,5 @@ export class Optimizer {
     const made = { first: await zeros(), second: await zeros() };
     this.#moments.set(variable, made);
     return made;
-  }
-
-  async #constrain(variable: Variable, constrain: (values: Float32Array) => boolean): Promise<void> {
-    const values = await this.#backend.download(variable.value);
-    if (!constrain(values)) return;
-    this.#backend.free(variable.value);
-    variable.value = await this.#backend.upload({ dtype: 'f32', shape: variable.value.shape, data: values });
   }
 }

@@ -54,8 +54,10 @@ export function constant(value: Tensor): Variable {
 
 /** What a loss op returns. */
 export interface Loss {
-  /** Mean over elements or rows. */
-  readonly value: number;
+  /** Mean over elements or rows, [1]: the tape's, like every other value. */
+  readonly value: Tensor;
+  /** The value as a number. Waits for all work up to it where the backend works in the background. */
+  read(): Promise<number>;
   /** Adds scale · ∂loss/∂… to the gradient of every variable the loss depends on. Once per loss. */
   backward(scale?: number): Promise<void>;
 }
@@ -223,11 +225,7 @@ export class Tape {
    */
   async rotate(x: Variable, layout: RotationLayout, theta: Variable, channelScales: Variable): Promise<Variable> {
     const { backend } = this;
-    const handle = await backend.loadTransform({
-      ...layout,
-      theta: await backend.download(theta.value),
-      channelScales: await backend.download(channelScales.value),
-    });
+    const handle = await this.#ops.transformOf(layout, theta.value, channelScales.value);
     this.#handles.push(handle);
     const y = await backend.rotate(x.value, handle);
     return this.#unary([x, theta, channelScales], y, async (dy) => {
@@ -243,19 +241,16 @@ export class Tape {
    * One use per walk: the objective keeps one forward point.
    */
   async transformedWeight(objective: TransformObjective, theta: Variable, scales: Variable): Promise<Variable> {
-    const { backend } = this;
-    const value = await objective.forward(await backend.download(theta.value), await backend.download(scales.value));
+    const value = await objective.forward(theta.value, scales.value);
     // The objective owns the value.
     const [w] = this.#push(
       [theta, scales],
       [value],
       async ([dy]) => {
         if (!dy) return;
-        const out = await objective.backward(dy);
-        const upload = (values: Float64Array, like: Variable) =>
-          backend.upload({ dtype: 'f32', shape: like.value.shape, data: Float32Array.from(values) });
-        await this.#add(theta, await upload(out.theta, theta));
-        await this.#add(scales, await upload(out.scales, scales));
+        const out = await objective.backwardOn(dy);
+        await this.#add(theta, out.theta);
+        await this.#add(scales, out.scales);
       },
       false,
     );
@@ -263,26 +258,19 @@ export class Tape {
   }
 
   /**
-   * A fixed transform of a weight's channels w [in, cols], forward or inverse. Gradients pass through its transpose:
-   * T = R·diag(s), so Tᵀ = diag(s)·R⁻¹ and T⁻ᵀ = R·diag(1/s).
+   * A fixed transform of a weight's channels w [in, cols], forward or inverse. Gradients pass through its transpose, the
+   * other direction on the activation side: T = R·diag(s), so Tᵀ = diag(s)·R⁻¹ and T⁻ᵀ = R·diag(1/s).
    */
   async transformChannels(
     w: Variable,
-    transform: PairwiseTransform,
+    transform: PairwiseTransform | TransformHandle,
     direction: 'forward' | 'inverse',
   ): Promise<Variable> {
     const { backend } = this;
     const y = await backend.transformChannels(w.value, transform, direction);
     return this.#unary([w], y, async (dy) => {
-      const out =
-        direction === 'inverse'
-          ? await backend.transformChannels(dy, transform, 'forward', 'activation')
-          : await backend.transformChannels(
-              dy,
-              { ...transform, channelScales: transform.channelScales.map((a) => 1 / a) },
-              'inverse',
-            );
-      await this.#add(w, out);
+      const back = direction === 'forward' ? 'inverse' : 'forward';
+      await this.#add(w, await backend.transformChannels(dy, transform, back, 'activation'));
     });
   }
 
@@ -390,9 +378,11 @@ export class Tape {
 
   #loss(prediction: Variable, { loss, gradient }: LossGradient): Loss {
     if (!this.#record) this.backend.free(gradient);
+    this.#owned.push(loss);
     let used = !this.#record;
     return {
       value: loss,
+      read: async () => (await this.backend.download(loss))[0],
       backward: async (scale = 1) => {
         ensure(!used, 'usage', 'a loss of an unrecorded tape, or one already walked back from, has no gradient');
         used = true;

@@ -295,9 +295,11 @@ export interface TransformGradient {
  */
 export interface TransformObjective {
   /** Ŵ [in, cols] for these parameters. theta [krot, in/2], scales [in] (weight side, s). The tensor is valid until the next call. */
-  forward(theta: Float32Array, scales: Float32Array): Awaitable<Tensor>;
+  forward(theta: Float32Array | Tensor, scales: Float32Array | Tensor): Awaitable<Tensor>;
   /** Gradients at the last forward point, given ∂L/∂Ŵ [in, cols]; straight-through for round and clamp. */
   backward(gradient: Tensor): Awaitable<TransformGradient>;
+  /** The same as tensors theta [krot, in/2] and scales [in], which are the caller's to free. */
+  backwardOn(gradient: Tensor): Awaitable<{ readonly theta: Tensor; readonly scales: Tensor }>;
   dispose(): void;
 }
 
@@ -322,11 +324,11 @@ export interface QuantizationOps {
   /**
    * T on a weight's channels: [in, cols] ⊙ s (s = 1 / channelScales), then the rotations; or the inverse (rotations
    * backwards, then ÷ s). For a symmetric matrix H apply it on both sides by transposing in between.
-   * `side` 'activation' uses x ⊙ a instead of ⊙ s (forward only), i.e. T⁻ᵀ.
+   * `side` 'activation' uses a instead of s: T⁻ᵀ forward, Tᵀ inverse. A resident pairwise transform spares its way there.
    */
   transformChannels(
     w: Tensor,
-    transform: PairwiseTransform,
+    transform: PairwiseTransform | TransformHandle,
     direction: 'forward' | 'inverse',
     side?: 'weight' | 'activation',
   ): Awaitable<Tensor>;

@@ -11,6 +11,7 @@ import type {
   Awaitable,
   Backend,
   GridSpec,
+  PairwiseTransform,
   SplitHeadsOptions,
   Tensor,
   TransformHandle,
@@ -21,8 +22,8 @@ export type ElementLoss = { readonly kind: 'mse' } | { readonly kind: 'smooth-l1
 
 /** A loss and its gradient with respect to the prediction. */
 export interface LossGradient {
-  /** Mean over elements or rows, summed in f64. */
-  readonly loss: number;
+  /** Mean over elements or rows, [1]: summed beyond f32's precision, and on the backend until somebody reads it. */
+  readonly loss: Tensor;
   /** ∂loss/∂prediction, of the prediction's shape. */
   readonly gradient: Tensor;
 }
@@ -36,6 +37,8 @@ export interface AdamWStep {
   readonly weightDecay: number;
   /** 1 for the first step; corrects the bias of the moments. */
   readonly step: number;
+  /** Where the parameter is held after the step; free when undefined. */
+  readonly range?: { readonly minimum: number; readonly maximum: number };
 }
 
 /** Heads as they are split in training: all sequences of a batch start at one position. */
@@ -50,6 +53,15 @@ export interface GradientOps {
   splitColumns(x: Tensor, widths: readonly number[]): Awaitable<Tensor[]>;
   /** x, dy [rows, n], weight [n] → x [rows, n], weight [n]. */
   rmsNormGradient(x: Tensor, weight: Tensor, eps: number, dy: Tensor): Awaitable<{ x: Tensor; weight: Tensor }>;
+  /**
+   * A transform whose angles theta [krot, channels / 2] and activation-side scales [channels] are tensors, as they are now.
+   * Released like one of `loadTransform`.
+   */
+  transformOf(
+    layout: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
+    theta: Tensor,
+    channelScales: Tensor,
+  ): Awaitable<TransformHandle>;
   /**
    * Of `rotate`: x, dy [rows, channels] → x, and for the transform theta [krot, channels / 2] and channelScales
    * [channels] (activation side, a).
@@ -117,6 +129,6 @@ export interface GradientOps {
 export function requireGradients(backend: Backend): GradientOps {
   if (backend.gradients) return backend.gradients;
   throw new GyreError('unsupported', `the ${backend.info.name} backend has no gradient ops, which training needs`, {
-    remedy: 'run it with --device cpu',
+    remedy: 'run it with --device cpu or --device webgpu',
   });
 }

@@ -439,6 +439,7 @@ describe('the suite', () => {
     return {
       forward: (theta, scales) => objective.forward(theta, scales),
       backward: (gradient) => spoil(objective.backward(gradient)) as never,
+      backwardOn: (gradient) => spoil(objective.backwardOn(gradient)) as never,
       dispose: () => objective.dispose(),
     };
   }

@@ -2,12 +2,9 @@
 // shader-f16, so the variants without it are the ones that run.)
 import { describe, it } from 'vitest';
 import { openTestWebGpu, webgpuMissing } from '../support/webgpu.js';
-import { activationCases } from './cases-activations.js';
 import { conformanceCases, OPS, runConformance, type ConformanceCase, type OpName } from './suite.js';
 
 const skip = {
-  // Refused by name until there are kernels.
-  ...Object.fromEntries(activationCases.map(({ op, name }) => [`${op}: ${name}`, 'not written yet'])),
   // Ops of quantization: all from matmul on.
   ...Object.fromEntries(OPS.slice(OPS.indexOf('matmul')).map((op) => [op, 'in webgpu-quantization.test.ts'])),
 };
@@ -25,7 +22,7 @@ const withoutSubgroups = Object.fromEntries(
 
 const VARIANTS = [
   { name: 'all features', features: {}, skip },
-  { name: 'no subgroups', features: { subgroups: false }, skip: { ...skip, ...withoutSubgroups } },
+  { name: 'no subgroups', features: { subgroups: false, integerDot: false }, skip: { ...skip, ...withoutSubgroups } },
 ];
 
 if (webgpuMissing !== undefined) {

@@ -1,6 +1,6 @@
 // The gradient ops of the CPU backend: our WebAssembly kernels; products are the matmul of the quantization ops.
 import { ensure, GyreError } from '../../core/errors.js';
-import type { GridSpec, Tensor, TransformHandle } from '../../ops/backend.js';
+import type { GridSpec, PairwiseTransform, Tensor, TransformHandle } from '../../ops/backend.js';
 import type {
   AdamWStep,
   AttentionGradientOptions,
@@ -54,6 +54,15 @@ export class CpuGradients implements GradientOps {
     const out = { x: this.#tensors.make(x.shape), weight: this.#tensors.make(weight.shape) };
     rmsNormGradient(this.#pool, own(x).data, own(weight).data, eps, own(dy).data, out.x.data, out.weight.data);
     return out;
+  }
+
+  transformOf(
+    layout: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
+    theta: Tensor,
+    channelScales: Tensor,
+  ): TransformHandle {
+    // Copies: tensors may change while the handle lives.
+    return new RowTransform(this.#pool, layout, own(theta).data.slice(), own(channelScales).data.slice());
   }
 
   rotateGradient(
@@ -177,7 +186,7 @@ export class CpuGradients implements GradientOps {
   elementLoss(prediction: Tensor, target: Tensor, loss: ElementLoss): LossGradient {
     const gradient = this.#tensors.make(prediction.shape);
     return {
-      loss: elementLoss(this.#pool, own(prediction).data, own(target).data, loss, gradient.data),
+      loss: this.#scalar(elementLoss(this.#pool, own(prediction).data, own(target).data, loss, gradient.data)),
       gradient,
     };
   }
@@ -186,17 +195,28 @@ export class CpuGradients implements GradientOps {
     const { data, rows } = own(logits).matrix;
     ensure(targets.length === rows, 'tensor-shape', () => `${targets.length} targets for ${rows} rows of logits`);
     const gradient = this.#tensors.make(logits.shape);
-    return { loss: logitLoss(this.#pool, data, rows, { targets }, gradient.data), gradient };
+    return { loss: this.#scalar(logitLoss(this.#pool, data, rows, { targets }, gradient.data)), gradient };
   }
 
   klDivergence(logits: Tensor, reference: Tensor): LossGradient {
     const { data, rows } = own(logits).matrix;
     const gradient = this.#tensors.make(logits.shape);
-    return { loss: logitLoss(this.#pool, data, rows, { reference: own(reference).data }, gradient.data), gradient };
+    const loss = logitLoss(this.#pool, data, rows, { reference: own(reference).data }, gradient.data);
+    return { loss: this.#scalar(loss), gradient };
   }
 
   adamW(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep): void {
-    adamW(this.#pool, own(parameter).data, own(gradient).data, own(first).data, own(second).data, step);
+    const { data } = own(parameter);
+    adamW(this.#pool, data, own(gradient).data, own(first).data, own(second).data, step);
+    const { range } = step;
+    if (range)
+      for (let i = 0; i < data.length; i++) data[i] = Math.min(Math.max(data[i], range.minimum), range.maximum);
+  }
+
+  #scalar(value: number): Tensor {
+    const tensor = this.#tensors.make([1]);
+    tensor.data[0] = value;
+    return tensor;
   }
 }
 

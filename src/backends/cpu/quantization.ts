@@ -1,12 +1,13 @@
 // The quantization ops of the CPU backend: our WebAssembly kernels for what is per channel and per group, ONNX Runtime for
 // the matrix products between them.
-import { ensure } from '../../core/errors.js';
+import { ensure, GyreError } from '../../core/errors.js';
 import type {
   GridSpec,
   PairwiseTransform,
   QuantizationOps,
   RoundedWeight,
   Tensor,
+  TransformHandle,
   TransformObjective,
 } from '../../ops/backend.js';
 import {
@@ -17,6 +18,7 @@ import {
   gptqBlock,
   gptqBlocks,
   ObjectiveKernel,
+  RowTransform,
   transformChannels,
   transpose,
   type KernelPool,
@@ -79,20 +81,20 @@ export class CpuQuantization implements QuantizationOps {
 
   transformChannels(
     w: Tensor,
-    transform: PairwiseTransform,
+    source: PairwiseTransform | TransformHandle,
     direction: 'forward' | 'inverse',
     side: 'weight' | 'activation' = 'weight',
   ): Tensor {
+    const transform = 'theta' in source ? source : ownPairwise(source);
     const { data, rows, cols } = own(w).matrix;
     ensure(
       rows === transform.channels,
       'tensor-shape',
       () => `a transform of ${transform.channels} channels on ${rows} rows`,
     );
-    ensure(side === 'weight' || direction === 'forward', 'usage', 'the activation side has no inverse here');
     const a = transform.channelScales;
     const out = this.#tensors.make([rows, cols]);
-    // The weight side multiplies by s = 1/a; both directions of the kernel take s.
+    // The weight side multiplies by s = 1/a; both directions of the kernel take what forward multiplies by.
     transformChannels(
       this.#pool,
       data,
@@ -123,10 +125,20 @@ export class CpuQuantization implements QuantizationOps {
     const out = this.#tensors.make([rows, cols]);
     return {
       forward(theta, scales) {
-        kernel.forward(theta, scales, out.data);
+        kernel.forward(hostParameters(theta), hostParameters(scales), out.data);
         return out;
       },
       backward: (gradient) => kernel.backward(own(gradient).data),
+      backwardOn: (gradient) => {
+        const found = kernel.backward(own(gradient).data);
+        const made = {
+          theta: this.#tensors.make([transform.krot, transform.channels / 2]),
+          scales: this.#tensors.make([transform.channels]),
+        };
+        made.theta.data.set(found.theta);
+        made.scales.data.set(found.scales);
+        return made;
+      },
       dispose: () => {
         kernel.dispose();
         this.#tensors.free(out);
@@ -365,4 +377,14 @@ function rightOfBlock(
   const data = new Float32Array(rows * cols);
   for (let r = 0; r < rows; r++) data.set(matrix.subarray((begin + r) * n + end, (begin + r + 1) * n), r * cols);
   return { data, rows, cols };
+}
+
+/** Parameters of a transform, wherever they are. */
+function hostParameters(values: Float32Array | Tensor): Float32Array {
+  return values instanceof Float32Array ? values : own(values).data;
+}
+
+function ownPairwise(handle: TransformHandle): PairwiseTransform {
+  if (handle instanceof RowTransform) return handle.source;
+  throw new GyreError('backend', 'no pairwise transform of the CPU backend');
 }

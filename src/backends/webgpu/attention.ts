@@ -3,6 +3,8 @@ import { ensure, GyreError } from '../../core/errors.js';
 import type {
   AttentionOptions,
   KvCacheHandle,
+  KvCacheShape,
+  KvGrid,
   PerSequence,
   RopeHandle,
   SequenceCopy,
@@ -10,7 +12,10 @@ import type {
   Tensor,
 } from '../../ops/backend.js';
 import { checkCopies, startsOf } from '../../ops/sequences.js';
+import { gridRun } from './activation-grid.js';
 import type { GpuDevice } from './device.js';
+import { applyHadamard, GpuHadamard } from './hadamard.js';
+import { appendGridKernel, gridCacheWords } from './kernels/activation-grid.js';
 import {
   appendKernel,
   attentionKernel,
@@ -18,6 +23,7 @@ import {
   cacheWords,
   combineKernel,
   splitAttentionKernel,
+  type AttentionSource,
   type AttentionVariant,
 } from './kernels/attention.js';
 import { splitHeadsKernel } from './kernels/rope.js';
@@ -50,21 +56,31 @@ export class GpuRope implements RopeHandle {
   }
 }
 
-/** Keys and values as f16, [batch, kvHeads, capacity, headDim], two to a word. */
+/**
+ * Keys and values [batch, kvHeads, capacity, headDim]: f16, two to a word, or codes on a grid, packed behind their low and
+ * scale (kernels/activation-grid.ts).
+ */
 export class GpuKvCache implements KvCacheHandle {
   readonly batch: number;
   readonly kvHeads: number;
   readonly headDim: number;
   readonly capacity: number;
+  readonly grid: KvGrid | undefined;
+  /** Words of one token's head. */
+  readonly words: number;
   readonly keys: GPUBuffer;
   readonly values: GPUBuffer;
 
-  constructor(gpu: GpuDevice, shape: { batch: number; kvHeads: number; headDim: number; capacity: number }) {
+  constructor(gpu: GpuDevice, shape: KvCacheShape) {
+    const { headDim, grid } = shape;
     this.batch = shape.batch;
     this.kvHeads = shape.kvHeads;
-    this.headDim = shape.headDim;
+    this.headDim = headDim;
     this.capacity = shape.capacity;
-    const bytes = 4 * shape.batch * shape.kvHeads * shape.capacity * cacheWords(shape.headDim);
+    this.grid = grid;
+    if (grid) gridRun({ ...grid, symmetric: false, groupSize: headDim }, headDim);
+    this.words = grid ? gridCacheWords(headDim, grid.bits) : cacheWords(headDim);
+    const bytes = 4 * shape.batch * shape.kvHeads * shape.capacity * this.words;
     const what = `the keys of ${shape.batch} × ${shape.capacity} tokens`;
     this.keys = gpu.buffer(bytes, what);
     this.values = gpu.buffer(bytes, what);
@@ -114,12 +130,12 @@ export function copySequences(
 ): void {
   if (!(from instanceof GpuKvCache) || !(to instanceof GpuKvCache)) throw foreign();
   ensure(
-    from.kvHeads === to.kvHeads && from.headDim === to.headDim,
+    from.kvHeads === to.kvHeads && from.headDim === to.headDim && from.words === to.words,
     'tensor-shape',
-    'sequences can only be copied between caches of the same heads',
+    'sequences can only be copied between caches of the same heads and grids',
   );
   checkCopies(from, to, copies);
-  const words = cacheWords(from.headDim);
+  const { words } = from;
   for (const copy of copies) {
     const bytes = 4 * copy.tokens * words;
     if (bytes === 0) continue;
@@ -189,6 +205,15 @@ export function splitHeads(
     { items, heads, kvHeads, tokens, start, ragged, eps },
     spread(items),
   );
+  const { headTransform } = options;
+  if (headTransform) {
+    ensure(
+      headTransform instanceof GpuHadamard && headTransform.channels === headDim,
+      'tensor-shape',
+      () => `splitHeads takes a Hadamard transform of ${headDim} channels, found ${headTransform.channels}`,
+    );
+    for (const part of [q, k]) applyHadamard(gpu, part, headTransform, { inPlace: true });
+  }
   return { q, k, v };
 }
 
@@ -232,7 +257,7 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   const splitKeys = splits === 1 ? reach : Math.ceil(reach / splits);
   const out = makeTensor(gpu, q.shape);
   const params = { tokens, heads, kvHeads, start, ragged, window, stride: source.stride, splitKeys, scale };
-  const variant: AttentionVariant = { headDim, ...tile, source: cache ? 'cache' : 'rows' };
+  const variant: AttentionVariant = { headDim, ...tile, source: sourceOf(cache) };
   const groups = [tiles, splits, batch * kvHeads] as const;
   const bound = starts.buffer ?? q;
   if (splits === 1) {
@@ -260,6 +285,12 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   return out;
 }
 
+function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
+  if (!cache) return 'rows';
+  const { grid } = cache as GpuKvCache;
+  return grid ? `int${grid.bits}` : 'cache';
+}
+
 /** Appends new keys and values. */
 function append(
   gpu: GpuDevice,
@@ -282,9 +313,18 @@ function append(
     'context-length',
     () => `${longest + tokens} tokens do not fit a key/value cache of ${capacity}`,
   );
+  const starts = buffer ?? keys;
+  if (cache.grid) {
+    const { bits, clip } = cache.grid;
+    const runs = batch * tokens * kvHeads;
+    const params = { runs, size: headDim, clip, tokens, kvHeads, start, ragged, capacity };
+    const kernel = appendGridKernel(headDim, bits);
+    gpu.dispatch(kernel, { x: keys, starts, cache: cache.keys }, params, spread(runs));
+    gpu.dispatch(kernel, { x: values, starts, cache: cache.values }, params, spread(runs));
+    return;
+  }
   const count = batch * tokens * kvHeads * cacheWords(headDim);
   const params = { count, tokens, kvHeads, start, ragged, capacity };
-  const starts = buffer ?? keys;
   gpu.dispatch(appendKernel(headDim), { x: keys, starts, cache: cache.keys }, params, elementGroups(count));
   gpu.dispatch(appendKernel(headDim), { x: values, starts, cache: cache.values }, params, elementGroups(count));
 }

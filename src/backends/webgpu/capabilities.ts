@@ -23,6 +23,8 @@ export interface GpuCapabilities {
   /** Lanes per subgroup; undefined without the feature. */
   readonly subgroups: { readonly min: number; readonly max: number } | undefined;
   readonly subgroupMatrices: readonly SubgroupMatrixShape[];
+  /** packed_4x8_integer_dot_product: four products of bytes and their sum in one instruction. */
+  readonly integerDot: boolean;
   /** timestamp-query: kernels can be timed on the GPU. */
   readonly timestamps: boolean;
 }
@@ -32,6 +34,7 @@ export interface FeatureChoice {
   readonly f16?: boolean;
   readonly subgroups?: boolean;
   readonly subgroupMatrices?: boolean;
+  readonly integerDot?: boolean;
 }
 
 const MATRIX_FEATURE = 'chromium-experimental-subgroup-matrix';
@@ -44,8 +47,8 @@ interface MatrixConfig {
   readonly resultComponentType: string;
 }
 
-/** Reads an adapter's features, less those switched off. */
-export function probe(adapter: GPUAdapter, choice: FeatureChoice = {}): GpuCapabilities {
+/** Reads an adapter's features and the entry point's language features, less those switched off. */
+export function probe(gpu: GPU, adapter: GPUAdapter, choice: FeatureChoice = {}): GpuCapabilities {
   const { info, features } = adapter;
   const { subgroupMinSize, subgroupMaxSize } = info as { subgroupMinSize?: number; subgroupMaxSize?: number };
   const subgroups = choice.subgroups !== false && features.has('subgroups');
@@ -62,6 +65,7 @@ export function probe(adapter: GPUAdapter, choice: FeatureChoice = {}): GpuCapab
     subgroupMatrices: matrices
       ? [...configs].map((c) => ({ m: c.M, n: c.N, k: c.K, component: c.componentType, result: c.resultComponentType }))
       : [],
+    integerDot: choice.integerDot !== false && gpu.wgslLanguageFeatures.has('packed_4x8_integer_dot_product'),
     timestamps: features.has('timestamp-query'),
   };
 }

@@ -1,11 +1,19 @@
 // Pairwise transforms of channel-major weights on the GPU, and the objective through which they are learned.
 import { ensure, GyreError } from '../../core/errors.js';
-import type { GridSpec, PairwiseTransform, Tensor, TransformGradient, TransformObjective } from '../../ops/backend.js';
+import type {
+  GridSpec,
+  PairwiseTransform,
+  Tensor,
+  TransformGradient,
+  TransformHandle,
+  TransformObjective,
+} from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
 import { GRADIENT_PARTS, gradientKernel, rotateKernel, tileColumns } from './kernels/channels.js';
 import { scaleRowsKernel, strided } from './kernels/elementwise.js';
 import { fakeQuantizeKernel, GRID_COLUMNS, quantizerGradientKernel } from './kernels/grid.js';
 import { sumPartsKernel } from './kernels/sums.js';
+import { GpuTransform, turnAngles } from './rotation.js';
 import { checkGrid, gridShape, setGrids } from './rounding.js';
 import { freeTensor, makeTensor, own, type GpuTensor } from './tensor.js';
 
@@ -15,13 +23,13 @@ type Layout = Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs
 const TILE_BYTES = 16384;
 
 /** Channels a workgroup holds: the rotation group, or anything handy when nothing is rotated. */
-function tileGroup({ channels, groupSize, krot }: Layout): number {
+function tileGroup({ channels, groupSize, krot }: Omit<Layout, 'pairs'>): number {
   if (krot > 0) return groupSize;
   for (const size of [128, 64, 32, 16, 8, 4, 2]) if (channels % size === 0) return size;
   return 1;
 }
 
-function columnsPerTile(layout: Layout, copies: number): number {
+function columnsPerTile(layout: Omit<Layout, 'pairs'>, copies: number): number {
   const columns = tileColumns(tileGroup(layout), copies, TILE_BYTES, copies === 1 ? 32 : 16);
   if (columns === 0)
     throw new GyreError(
@@ -88,34 +96,25 @@ class Rotations {
     if (krot > 0) gpu.upload(this.pairs, pairs.subarray(0, krot * channels));
   }
 
-  set(theta: Float32Array, scales: Float32Array): void {
+  set(theta: Float32Array | Tensor, scales: Float32Array | Tensor): void {
     const { channels, krot } = this.layout;
+    const [angles, factors] = [theta, scales].map((v) => (v instanceof Float32Array ? v : own(v)));
+    const [found, wanted] = [angles, factors].map((v) => (v instanceof Float32Array ? v.length : v.elements));
     ensure(
-      theta.length >= (krot * channels) / 2 && scales.length === channels,
+      found >= (krot * channels) / 2 && wanted === channels,
       'tensor-shape',
-      () => `${theta.length} angles and ${scales.length} scales for ${krot} rotations of ${channels} channels`,
+      () => `${found} angles and ${wanted} scales for ${krot} rotations of ${channels} channels`,
     );
-    if (krot > 0) this.gpu.upload(this.angles, anglesOf(theta));
-    this.gpu.upload(this.scales, scales);
+    if (krot > 0) {
+      if (angles instanceof Float32Array) this.gpu.upload(this.angles, anglesOf(angles));
+      else turnAngles(this.gpu, angles, this.angles);
+    }
+    if (factors instanceof Float32Array) this.gpu.upload(this.scales, factors);
+    else this.gpu.copy(factors.buffer, factors.offset, this.scales, 0, channels * 4);
   }
 
   apply(x: GpuTensor, out: GpuTensor, direction: 'forward' | 'inverse'): void {
-    const { channels, krot } = this.layout;
-    const { cols } = x.matrix;
-    const { pairs, angles, scales } = this;
-    if (krot === 0) {
-      const count = x.elements;
-      const divide = Number(direction === 'inverse');
-      this.gpu.dispatch(scaleRowsKernel, { x, s: scales, out }, { count, cols, divide }, strided(count));
-      return;
-    }
-    const groupSize = tileGroup(this.layout);
-    const columns = columnsPerTile(this.layout, 1);
-    const kernel = rotateKernel(groupSize, columns, direction);
-    this.gpu.dispatch(kernel, { x, pairs, angles, scales, out }, { channels, cols, krot }, [
-      Math.ceil(cols / columns),
-      channels / groupSize,
-    ]);
+    rotateChannels(this.gpu, this.layout, this, x, out, direction);
   }
 
   dispose(): void {
@@ -123,11 +122,45 @@ class Rotations {
   }
 }
 
+/** A transform's tables; `scales` are what forward multiplies by. */
+interface Tables {
+  readonly pairs: GPUBuffer;
+  readonly angles: GPUBuffer;
+  readonly scales: GPUBuffer;
+}
+
+/** forward: x ⊙ scales, then the rotations; inverse: the rotations backwards, then ÷ scales. */
+function rotateChannels(
+  gpu: GpuDevice,
+  layout: Omit<Layout, 'pairs'>,
+  { pairs, angles, scales }: Tables,
+  x: GpuTensor,
+  out: GpuTensor,
+  direction: 'forward' | 'inverse',
+): void {
+  const { channels, krot } = layout;
+  const { cols } = x.matrix;
+  if (krot === 0) {
+    const count = x.elements;
+    const divide = Number(direction === 'inverse');
+    gpu.dispatch(scaleRowsKernel, { x, s: scales, out }, { count, cols, divide }, strided(count));
+    return;
+  }
+  const groupSize = tileGroup(layout);
+  const columns = columnsPerTile(layout, 1);
+  gpu.dispatch(
+    rotateKernel(groupSize, columns, direction),
+    { x, pairs, angles, scales, out },
+    { channels, cols, krot },
+    [Math.ceil(cols / columns), channels / groupSize],
+  );
+}
+
 /** See QuantizationOps.transformChannels. */
 export function transformChannels(
   gpu: GpuDevice,
   w: GpuTensor,
-  transform: PairwiseTransform,
+  transform: PairwiseTransform | TransformHandle,
   direction: 'forward' | 'inverse',
   side: 'weight' | 'activation',
 ): GpuTensor {
@@ -136,11 +169,17 @@ export function transformChannels(
     'tensor-shape',
     () => `a transform of ${transform.channels} channels on ${w.matrix.rows} rows`,
   );
-  ensure(side === 'weight' || direction === 'forward', 'usage', 'the activation side has no inverse here');
+  const out = makeTensor(gpu, w.shape);
+  if (transform instanceof GpuTransform) {
+    const scales = side === 'weight' ? transform.weightScales(gpu) : transform.scales;
+    const tables = { pairs: transform.pairs, angles: transform.turns, scales };
+    rotateChannels(gpu, transform, tables, w, out, direction);
+    return out;
+  }
+  if (!('theta' in transform)) throw new GyreError('backend', 'no pairwise transform of the WebGPU backend');
   const a = transform.channelScales;
   const rotations = new Rotations(gpu, transform);
   rotations.set(transform.theta, side === 'weight' ? a.map((v) => 1 / v) : a);
-  const out = makeTensor(gpu, w.shape);
   rotations.apply(w, out, direction);
   rotations.dispose();
   return out;
@@ -167,6 +206,7 @@ export class GpuObjective implements TransformObjective {
       () => `a transform of ${layout.channels} channels on ${w.matrix.rows} rows`,
     );
     checkGrid(layout.channels, grid);
+    ensure(!grid.symmetric, 'unsupported', 'a transform objective has an asymmetric grid');
     this.#gpu = gpu;
     this.#layout = layout;
     this.#grid = grid;
@@ -178,7 +218,7 @@ export class GpuObjective implements TransformObjective {
     this.#zeros = gpu.buffer(slots * 4, 'grids');
   }
 
-  forward(theta: Float32Array, scales: Float32Array): GpuTensor {
+  forward(theta: Float32Array | Tensor, scales: Float32Array | Tensor): GpuTensor {
     const y = this.#y;
     this.#rotations.set(theta, scales);
     this.#rotations.apply(this.#w, y, 'forward');
@@ -203,6 +243,26 @@ export class GpuObjective implements TransformObjective {
   }
 
   async backward(gradient: Tensor): Promise<TransformGradient> {
+    const { channels, krot } = this.#layout;
+    const count = (krot * channels) / 2 + channels;
+    const sums = this.#backward(gradient);
+    const values = Float64Array.from(new Float32Array(await this.#gpu.read(sums, 0, count * 4)));
+    this.#gpu.release(sums);
+    return { theta: values.subarray(0, (krot * channels) / 2), scales: values.subarray((krot * channels) / 2) };
+  }
+
+  backwardOn(gradient: Tensor): { theta: GpuTensor; scales: GpuTensor } {
+    const { channels, krot } = this.#layout;
+    const sums = this.#backward(gradient);
+    const made = { theta: makeTensor(this.#gpu, [krot, channels / 2]), scales: makeTensor(this.#gpu, [channels]) };
+    if (krot > 0) this.#gpu.copy(sums, 0, made.theta.buffer, 0, made.theta.bytes);
+    this.#gpu.copy(sums, made.theta.bytes, made.scales.buffer, 0, made.scales.bytes);
+    this.#gpu.release(sums);
+    return made;
+  }
+
+  /** Gradients of the angles, then of the scales, in a buffer that is the caller's to release. */
+  #backward(gradient: Tensor): GPUBuffer {
     ensure(this.#ready, 'usage', 'backward() of a transform objective needs a forward() before it');
     const gpu = this.#gpu;
     const g = own(gradient);
@@ -240,10 +300,9 @@ export class GpuObjective implements TransformObjective {
       [tiles, channels / groupSize],
     );
     gpu.dispatch(sumPartsKernel, { x: outer, y: inner, out: sums }, { count, parts: lanes }, [Math.ceil(count / 64)]);
-    const values = Float64Array.from(new Float32Array(await gpu.read(sums, 0, count * 4)));
-    for (const buffer of [outer, inner, sums, unused]) gpu.release(buffer);
+    for (const buffer of [outer, inner, unused]) gpu.release(buffer);
     freeTensor(gpu, inside);
-    return { theta: values.subarray(0, (krot * channels) / 2), scales: values.subarray((krot * channels) / 2) };
+    return sums;
   }
 
   dispose(): void {

@@ -107,7 +107,7 @@ export class GpuDevice {
       throw new GyreError('unsupported', 'WebGPU found no GPU on this machine', {
         remedy: 'see `gyre doctor` for what is missing, or use --device cpu',
       });
-    const capabilities = probe(adapter, options.features);
+    const capabilities = probe(gpu, adapter, options.features);
     const device = await adapter.requestDevice({
       label: 'gyre',
       requiredFeatures: requiredFeatures(capabilities),

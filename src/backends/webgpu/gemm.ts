@@ -1,7 +1,7 @@
 // Dense f32 products on the GPU: picks the tile, splits long inner dimensions over workgroups and long products over
 // dispatches.
 import type { BufferSlice, GpuDevice } from './device.js';
-import { gemmKernel, sumSlicesKernel } from './kernels/gemm.js';
+import { gemmKernel, sumSlicesKernel, TRIANGLE } from './kernels/gemm.js';
 
 /** A batch of products: operands of each `…` elements after those of the one before. */
 export interface GemmBatch {
@@ -9,6 +9,10 @@ export interface GemmBatch {
   readonly a: number;
   readonly b: number;
   readonly c: number;
+  /** Neighbours that share one B; default 1. */
+  readonly shareB?: number;
+  /** An outer loop: products of the inner one, and the operands' distances between its turns. Divides `count`. */
+  readonly outer?: { readonly inner: number; readonly a: number; readonly b: number; readonly c: number };
 }
 
 /** Arguments of {@link gemm}; sizes, offsets and leading dimensions in elements. */
@@ -37,6 +41,8 @@ export interface GemmCall {
   /** Add to c; default false. */
   readonly accumulate?: boolean;
   readonly batch?: GemmBatch;
+  /** What of a causal product is skipped; see TRIANGLE. Default none. */
+  readonly triangle?: keyof typeof TRIANGLE;
   /** Tile and slices of k, for tests; default: chosen by size. */
   readonly tile?: 64 | 128;
   readonly slices?: number;
@@ -57,10 +63,12 @@ export function gemm(gpu: GpuDevice, call: GemmCall): void {
   const count = batch?.count ?? 1;
   if (m === 0 || n === 0 || count === 0) return;
   const tiles = (tile: number): number => Math.ceil(m / tile) * Math.ceil(n / tile) * count;
-  const tile = call.tile ?? (tiles(128) >= BUSY / 2 ? 128 : 64);
-  const slices = batch
-    ? 1
-    : (call.slices ?? Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile)))));
+  // A tile of 128 for 64 columns would compute half of them in vain.
+  const tile = call.tile ?? (tiles(128) >= BUSY / 2 && Math.min(m, n) > 64 ? 128 : 64);
+  const slices =
+    batch || call.triangle
+      ? 1
+      : (call.slices ?? Math.max(1, Math.min(MAX_SLICES, Math.floor(k / MIN_SLICE), Math.floor(BUSY / tiles(tile)))));
   const ldc = call.ldc ?? n;
   const shape = {
     m,
@@ -72,6 +80,12 @@ export function gemm(gpu: GpuDevice, call: GemmCall): void {
     b0: offsetB,
     strideA: batch?.a ?? 0,
     strideB: batch?.b ?? 0,
+    inner: batch?.outer?.inner ?? 0xffffffff,
+    shareB: batch?.shareB ?? 1,
+    outerA: batch?.outer?.a ?? 0,
+    outerB: batch?.outer?.b ?? 0,
+    outerC: batch?.outer?.c ?? 0,
+    triangle: TRIANGLE[call.triangle ?? 'none'],
   };
   const kernel = gemmKernel({ transposeA, transposeB, tile });
   if (slices > 1) {

@@ -3,6 +3,7 @@ import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
 import { MOST_SEQUENCES } from './fast/batch-products.js';
 import { prepareDecode } from './fast/prepare.js';
+import { WebGpuGradients } from './gradients.js';
 import { WebGpuInference } from './inference.js';
 import { WebGpuQuantization } from './quantization.js';
 
@@ -19,7 +20,7 @@ export interface WebGpuBackend extends Backend {
 /** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
 export async function openWebGpuBackend(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
   const gpu = await GpuDevice.open(options);
-  return compose(gpu, new WebGpuInference(gpu), new WebGpuQuantization(gpu), describe(gpu));
+  return compose(gpu, new WebGpuInference(gpu), new WebGpuQuantization(gpu), new WebGpuGradients(gpu), describe(gpu));
 }
 
 function describe(gpu: GpuDevice): BackendInfo {
@@ -34,16 +35,18 @@ function describe(gpu: GpuDevice): BackendInfo {
   return { name: 'webgpu', description: `${capabilities.description} (${features.join(', ')})`, threads: 1 };
 }
 
-/** One object with the ops of both halves. */
+/** One object with the ops of both halves, and those of training beside them. */
 function compose(
   gpu: GpuDevice,
   inference: WebGpuInference,
   quantization: WebGpuQuantization,
+  gradients: WebGpuGradients,
   info: BackendInfo,
 ): WebGpuBackend {
   return Object.assign(Object.create(null), {
     gpu,
     info,
+    gradients,
     prepareDecode: (spec: DecodeSpec) => prepareDecode(gpu, spec),
     decodeSequences: MOST_SEQUENCES,
     cacheValueBytes: 2,

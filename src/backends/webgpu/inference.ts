@@ -17,8 +17,10 @@ import type {
   Tensor,
   TransformHandle,
 } from '../../ops/backend.js';
+import { quantizeRows } from './activation-grid.js';
 import { attention, copySequences, GpuKvCache, GpuRope, splitHeads } from './attention.js';
 import type { GpuDevice } from './device.js';
+import { GpuHadamard } from './hadamard.js';
 import { placeColumnsKernel } from './kernels/columns.js';
 import { rmsNormKernel } from './kernels/norm.js';
 import { siluMulKernel } from './kernels/silu.js';
@@ -26,7 +28,6 @@ import { applyLinear, embedRows, GpuLinear, loadLinear, ownLinear } from './line
 import { GpuTransform, rotate } from './rotation.js';
 import { score } from './score.js';
 import { downloadTensor, elementGroups, freeTensor, GpuTensor, makeTensor, own, spread } from './tensor.js';
-import { refuse } from './unsupported.js';
 
 /** Bindings start at multiples of this many bytes. */
 const BINDING_ALIGNMENT = 256;
@@ -83,22 +84,21 @@ export class WebGpuInference implements InferenceOps {
   }
 
   async loadLinear(source: LinearSource): Promise<LinearHandle> {
-    if (source.activations) refuse('linears with rounded activations');
     return loadLinear(this.#gpu, source);
   }
 
   loadTransform(transform: InputTransform): TransformHandle {
-    if (transform.kind === 'hadamard') refuse('Hadamard transforms');
-    return new GpuTransform(this.#gpu, transform);
+    return transform.kind === 'hadamard'
+      ? new GpuHadamard(this.#gpu, transform)
+      : new GpuTransform(this.#gpu, transform);
   }
 
   loadRope(cos: Float32Array, sin: Float32Array, rotaryDim: number): RopeHandle {
     return new GpuRope(this.#gpu, cos, sin, rotaryDim);
   }
 
-  /** Keys and values are kept as f16. */
+  /** Keys and values are kept as f16, or as integers with a grid. */
   createKvCache(shape: KvCacheShape): KvCacheHandle {
-    if (shape.grid) refuse('key/value caches of integers');
     return new GpuKvCache(this.#gpu, shape);
   }
 
@@ -109,9 +109,9 @@ export class WebGpuInference implements InferenceOps {
   release(...handles: readonly (LinearHandle | TransformHandle | RopeHandle | KvCacheHandle | undefined)[]): void {
     for (const handle of handles) {
       if (handle === undefined) continue;
-      const known = [GpuLinear, GpuTransform, GpuRope, GpuKvCache].some((kind) => handle instanceof kind);
+      const known = [GpuLinear, GpuTransform, GpuHadamard, GpuRope, GpuKvCache].some((kind) => handle instanceof kind);
       if (!known) throw new GyreError('backend', 'a handle of another backend was given to the WebGPU backend');
-      (handle as GpuLinear | GpuTransform | GpuRope | GpuKvCache).free(this.#gpu);
+      (handle as GpuLinear | GpuTransform | GpuHadamard | GpuRope | GpuKvCache).free(this.#gpu);
     }
   }
 
@@ -134,8 +134,8 @@ export class WebGpuInference implements InferenceOps {
     return rotate(this.#gpu, own(x), transform);
   }
 
-  quantizeRows(_x: Tensor, _grid: ActivationGrid): Tensor {
-    return refuse('grids of activations');
+  quantizeRows(x: Tensor, grid: ActivationGrid): Tensor {
+    return quantizeRows(this.#gpu, own(x), grid);
   }
 
   linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Tensor {
@@ -143,7 +143,6 @@ export class WebGpuInference implements InferenceOps {
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    if (options.headTransform) refuse('transforms of heads');
     return splitHeads(this.#gpu, own(qkv), options);
   }
 

@@ -1,12 +1,15 @@
 // Linear layers on the GPU: loading weights into the kernels' layout, and products with them.
 import { unreachable, ensure, GyreError } from '../../core/errors.js';
 import { floats, type HostTensor } from '../../core/tensor.js';
-import type { LinearHandle, LinearSource, QuantizedWeight, Tensor } from '../../ops/backend.js';
+import type { ActivationGrid, LinearHandle, LinearSource, QuantizedWeight, Tensor } from '../../ops/backend.js';
+import { gridRun, quantizeRows } from './activation-grid.js';
 import type { GpuDevice } from './device.js';
 import { embedKernel } from './kernels/embed.js';
+import type { IntegerBits } from './kernels/linear-integer.js';
 import { GEMM_TILE, gemmKernel, GEMV_OUTPUTS, gemvKernel, isGemvAligned, MAX_GEMV_ROWS } from './kernels/linear.js';
 import { packGridKernel, packKernel, perWord, type WeightFormat } from './kernels/weights.js';
-import { elementGroups, makeTensor, own, spread, type GpuTensor } from './tensor.js';
+import { fitsIntegers, integerLinear } from './linear-rounded.js';
+import { elementGroups, freeTensor, makeTensor, own, spread, type GpuTensor } from './tensor.js';
 
 /** Bytes of host data in flight to the GPU at a time, so that the driver's copies of them stay small. */
 const SLICE_BYTES = 64 * 2 ** 20;
@@ -26,6 +29,10 @@ export class GpuLinear implements LinearHandle {
   readonly wordsPerRow: number;
   /** Words in a row of `grids`. */
   readonly groupsPerRow: number;
+  /** Grid of the input, when it is rounded first. */
+  activations: ActivationGrid | undefined;
+  /** Bits of codes whose products with codes of the input run in integers. */
+  integers: IntegerBits | undefined;
 
   constructor(
     gpu: GpuDevice,
@@ -67,6 +74,17 @@ export function ownLinear(handle: LinearHandle): GpuLinear {
 
 /** Copies a linear's weight to the GPU, repacking it there. */
 export async function loadLinear(gpu: GpuDevice, source: LinearSource): Promise<GpuLinear> {
+  const linear = await loadWeight(gpu, source);
+  const { activations, weight } = source;
+  if (!activations) return linear;
+  gridRun(activations, linear.inFeatures);
+  linear.activations = activations;
+  if (gpu.capabilities.integerDot && 'codes' in weight && fitsIntegers(weight, activations))
+    linear.integers = weight.bits === 4 ? 4 : 8;
+  return linear;
+}
+
+async function loadWeight(gpu: GpuDevice, source: LinearSource): Promise<GpuLinear> {
   switch (source.kind) {
     case 'dense':
       return loadDense(gpu, source.weight, source.bias);
@@ -178,8 +196,18 @@ async function inSlices(
   }
 }
 
-/** x [rows, in] · Wᵀ + bias + residual. */
+/** x [rows, in] · Wᵀ + bias + residual, x rounded first where the linear has a grid for it. */
 export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual?: Tensor): GpuTensor {
+  const { activations, integers } = linear;
+  // A few rows are bound by reading the weight: the same sum on rounded values costs the same.
+  if (!activations || (integers && x.matrix.rows > MAX_GEMV_ROWS)) return product(gpu, x, linear, residual);
+  const rounded = quantizeRows(gpu, x, activations);
+  const out = product(gpu, rounded, linear, residual);
+  freeTensor(gpu, rounded);
+  return out;
+}
+
+function product(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual: Tensor | undefined): GpuTensor {
   const { rows, cols } = x.matrix;
   const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, format, weights } = linear;
   ensure(cols === inFeatures, 'tensor-shape', () => `a linear of ${inFeatures} inputs was given ${cols}`);
@@ -200,6 +228,11 @@ export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, res
     out,
   };
   const [hasBias, hasResidual] = [Number(linear.bias !== undefined), Number(add !== undefined)];
+  if (linear.activations && linear.integers && rows > MAX_GEMV_ROWS) {
+    const operand = { inFeatures, outFeatures, groupSize, bits: linear.integers };
+    integerLinear(gpu, x, operand, linear.activations, buffers, { hasBias, hasResidual });
+    return out;
+  }
   const params = { rows, inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, hasBias, hasResidual };
   if (rows <= MAX_GEMV_ROWS) {
     const kernel = gemvKernel({

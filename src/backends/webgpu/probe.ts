@@ -23,9 +23,11 @@ export type WebGpuProbe =
 
 /** Looks for an adapter; opens no device. */
 export async function probeWebGpu(): Promise<WebGpuProbe> {
+  let gpu: GPU;
   let adapter: GPUAdapter | null;
   try {
-    adapter = await (await webgpuEntry()).requestAdapter({ powerPreference: 'high-performance' });
+    gpu = await webgpuEntry();
+    adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' });
   } catch (error) {
     if (!(error instanceof GyreError)) throw error;
     return { available: false, reason: error.message, remedy: error.remedy ?? '' };
@@ -39,7 +41,7 @@ export async function probeWebGpu(): Promise<WebGpuProbe> {
   const { limits } = adapter;
   return {
     available: true,
-    capabilities: probe(adapter),
+    capabilities: probe(gpu, adapter),
     features: [...adapter.features].sort(),
     limits: Object.fromEntries(RAISED.map((name) => [name, limits[name]])),
     largestWeight: Math.min(limits.maxBufferSize, limits.maxStorageBufferBindingSize),

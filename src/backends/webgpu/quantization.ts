@@ -7,6 +7,7 @@ import type {
   QuantizationOps,
   RoundedWeight,
   Tensor,
+  TransformHandle,
   TransformObjective,
 } from '../../ops/backend.js';
 import { GpuObjective, transformChannels } from './channels.js';
@@ -122,7 +123,7 @@ export class WebGpuQuantization implements QuantizationOps {
 
   transformChannels(
     w: Tensor,
-    transform: PairwiseTransform,
+    transform: PairwiseTransform | TransformHandle,
     direction: 'forward' | 'inverse',
     side: 'weight' | 'activation' = 'weight',
   ): Tensor {

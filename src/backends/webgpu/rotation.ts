@@ -1,7 +1,9 @@
-// Pairwise transforms of activations on the GPU.
+// Transforms of activations on the GPU: pairwise ones here, Hadamard's in hadamard.ts.
 import { ensure, GyreError } from '../../core/errors.js';
 import type { PairwiseTransform, TransformHandle } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
+import { applyHadamard, GpuHadamard } from './hadamard.js';
+import { reciprocalKernel, turnAnglesKernel } from './kernels/angles.js';
 import {
   MAX_PER_LANE,
   rotateInPlaceKernel,
@@ -15,13 +17,22 @@ import { elementGroups, makeTensor, spread, type GpuTensor } from './tensor.js';
 /** Rows from which the workgroup kernel is given several at a time, rather than a subgroup one. */
 const MANY_ROWS = 32;
 
+/** Where rotations act. */
+export type RotationLayout = Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>;
+
+/** Angles [krot, channels / 2] and activation-side scales [channels] on the GPU. */
+export interface TransformTensors {
+  readonly theta: GpuTensor;
+  readonly channelScales: GpuTensor;
+}
+
 /** A transform's scales and tables, made for the kernels that this GPU and group size call for. */
 export class GpuTransform implements TransformHandle {
   readonly channels: number;
   readonly groupSize: number;
   readonly krot: number;
-  /** What was loaded, for plans that make tables of their own. */
-  readonly source: PairwiseTransform;
+  /** What was loaded, for plans that make tables of their own; undefined where angles and scales came as tensors. */
+  readonly source: PairwiseTransform | undefined;
   /** a, [channels]. */
   readonly scales: GPUBuffer;
   /** [krot, channels / 2]: i | j << 16, and (cos, sin). */
@@ -30,9 +41,12 @@ export class GpuTransform implements TransformHandle {
   /** Per element, for the subgroup kernel: [krot, channels]. */
   readonly elements: { readonly lanes: number; readonly partners: GPUBuffer; readonly turns: GPUBuffer } | undefined;
 
-  constructor(gpu: GpuDevice, transform: PairwiseTransform) {
-    const { channels, groupSize, krot, pairs, theta, channelScales } = transform;
-    this.source = transform;
+  /** 1 / a, for weights: made when first asked for. */
+  #weightScales: GPUBuffer | undefined;
+
+  /** `tensors` are read in place of the transform's own angles and scales. */
+  constructor(gpu: GpuDevice, transform: PairwiseTransform | RotationLayout, tensors?: TransformTensors) {
+    const { channels, groupSize, krot, pairs } = transform;
     this.channels = channels;
     this.groupSize = groupSize;
     this.krot = krot;
@@ -41,18 +55,32 @@ export class GpuTransform implements TransformHandle {
       'tensor-shape',
       () => `a transform needs an even group size that divides ${channels} channels, found ${groupSize}`,
     );
+    const { theta, channelScales } = (tensors ?? transform) as PairwiseTransform | TransformTensors;
+    const lengthOf = (values: Float32Array | GpuTensor): number =>
+      values instanceof Float32Array ? values.length : values.elements;
     ensure(
-      pairs.length === krot * channels && theta.length === pairs.length / 2 && channelScales.length === channels,
+      pairs.length === krot * channels && lengthOf(theta) === pairs.length / 2 && lengthOf(channelScales) === channels,
       'tensor-shape',
       () => `pairs, angles or scales do not fit a transform of ${channels} channels and ${krot} rotations`,
     );
     const load = (data: Float32Array | Uint32Array): GPUBuffer => {
-      const buffer = gpu.buffer(data.byteLength, 'a transform');
+      const buffer = gpu.buffer(Math.max(4, data.byteLength), 'a transform');
       gpu.upload(buffer, data);
       return buffer;
     };
+    this.pairs = load(
+      Uint32Array.from({ length: pairs.length / 2 }, (_, p) => pairs[2 * p] | (pairs[2 * p + 1] << 16)),
+    );
+    if (!(theta instanceof Float32Array) || !(channelScales instanceof Float32Array)) {
+      this.scales = gpu.buffer(channels * 4, 'channel scales');
+      this.turns = gpu.buffer(Math.max(8, 4 * pairs.length), 'rotation angles');
+      const from = tensors as TransformTensors;
+      gpu.copy(from.channelScales.buffer, from.channelScales.offset, this.scales, 0, channels * 4);
+      turnAngles(gpu, from.theta, this.turns);
+      return;
+    }
+    this.source = transform as PairwiseTransform;
     this.scales = load(channelScales);
-    this.pairs = load(Uint32Array.from({ length: theta.length }, (_, p) => pairs[2 * p] | (pairs[2 * p + 1] << 16)));
     this.turns = load(
       Float32Array.from({ length: 2 * theta.length }, (_, i) =>
         i % 2 === 0 ? Math.cos(theta[i >> 1]) : Math.sin(theta[i >> 1]),
@@ -73,10 +101,27 @@ export class GpuTransform implements TransformHandle {
     this.elements = { lanes, partners: load(partners), turns: load(turns) };
   }
 
+  /** What weights are multiplied by: 1 / a. */
+  weightScales(gpu: GpuDevice): GPUBuffer {
+    if (!this.#weightScales) {
+      this.#weightScales = gpu.buffer(this.channels * 4, 'channel scales');
+      const buffers = { x: this.scales, out: this.#weightScales };
+      gpu.dispatch(reciprocalKernel, buffers, { count: this.channels }, elementGroups(this.channels));
+    }
+    return this.#weightScales;
+  }
+
   free(gpu: GpuDevice): void {
-    for (const buffer of [this.scales, this.pairs, this.turns, this.elements?.partners, this.elements?.turns])
+    const { scales, pairs, turns, elements } = this;
+    for (const buffer of [scales, pairs, turns, this.#weightScales, elements?.partners, elements?.turns])
       if (buffer) gpu.release(buffer);
   }
+}
+
+/** Writes (cos θ, sin θ) of angles that are on the GPU. */
+export function turnAngles(gpu: GpuDevice, theta: GpuTensor, turns: GPUBuffer): void {
+  const count = theta.elements;
+  gpu.dispatch(turnAnglesKernel, { theta, turns }, { count }, elementGroups(count));
 }
 
 /** Lanes of every subgroup, where that is one number. */
@@ -86,11 +131,16 @@ function fixedSubgroup({ capabilities: { subgroups } }: GpuDevice): number | und
 
 /** See InferenceOps.rotate. */
 export function rotate(gpu: GpuDevice, x: GpuTensor, handle: TransformHandle): GpuTensor {
+  const { rows, cols } = x.matrix;
+  ensure(
+    cols === handle.channels,
+    'tensor-shape',
+    () => `a transform of ${handle.channels} channels was given ${cols}`,
+  );
+  if (handle instanceof GpuHadamard) return applyHadamard(gpu, x, handle);
   if (!(handle instanceof GpuTransform))
     throw new GyreError('backend', 'a transform of another backend was given to the WebGPU backend');
   const { channels, groupSize, krot, scales, pairs, turns, elements } = handle;
-  const { rows, cols } = x.matrix;
-  ensure(cols === channels, 'tensor-shape', () => `a transform of ${channels} channels was given ${cols}`);
   const out = makeTensor(gpu, x.shape);
   const groups = channels / groupSize;
   if (elements && rows < MANY_ROWS) {

@@ -8,7 +8,6 @@ import { addScaledKernel, strided } from './kernels/elementwise.js';
 import { fakeQuantizeKernel, GRID_COLUMNS, packBytesKernel, packCodesKernel, rangeKernel } from './kernels/grid.js';
 import { BLOCK, BLOCK_COLUMNS, descentBlockKernel, gptqBlockKernel } from './kernels/rounding.js';
 import { freeTensor, makeTensor, own, type GpuTensor } from './tensor.js';
-import { refuse } from './unsupported.js';
 
 /** @throws GyreError when groups do not tile the channels. */
 export function checkGrid(channels: number, { groupSize }: GridSpec): void {
@@ -22,14 +21,13 @@ export function checkGrid(channels: number, { groupSize }: GridSpec): void {
 /** Sizes of a weight's grids. */
 export function gridShape(w: GpuTensor, grid: GridSpec): { groups: number; slots: number; levels: number } {
   const { rows, cols } = w.matrix;
-  if (grid.symmetric) refuse('symmetric grids of weights');
   checkGrid(rows, grid);
   const groups = rows / grid.groupSize;
   return { groups, slots: groups * cols, levels: 2 ** grid.bits - 1 };
 }
 
 /** 1 for grids symmetric around zero. */
-function isSymmetric(grid: GridSpec & { readonly symmetric?: boolean }): number {
+function isSymmetric(grid: GridSpec): number {
   return Number(grid.symmetric ?? false);
 }
 

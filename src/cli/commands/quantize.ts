@@ -1,6 +1,7 @@
 // gyre quantize: a checkpoint in, a smaller one out.
 import { Command } from 'commander';
 import { z } from 'zod';
+import { CALIBRATION_SEQUENCES } from '../../quant/calibration/tokens.js';
 import { RECIPES } from '../../quant/recipes/index.js';
 import { BLOCK_DEFAULTS } from '../../quant/types.js';
 import type { QuantizeReport } from '../../quantize.node.js';
@@ -50,7 +51,7 @@ const schema = z.object({
   smooth: oneOf(['none', 'down', 'all']).optional(),
   alpha: decimalNumber({ min: 0, max: 1 }).optional(),
   calib: z.array(z.string()).optional(),
-  calibSamples: wholeNumber(1, 1_000_000),
+  calibSamples: wholeNumber(1, 1_000_000).optional(),
   seqLen: wholeNumber(2, 1_000_000),
   threads: wholeNumber(1, 1024).optional(),
   ...deviceSchema,
@@ -110,7 +111,10 @@ export function quantizeCommand(context: CommandContext): Command {
       '--calib <files...>',
       '.txt or .jsonl with "text"; without it the model calibrates on text it writes itself',
     )
-    .option('--calib-samples <n>', 'calibration sequences', '64')
+    .option(
+      '--calib-samples <n>',
+      `calibration sequences (default: ${CALIBRATION_SEQUENCES.webgpu} on a GPU, ${CALIBRATION_SEQUENCES.cpu} on the CPU)`,
+    )
     .option('--seq-len <n>', 'tokens per calibration sequence', '512')
     .option('--threads <n>', 'CPU threads (default: all cores); the result does not depend on it')
     .option('--resume', 'go on with a run that was stopped')
@@ -137,10 +141,10 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n
       const { print, progress, signal } = context;
       // Loaded when asked for: help and wrong command lines stay quick.
       const { quantizeCheckpoint } = await import('../../quantize.node.js');
-      // A dry run needs no device, and a plan is the same on all of them.
-      const device = options.dryRun
-        ? undefined
-        : (await withModel(context, model, options, (source) => pickDevice(context, source, options))).name;
+      // A dry run needs it too: how much is calibrated on depends on the device.
+      const { name: device } = await withModel(context, model, options, (source) =>
+        pickDevice(context, source, options),
+      );
       const { epochs, batch, validation, blockLoss, beta, stages, pairs, ...shared } = options;
       const { transformRate, weightRate, gridRate, weightDecay, ...common } = shared;
       const rates = { transformRate, weightRate, gridRate, weightDecay };

@@ -288,15 +288,11 @@ class ReferenceBackend implements Backend {
 
   transformChannels(
     w: Tensor,
-    transform: PairwiseTransform,
+    source: PairwiseTransform | TransformHandle,
     direction: 'forward' | 'inverse',
     side: 'weight' | 'activation' = 'weight',
   ): Tensor {
-    ensure(
-      side === 'weight' || direction === 'forward',
-      'usage',
-      'transformChannels has no inverse on the activation side',
-    );
+    const transform = 'theta' in source ? source : ownTransform(source);
     const [channels, cols] = matrixShape(w, 'transformChannels');
     checkRotations(transform);
     expectSize(channels, transform.channels, 'channels of transformChannels');
@@ -313,9 +309,16 @@ class ReferenceBackend implements Backend {
     expectSize(channels, transform.channels, 'channels of createObjective');
     const objective = new ReferenceObjective(own(w).values.slice(), cols, transform, grid);
     return {
-      forward: (theta: Float32Array, scales: Float32Array): Tensor =>
-        new ReferenceTensor(w.shape, objective.forward(theta, scales)),
+      forward: (theta, scales) =>
+        new ReferenceTensor(w.shape, objective.forward(hostParameters(theta), hostParameters(scales))),
       backward: (gradient: Tensor): TransformGradient => objective.backward(own(gradient).values),
+      backwardOn: (gradient) => {
+        const { theta, scales } = objective.backward(own(gradient).values);
+        return {
+          theta: new ReferenceTensor([transform.krot, transform.channels / 2], theta),
+          scales: new ReferenceTensor([transform.channels], scales),
+        };
+      },
       dispose: () => undefined,
     };
   }
@@ -362,6 +365,11 @@ class ReferenceBackend implements Backend {
   }
 
   async dispose(): Promise<void> {}
+}
+
+/** Parameters of a transform as the formats hold them. */
+function hostParameters(values: Float32Array | Tensor): Float32Array {
+  return values instanceof Float32Array ? values : Float32Array.from(own(values).values);
 }
 
 /** Tokens per sequence of `rows` = batch × tokens. */

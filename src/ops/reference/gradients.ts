@@ -1,5 +1,5 @@
 // The gradient ops in float64: one loop per formula, nothing shared with the forward ops but the inputs.
-import type { GridSpec, RopeHandle, Tensor, TransformHandle } from '../backend.js';
+import type { GridSpec, PairwiseTransform, RopeHandle, Tensor, TransformHandle } from '../backend.js';
 import type {
   AdamWStep,
   AttentionGradientOptions,
@@ -11,7 +11,7 @@ import type {
 import { ensure } from '../../core/errors.js';
 import { ownRope, takeColumns } from './attention.js';
 import { roundHalfEven } from './quantize.js';
-import { ownTransform, pairAt, rotateOnce } from './rotation.js';
+import { ownTransform, pairAt, ReferenceTransform, rotateOnce } from './rotation.js';
 import { expectSize, matrixShape, own, ReferenceTensor } from './tensor.js';
 
 /** See {@link GradientOps}. */
@@ -36,6 +36,15 @@ export class ReferenceGradients implements GradientOps {
     expectSize(own(dy).values.length, own(x).values.length, 'elements of dy in rmsNormGradient');
     const { dx, dWeight } = normGradient(own(x).values, own(weight).values, eps, own(dy).values);
     return { x: new ReferenceTensor(x.shape, dx), weight: new ReferenceTensor([n], dWeight) };
+  }
+
+  transformOf(
+    layout: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>,
+    theta: Tensor,
+    channelScales: Tensor,
+  ): TransformHandle {
+    const [angles, scales] = [theta, channelScales].map((tensor) => Float32Array.from(own(tensor).values));
+    return new ReferenceTransform({ ...layout, theta: angles, channelScales: scales });
   }
 
   rotateGradient(x: Tensor, handle: TransformHandle, dy: Tensor): { x: Tensor; theta: Tensor; channelScales: Tensor } {
@@ -245,7 +254,7 @@ export class ReferenceGradients implements GradientOps {
       sum += value;
       gradient[i] = slope / p.length;
     }
-    return { loss: sum / p.length, gradient: new ReferenceTensor(prediction.shape, gradient) };
+    return { loss: scalar(sum / p.length), gradient: new ReferenceTensor(prediction.shape, gradient) };
   }
 
   crossEntropy(logits: Tensor, targets: Int32Array): LossGradient {
@@ -260,7 +269,7 @@ export class ReferenceGradients implements GradientOps {
       sum -= logQ[target];
       for (let c = 0; c < classes; c++) gradient[r * classes + c] = (Math.exp(logQ[c]) - (c === target ? 1 : 0)) / rows;
     }
-    return { loss: sum / rows, gradient: new ReferenceTensor(logits.shape, gradient) };
+    return { loss: scalar(sum / rows), gradient: new ReferenceTensor(logits.shape, gradient) };
   }
 
   klDivergence(logits: Tensor, reference: Tensor): LossGradient {
@@ -277,11 +286,11 @@ export class ReferenceGradients implements GradientOps {
         gradient[r * classes + c] = (Math.exp(logQ[c]) - p) / rows;
       }
     }
-    return { loss: sum / rows, gradient: new ReferenceTensor(logits.shape, gradient) };
+    return { loss: scalar(sum / rows), gradient: new ReferenceTensor(logits.shape, gradient) };
   }
 
   adamW(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, options: AdamWStep): void {
-    const { learningRate, beta1, beta2, eps, weightDecay, step } = options;
+    const { learningRate, beta1, beta2, eps, weightDecay, step, range } = options;
     const p = own(parameter).values;
     const [g, m, v] = [gradient, first, second].map((tensor) => {
       expectSize(own(tensor).values.length, p.length, 'elements of a gradient or moment');
@@ -293,8 +302,13 @@ export class ReferenceGradients implements GradientOps {
       const mean = m[i] / (1 - beta1 ** step);
       const square = v[i] / (1 - beta2 ** step);
       p[i] -= learningRate * (mean / (Math.sqrt(square) + eps) + weightDecay * p[i]);
+      if (range) p[i] = Math.min(Math.max(p[i], range.minimum), range.maximum);
     }
   }
+}
+
+function scalar(value: number): Tensor {
+  return new ReferenceTensor([1], Float64Array.of(value));
 }
 
 function dot(a: Float64Array, at: number, b: Float64Array, bt: number, n: number): number {

@@ -3,6 +3,12 @@ import { GyreError, ensure } from '../../core/errors.js';
 import type { Rng } from '../../core/rng.js';
 import type { Tokenizer } from '../../tokenizer/index.js';
 
+/**
+ * Calibration sequences when the user names no number, by device. Four times as many take an eighth off the KL to the
+ * original (docs/log.md); a GPU has the time for them, two CPU cores would write them for minutes.
+ */
+export const CALIBRATION_SEQUENCES = { cpu: 64, webgpu: 256, reference: 64 } as const;
+
 /** Sequences for calibration. */
 export interface CalibrationTokens {
   /** [sequences, length], row-major. */

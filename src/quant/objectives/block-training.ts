@@ -3,7 +3,7 @@
 import { constant, Optimizer, Tape, type ParameterGroup } from '../../autograd/index.js';
 import { GyreError } from '../../core/errors.js';
 import type { Rng } from '../../core/rng.js';
-import type { Backend } from '../../ops/backend.js';
+import type { Backend, Tensor } from '../../ops/backend.js';
 import type { ElementLoss } from '../../ops/gradients.js';
 import type { BlockSamples, BlockSettings, BlockTask, StageCurve } from '../types.js';
 import { blockForward, type ApplyLinear } from './block.js';
@@ -57,17 +57,26 @@ export async function trainBlock(
     for (let epoch = 0; epoch < epochs; epoch++) {
       const order = [...rng.permutation(training.count)];
       let sum = 0;
+      const settle = async ({ value, count, step }: Submitted): Promise<void> => {
+        const found = await value;
+        sum += found * count;
+        if (!Number.isFinite(found)) throw diverged(stage);
+        task.tell(
+          `${stage}: epoch ${epoch + 1}/${epochs}, step ${step + 1}/${stepsPerEpoch}, loss ${found.toExponential(3)}`,
+        );
+      };
+      // A step's loss is waited for when the next one is submitted: the backend never runs dry, and never far behind.
+      let last: Submitted | undefined;
       for (let step = 0; step < stepsPerEpoch; step++) {
         task.checkAborted();
         const indices = order.slice(step * batch, (step + 1) * batch);
-        const value = await trainStep(backend, task, model, loss, indices);
-        sum += value * indices.length;
-        if (!Number.isFinite(value)) throw diverged(stage);
+        const mean = await trainStep(backend, task, model, loss, indices);
         await optimizer.step();
-        task.tell(
-          `${stage}: epoch ${epoch + 1}/${epochs}, step ${step + 1}/${stepsPerEpoch}, loss ${value.toExponential(3)}`,
-        );
+        const value = read(backend, mean);
+        if (last) await settle(last);
+        last = { value, count: indices.length, step };
       }
+      if (last) await settle(last);
       train.push(sum / training.count);
       const held = await validationLoss(backend, task, model, loss);
       validation.push(held);
@@ -83,17 +92,38 @@ export async function trainBlock(
   return { stage, train, validation, best };
 }
 
-/** Adds the gradients of one batch to the parameters; returns its mean loss. */
+/** A step whose loss is on its way. */
+interface Submitted {
+  readonly value: Promise<number>;
+  /** Sequences. */
+  readonly count: number;
+  readonly step: number;
+}
+
+/** Starts to read a loss, and frees it. An error is thrown where the promise is waited for, and only there. */
+function read(backend: Backend, loss: Tensor): Promise<number> {
+  const value = backend.download(loss).then(([number]) => number);
+  value.catch(() => undefined);
+  backend.free(loss);
+  return value;
+}
+
+/** sum + share · value, [1]; the sum is taken over. */
+async function addShare(backend: Backend, sum: Tensor | undefined, value: Tensor, share: number): Promise<Tensor> {
+  return sum ? backend.addScaled(sum, value, share, true) : backend.addScaled(value, value, share - 1);
+}
+
+/** Adds the gradients of one batch to the parameters; returns its mean loss [1]. */
 async function trainStep(
   backend: Backend,
   task: TrainingTask,
   model: BlockModel,
   loss: ElementLoss,
   indices: readonly number[],
-): Promise<number> {
+): Promise<Tensor> {
   const weightTape = new Tape(backend);
   const apply = await model.prepare(weightTape);
-  let sum = 0;
+  let mean: Tensor | undefined;
   for (const part of passes(indices, task.length)) {
     const { input, target } = await task.training.read(part);
     const tape = new Tape(backend);
@@ -102,14 +132,15 @@ async function trainStep(
       rope: task.rope,
     });
     const found = await tape.elementLoss(y, target, loss);
-    sum += found.value * part.length;
+    mean = await addShare(backend, mean, found.value, part.length / indices.length);
     await found.backward(part.length / indices.length);
     tape.free();
     backend.free(input, target);
   }
   await weightTape.backward();
   weightTape.free();
-  return sum / indices.length;
+  if (!mean) throw new Error('a step without sequences');
+  return mean;
 }
 
 /** Mean loss on the held-out sequences. */
@@ -122,7 +153,7 @@ export async function validationLoss(
   const samples: BlockSamples = task.validation;
   const weightTape = new Tape(backend, { record: false });
   const apply = await model.prepare(weightTape);
-  let sum = 0;
+  let mean: Tensor | undefined;
   for (const part of passes(
     Array.from({ length: samples.count }, (_, i) => i),
     task.length,
@@ -133,12 +164,13 @@ export async function validationLoss(
       batch: part.length,
       rope: task.rope,
     });
-    sum += (await tape.elementLoss(y, target, loss)).value * part.length;
+    const { value } = await tape.elementLoss(y, target, loss);
+    mean = await addShare(backend, mean, value, part.length / samples.count);
     tape.free();
     backend.free(input, target);
   }
   weightTape.free();
-  return sum / samples.count;
+  return mean ? read(backend, mean) : NaN;
 }
 
 function passes(indices: readonly number[], length: number): number[][] {

@@ -8,7 +8,14 @@ import { roundToF16 } from '../../core/dtype.js';
 import { createRng } from '../../core/rng.js';
 import { hostTensor } from '../../core/tensor.js';
 import { GROUP_NAMES, type GroupName } from '../../models/block.js';
-import type { Backend, GridSpec, PairwiseTransform, Tensor, TransformObjective } from '../../ops/backend.js';
+import type {
+  Backend,
+  GridSpec,
+  PairwiseTransform,
+  Tensor,
+  TransformHandle,
+  TransformObjective,
+} from '../../ops/backend.js';
 import { roundTransform } from '../../transforms/index.js';
 import { byWeights, perGroup, type ApplyLinear } from '../objectives/block.js';
 import { trainBlock, type BlockModel } from '../objectives/block-training.js';
@@ -26,8 +33,8 @@ import { channelMajor, splitRounded } from '../weights.js';
 import { choosePairs } from './pair-choice.js';
 import { rotationGroup } from './paroquant.js';
 
-/** Scales stay where f16 holds their inverse well. */
-const SCALE_LIMIT = 64;
+/** Scales stay where f16 holds their inverse well: one near zero or below would blow it up. */
+const USABLE = { minimum: 1 / 64, maximum: 64 };
 /** The smallest grid scale: the smallest normal f16. */
 const MIN_GRID_SCALE = 2 ** -14;
 
@@ -160,7 +167,7 @@ class BlockTrainer {
     const model: BlockModel = {
       groups: [
         ...(settings.krot > 0 ? [{ parameters: learned.map((l) => l.theta), ...rate }] : []),
-        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, constrain: keepUsable }] : []),
+        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, range: USABLE }] : []),
       ],
       prepare: (tape) =>
         this.#weights(tape, (_, i) =>
@@ -189,8 +196,10 @@ class BlockTrainer {
   async #stageWeights(): Promise<StageCurve> {
     const backend = this.#backend;
     const trained: { weight: Variable; scales: Variable; zeros: Variable }[] = [];
+    const transforms: TransformHandle[] = [];
     for (const unit of this.#units) {
       const { scales, zeros } = await this.#initialGrid(unit);
+      transforms.push(await backend.loadTransform(unit.transform));
       const shape = [unit.inFeatures / unit.grid.groupSize, unit.weight.shape[1]];
       trained.push({
         weight: parameter(await copy(backend, unit.weight)),
@@ -205,10 +214,10 @@ class BlockTrainer {
         { parameters: trained.flatMap((t) => [t.scales, t.zeros]), learningRate: gridRate },
       ],
       prepare: (tape) =>
-        this.#weights(tape, async ({ transform, grid }, i) => {
+        this.#weights(tape, async ({ grid }, i) => {
           const { weight, scales, zeros } = trained[i];
-          const turned = await tape.transformChannels(weight, transform, 'forward');
-          return tape.transformChannels(await tape.fakeQuantize(turned, scales, zeros, grid), transform, 'inverse');
+          const turned = await tape.transformChannels(weight, transforms[i], 'forward');
+          return tape.transformChannels(await tape.fakeQuantize(turned, scales, zeros, grid), transforms[i], 'inverse');
         }),
       keep: async () => {
         for (const [i, unit] of this.#units.entries()) {
@@ -225,6 +234,7 @@ class BlockTrainer {
       stage: 'weights',
       rng: this.#rng('weights'),
     });
+    backend.release(...transforms);
     for (const variables of trained) for (const v of Object.values(variables)) backend.free(v.value, v.takeGradient());
     return curve;
   }
@@ -287,17 +297,6 @@ function encode(
   return { codes, zeros, scales };
 }
 
-/** A scale near zero or below would blow up its inverse. Returns whether a value moved. */
-function keepUsable(scales: Float32Array): boolean {
-  let moved = false;
-  for (const [i, value] of scales.entries()) {
-    const kept = Math.min(Math.max(value, 1 / SCALE_LIMIT), SCALE_LIMIT);
-    if (kept !== value) moved = true;
-    scales[i] = kept;
-  }
-  return moved;
-}
-
 async function copy(backend: Backend, tensor: Tensor): Promise<Tensor> {
-  return backend.upload(hostTensor('f32', tensor.shape, await backend.download(tensor)));
+  return backend.addScaled(tensor, tensor, 0);
 }

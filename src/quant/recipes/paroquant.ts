@@ -2,7 +2,7 @@
 // transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
 import { createRng } from '../../core/rng.js';
 import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
-import { randomPairs } from '../../transforms/index.js';
+import { xorPairs } from '../../transforms/index.js';
 import { searchClip } from '../grids/clip.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
@@ -160,7 +160,7 @@ async function learn(
   const rng = createRng(settings.seed).fork(`${task.layer}.${task.names[0]}`);
   // Rotations stay inside a grid group; per-channel grids keep the kernel's 128-channel rotation groups.
   const groupSize = rotationGroup(inFeatures, grid.groupSize);
-  const pairs = randomPairs(inFeatures, groupSize, settings.krot, rng);
+  const pairs = xorPairs(inFeatures, groupSize, settings.krot, rng);
   const cols = w.shape[1];
   const sampled =
     cols > LEARNING_COLUMNS ? Int32Array.from(rng.permutation(cols).subarray(0, LEARNING_COLUMNS)).sort() : undefined;

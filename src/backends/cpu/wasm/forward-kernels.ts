@@ -1,5 +1,6 @@
 // Wrappers of the forward pass's kernels: norms, rotations of rows, SiLU·up, heads, caches, attention and scores.
 import { ensure } from '../../../core/errors.js';
+import type { PairwiseTransform } from '../../../ops/backend.js';
 import type { KernelPool } from '../pool.js';
 import type { Floats, Pointer } from './arena.js';
 import {
@@ -53,6 +54,8 @@ export class RowTransform {
   readonly #spec: RotationSpec;
   readonly #table: Pointer;
   readonly #scales: Pointer;
+  /** What it was made of. */
+  readonly source: PairwiseTransform;
 
   /** theta [krot, channels / 2], activation-side scales [channels]. */
   constructor(pool: KernelPool, spec: RotationSpec, theta: Float32Array, scales: Float32Array) {
@@ -62,6 +65,7 @@ export class RowTransform {
     this.#pool = pool;
     this.#spec = spec;
     this.channels = spec.channels;
+    this.source = { ...spec, theta, channelScales: scales };
     const { arena } = pool;
     this.#table = arena.alloc(rotationTableBytes(spec));
     writePairs(pool, this.#table, spec);

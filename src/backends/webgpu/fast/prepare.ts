@@ -172,7 +172,10 @@ function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
     linear.format.kind === 'int' && linear.format.bits === 4 && PLAN_GROUPS.includes(linear.groupSize);
   const product = ({ weight, transform }: DecodeProduct): boolean =>
     isInt4(ownLinear(weight)) &&
-    (transform === undefined || (transform instanceof GpuTransform && PLAN_GROUPS.includes(transform.groupSize)));
+    (transform === undefined ||
+      (transform instanceof GpuTransform &&
+        transform.source !== undefined &&
+        PLAN_GROUPS.includes(transform.groupSize)));
   const uniform = (products: readonly DecodeProduct[]): boolean => {
     const [a] = products.map(({ transform }) => transform as GpuTransform | undefined);
     return products.every(({ transform }) => {

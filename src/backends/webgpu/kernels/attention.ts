@@ -6,6 +6,7 @@
 // `combineKernel` merges their partial sums. Bytes moved: keys and values once per tile of rows.
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
+import { gridCacheWords } from './activation-grid.js';
 import { HALF_BITS } from './half.js';
 
 /** Options of {@link attentionKernel}. */
@@ -17,9 +18,12 @@ export interface AttentionVariant {
   readonly keys: number;
   /** Threads per query row. */
   readonly lanes: number;
-  /** Where keys and values are: rows of f32, or a cache of packed f16. */
-  readonly source: 'rows' | 'cache';
+  /** Where keys and values are: rows of f32, or a cache of packed f16 or of integers (activation-grid.ts). */
+  readonly source: AttentionSource;
 }
+
+/** See {@link AttentionVariant}. */
+export type AttentionSource = 'rows' | 'cache' | 'int8' | 'int4';
 
 /** Bytes of workgroup memory a variant takes. */
 export function attentionMemory({ headDim, rows, keys }: Pick<AttentionVariant, 'headDim' | 'rows' | 'keys'>): number {
@@ -60,6 +64,17 @@ fn ${name}Quad(sequence: u32, head: u32, p: u32, c: u32) -> vec4<f32> {
   let at = ((sequence * params.stride + p) * params.kvHeads + head) * D + c;
   ${quadOf(name, headDim)}
 }`;
+  if (source !== 'cache') {
+    const bits = source === 'int8' ? 8 : 4;
+    return /* wgsl */ `
+fn ${name}Quad(sequence: u32, head: u32, p: u32, c: u32) -> vec4<f32> {
+  let at = ((sequence * params.kvHeads + head) * params.stride + p) * ${gridCacheWords(headDim, bits)}u;
+  let word = ${name}[at + 2u + c / ${32 / bits}u];
+  let codes = ${bits === 8 ? '(vec4(word) >> vec4(0u, 8u, 16u, 24u)) & vec4(255u)' : '(vec4(word >> (4u * (c % 8u))) >> vec4(0u, 4u, 8u, 12u)) & vec4(15u)'};
+  let quad = fma(vec4<f32>(codes), vec4(bitcast<f32>(${name}[at + 1u])), vec4(bitcast<f32>(${name}[at])));
+  ${headDim % 4 === 0 ? 'return quad;' : 'return select(vec4(0.0), quad, vec4(c) + vec4(0u, 1u, 2u, 3u) < vec4(D));'}
+}`;
+  }
   const words = cacheWords(headDim);
   return /* wgsl */ `
 fn ${name}Quad(sequence: u32, head: u32, p: u32, c: u32) -> vec4<f32> {

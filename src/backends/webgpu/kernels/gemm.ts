@@ -27,6 +27,12 @@ export type GemmParams =
   | 'strideA'
   | 'strideB'
   | 'strideC'
+  | 'inner'
+  | 'shareB'
+  | 'outerA'
+  | 'outerB'
+  | 'outerC'
+  | 'triangle'
   | 'kStride'
   | 'kLength'
   | 'firstTile'
@@ -35,7 +41,22 @@ export type GemmParams =
 
 const made = new Map<string, Kernel<GemmBuffers, GemmParams>>();
 
-/** The kernel of a variant; z is a batch index, or with kStride > 0 a slice of k. */
+/** Values of the parameter `triangle`: what of a causal product is skipped, whole tiles at a time. */
+export const TRIANGLE = {
+  /** Nothing. */
+  none: 0,
+  /** Tiles of C above the diagonal: they are not written. */
+  result: 1,
+  /** Columns of A right of the diagonal: zeros as far as tiles reach. */
+  lower: 2,
+  /** Columns of A left of the diagonal. */
+  upper: 3,
+} as const;
+
+/**
+ * The kernel of a variant; z is a batch index, or with kStride > 0 a slice of k. Batches are two loops, of `inner` inside:
+ * operand strides are of the inner loop, of which `shareB` neighbours have the same B, and outer… of the outer one.
+ */
 export function gemmKernel(variant: GemmVariant): Kernel<GemmBuffers, GemmParams> {
   const name = `gemm.${variant.transposeA ? 't' : 'n'}${variant.transposeB ? 't' : 'n'}.${variant.tile}`;
   let kernel = made.get(name);
@@ -90,6 +111,12 @@ ${range(4)
       strideA: 'u32',
       strideB: 'u32',
       strideC: 'u32',
+      inner: 'u32',
+      shareB: 'u32',
+      outerA: 'u32',
+      outerB: 'u32',
+      outerC: 'u32',
+      triangle: 'u32',
       kStride: 'u32',
       kLength: 'u32',
       firstTile: 'u32',
@@ -119,10 +146,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let ty = local / 16u;
   let row0 = (params.firstTile + group.y) * ${tile}u;
   let col0 = group.x * ${tile}u;
-  let baseA = params.a0 + group.z * params.strideA;
-  let baseB = params.b0 + group.z * params.strideB;
-  let kBegin = group.z * params.kStride;
-  let kEnd = min(params.k, kBegin + params.kLength);
+  let outer = group.z / params.inner;
+  let rest = group.z % params.inner;
+  let baseA = params.a0 + outer * params.outerA + rest * params.strideA;
+  let baseB = params.b0 + outer * params.outerB + rest / params.shareB * params.strideB;
+  var kBegin = group.z * params.kStride;
+  var kEnd = min(params.k, kBegin + params.kLength);
+  if (params.triangle == ${TRIANGLE.result}u && col0 >= row0 + ${tile}u) { return; }
+  if (params.triangle == ${TRIANGLE.lower}u) { kEnd = min(kEnd, row0 + ${tile}u); }
+  if (params.triangle == ${TRIANGLE.upper}u) { kBegin = max(kBegin, row0); }
   let ka = ${placeA.k};
   let qa = ${placeA.quad};
   let kb = ${placeB.k};
@@ -143,7 +175,7 @@ ${sums.map((s) => `  var ${s.name} = vec4<f32>();`).join('\n')}
 ${multiply}
     }
   }
-  let at = params.c0 + group.z * params.strideC;
+  let at = params.c0 + outer * params.outerC + rest * params.strideC;
 ${sums
   .map(
     (s) =>

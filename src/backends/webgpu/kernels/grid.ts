@@ -1,4 +1,4 @@
-// Asymmetric integer grids per group of channels and column (design §4.2) on channel-major weights [channels, cols]: a
+// Integer grids per group of channels and column (design §4.2) on channel-major weights [channels, cols]: a
 // grid's scale and zero point are f32 values [groups, cols] on the GPU; codes are packed into bytes only when read back.
 // Bytes moved: the weights once per kernel, and what it writes.
 import { defineKernel, read, write } from '../kernel.js';

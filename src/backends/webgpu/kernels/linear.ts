@@ -6,6 +6,7 @@
 //
 // gemm: more rows. A workgroup of 256 threads makes a tile of 64 rows × 64 outputs, 4 × 4 to a thread, 16 channels at a
 // time through workgroup memory, weights decoded on the way there. Bytes moved: the weight once per 64 rows of x.
+import type { BufferSlice } from '../device.js';
 import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
 import { sumOverWorkgroup } from './reduce.js';
@@ -36,6 +37,9 @@ const params = {
   hasBias: 'u32',
   hasResidual: 'u32',
 } as const;
+
+/** What a product reads and writes. */
+export type ProductBuffers = Readonly<Record<keyof typeof buffers, GPUBuffer | BufferSlice>>;
 
 /** Kernels of products share bindings and parameters; absent bias, residual or grids are bound to anything. */
 export type ProductKernel = Kernel<keyof typeof buffers, keyof typeof params>;

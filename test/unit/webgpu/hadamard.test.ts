@@ -1,0 +1,68 @@
+// Hadamard transforms on the GPU beyond the conformance suite's: orders that take two stages, the inverse, in place, per head.
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { createRng } from '../../../src/core/rng.js';
+import { hostTensor } from '../../../src/core/tensor.js';
+import { applyHadamard as onGpu, GpuHadamard } from '../../../src/backends/webgpu/hadamard.js';
+import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
+import { own } from '../../../src/backends/webgpu/tensor.js';
+import { applyHadamard, hadamardTransform } from '../../../src/transforms/index.js';
+import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
+
+describe.skipIf(webgpuMissing)('Hadamard transforms on the GPU', () => {
+  let backend: WebGpuBackend;
+  beforeAll(async () => {
+    backend = await openTestWebGpu();
+  });
+  afterAll(() => backend.dispose());
+  const rng = createRng(3);
+
+  /** Relative to the norm of a transformed run: an f32 sum of n terms in log₂ p + m steps, far below 1e-5. */
+  function expectClose(got: Float32Array, want: Float64Array): void {
+    let [difference, norm] = [0, 0];
+    want.forEach((w, i) => {
+      difference += (got[i] - w) ** 2;
+      norm += w * w;
+    });
+    expect(Math.sqrt(difference / norm)).toBeLessThan(1e-6);
+  }
+
+  // The orders of DESIGN §8, across heads too; 14336 and 11008 are longer than a workgroup's memory.
+  it.each([
+    [14336, 14336, 1, 2],
+    [11008, 11008, 1, 1],
+    [13824, 13824, 1, 1],
+    [32768, 32768, 1, 1],
+    [8960, 8960, 1, 1],
+    [1536, 12, 128, 3],
+    [4096, 32, 128, 3],
+  ])('%i channels of order %i, inner %i: forward, inverse, in place', async (channels, order, inner, rows) => {
+    const transform = hadamardTransform(channels, { order, inner });
+    const handle = new GpuHadamard(backend.gpu, transform);
+    const host = Float32Array.from({ length: rows * channels }, () => rng.normal());
+    const x = backend.upload(hostTensor('f32', [rows, channels], host));
+    for (const direction of ['forward', 'inverse'] as const) {
+      const want = applyHadamard(Float64Array.from(host), transform, direction);
+      const y = onGpu(backend.gpu, own(await x), handle, { direction });
+      expectClose(await backend.download(y), want);
+      const there = onGpu(backend.gpu, y, handle, {
+        direction: direction === 'forward' ? 'inverse' : 'forward',
+        inPlace: true,
+      });
+      expect(there).toBe(y);
+      expectClose(await backend.download(there), Float64Array.from(host));
+      backend.free(y);
+    }
+    handle.free(backend.gpu);
+  });
+
+  it('takes rows of several runs: heads', async () => {
+    const transform = hadamardTransform(64);
+    const handle = new GpuHadamard(backend.gpu, transform);
+    const host = Float32Array.from({ length: 3 * 5 * 64 }, () => rng.normal());
+    const x = await backend.upload(hostTensor('f32', [3, 5 * 64], host));
+    expectClose(
+      await backend.download(onGpu(backend.gpu, own(x), handle)),
+      applyHadamard(Float64Array.from(host), transform),
+    );
+  });
+});
