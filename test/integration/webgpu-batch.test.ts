@@ -81,13 +81,13 @@ describe.skipIf(webgpuMissing)('continuous batching on WebGPU', () => {
   };
 
   /** Decoding op by op: how far below the likeliest token each of these is. */
-  async function gaps(prompt: Int32Array, ids: readonly number[]): Promise<number[]> {
+  async function gaps(prompt: Int32Array, ids: readonly number[], of = decoder): Promise<number[]> {
     if (ids.length === 0) return [];
-    const hidden = await decoder.hidden(Int32Array.from([...prompt, ...ids]));
-    const logits = await decoder.logits(hidden);
+    const hidden = await of.hidden(Int32Array.from([...prompt, ...ids]));
+    const logits = await of.logits(hidden);
     const rows = await backend.download(logits);
     backend.free(hidden, logits);
-    const vocab = decoder.config.vocabSize;
+    const vocab = of.config.vocabSize;
     return ids.map((id, i) => {
       const row = rows.subarray((prompt.length - 1 + i) * vocab, (prompt.length + i) * vocab);
       return row.reduce((a, b) => Math.max(a, b), -Infinity) - row[id];
@@ -116,6 +116,27 @@ describe.skipIf(webgpuMissing)('continuous batching on WebGPU', () => {
     expect(await write({ ...sampling, seed: 6 })).not.toEqual(texts);
     // Equal prompts, streams of their own.
     expect(texts[1]).not.toEqual(texts[3].slice(0, texts[1].length));
+  });
+
+  it('takes models that are not quantized', { timeout: 300_000 }, async () => {
+    const original = await openModel(await folderFiles(`${temporary.folder}/half`));
+    const dense = await loadDecoder(backend, original);
+    try {
+      const cache = await dense.createCache(3, 32);
+      const program = await dense.prepareDecode(cache);
+      expect(program, 'the plan takes this model').toBeDefined();
+      program?.release();
+      dense.releaseCache(cache);
+      const several = await generateContinuously(dense, requests, { stopIds: [], slots: 3 });
+      const alone = await generateContinuously(dense, requests, { stopIds: [], slots: 1 });
+      for (const [i, { ids }] of several.texts.entries()) {
+        expect(ids).toEqual(alone.texts[i].ids);
+        for (const gap of await gaps(prompts[i], [...ids], dense)) expect(gap).toBeLessThan(0.01);
+      }
+    } finally {
+      dense.release();
+      await original.checkpoint.close();
+    }
   });
 
   it('ends texts at stop ids and gives their places to others', { timeout: 300_000 }, async () => {

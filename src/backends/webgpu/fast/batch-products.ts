@@ -18,6 +18,11 @@ export function batchProductKind(gpu: GpuDevice, batch: number): BatchProductKin
   return batch >= TILED_BATCH ? 'tiled' : undefined;
 }
 
+/** The kind for 16-bit weights, whatever the batch. */
+export function denseProductKind(gpu: GpuDevice): BatchProductKind {
+  return hasBatchGemm(gpu.capabilities) ? 'matrix' : 'tiled';
+}
+
 /**
  * What matrix units' activations are multiplied by before they become f16, by source: 65504 is the most it holds. A normalised
  * vector stays within √channels times its gains, attention within the cached values, which are f16 themselves; SiLU·mul alone

@@ -7,7 +7,13 @@ import { checkBufferSize } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
-import { MOST_SEQUENCES, batchProduct, batchProductKind, type BatchProduct } from './batch-products.js';
+import {
+  MOST_SEQUENCES,
+  batchProduct,
+  batchProductKind,
+  denseProductKind,
+  type BatchProduct,
+} from './batch-products.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import {
@@ -19,12 +25,15 @@ import {
   type EmbeddingType,
 } from './sample.js';
 
-/** An int4 weight in GPU memory; see gemv.ts for the layout. */
+/** A weight in GPU memory: int4 as gemv.ts lays it out, or [out, in] in 16 bits. */
 export interface PlanWeight {
+  readonly kind: 'int4' | 'f16' | 'bf16';
   readonly inFeatures: number;
   readonly outFeatures: number;
+  /** Of int4's grid; the input's chunk otherwise. */
   readonly groupSize: number;
   readonly codes: GPUBuffer;
+  /** Of int4; any buffer otherwise. */
   readonly grid: GPUBuffer;
   readonly bias?: GPUBuffer;
 }
@@ -239,7 +248,7 @@ export class DecodePlan implements DecodeProgram {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
       let column = 0;
       for (const [i, weight] of weights.entries()) {
-        const { inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
+        const { kind, inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
         const shape = gemvShape(outFeatures, inFeatures, batch);
         const variant = {
           f16,
@@ -262,8 +271,10 @@ export class DecodePlan implements DecodeProgram {
         const chunks = inFeatures / CHUNK;
         const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
         column += outFeatures;
-        if (several) {
-          push(batchProduct(gpu, several, { ...variant, weights: 'int4', source, buffers, params }));
+        // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
+        const product = several ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+        if (product) {
+          push(batchProduct(gpu, product, { ...variant, weights: kind, source, buffers, params }));
           continue;
         }
         push(

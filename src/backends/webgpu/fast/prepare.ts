@@ -7,6 +7,7 @@ import { ownLinear, type GpuLinear } from '../linear.js';
 import { GpuTransform } from '../rotation.js';
 import { downloadTensor, own } from '../tensor.js';
 import { rotationTable } from './activations.js';
+import { CHUNK } from './gemv.js';
 import {
   DecodePlan,
   PLAN_GROUPS,
@@ -161,17 +162,22 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
 }
 
 function planWeight(linear: GpuLinear): PlanWeight {
-  const { inFeatures, outFeatures, groupSize, weights, grids, bias } = linear;
-  return { inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
+  const { inFeatures, outFeatures, weights, grids, bias, format } = linear;
+  const kind = format.kind === 'f16' || format.kind === 'bf16' ? format.kind : 'int4';
+  const groupSize = kind === 'int4' ? linear.groupSize : CHUNK;
+  return { kind, inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
 }
 
-/** Whether the fused kernels take a model: int4 in groups they know, 16-bit or int4 head, plain f16 caches. */
+/** Whether the fused kernels take a model: int4 in groups they know or 16 bits, the head likewise, plain f16 caches. */
 function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
   const { embedding, head } = spec;
   const isInt4 = (linear: GpuLinear): boolean =>
     linear.format.kind === 'int' && linear.format.bits === 4 && PLAN_GROUPS.includes(linear.groupSize);
+  const isDense = ({ format, inFeatures }: GpuLinear): boolean =>
+    (format.kind === 'f16' || format.kind === 'bf16') && inFeatures % CHUNK === 0;
   const product = ({ weight, transform }: DecodeProduct): boolean =>
-    isInt4(ownLinear(weight)) &&
+    (isInt4(ownLinear(weight)) || isDense(ownLinear(weight))) &&
+    ownLinear(weight).activations === undefined &&
     (transform === undefined ||
       (transform instanceof GpuTransform &&
         transform.source !== undefined &&
