@@ -115,6 +115,55 @@ async function compare(
   }
 }
 
+/** Steps of 1 to 32 sequences, batches in turn within each round, contexts growing alike: the time of 32 against the time of one. */
+async function compareBatches(
+  shape: DecoderShape,
+  decoder: RandomDecoder,
+  kind: PlanKind,
+  context: number,
+): Promise<void> {
+  const steps = quick ? 64 : 256;
+  const capacity = context + steps + AT_ONCE;
+  const plans = [1, 2, 4, 8, 16, 32].map((batch) => {
+    const model = decoder.model(kind, batch, capacity);
+    return { batch, model, plan: new DecodePlan(gpu, model, { batch, capacity }), times: [] as number[] };
+  });
+  for (let roundIndex = -1; roundIndex < (quick ? 3 : 5); roundIndex++)
+    for (const { batch, plan, times } of plans) {
+      const greedy = Array.from({ length: batch }, () => ({ temperature: 0 }));
+      plan.begin(new Uint32Array(batch).fill(11), new Uint32Array(batch).fill(context), greedy);
+      const start = performance.now();
+      const pending: Promise<Uint32Array>[] = [];
+      for (let i = 0; i < steps; i += AT_ONCE) {
+        pending.push(plan.steps(AT_ONCE));
+        if (pending.length > 1) await pending.shift();
+      }
+      await Promise.all(pending);
+      if (roundIndex >= 0) times.push((performance.now() - start) / 1000 / steps);
+    }
+  const one = median(plans[0].times);
+  for (const { batch, model, plan, times } of plans) {
+    const logits = await plan.logits();
+    if (!logits.every(Number.isFinite)) throw new Error('logits are not finite');
+    const seconds = median(times);
+    const line = {
+      model: shape.name,
+      kind,
+      batch,
+      context: `${context}-${context + steps}`,
+      tokensPerSecond: round(batch / seconds),
+      millisecondsPerStep: round(seconds * 1e3),
+      timesOfOne: round(seconds / one),
+    };
+    results.push(line);
+    console.log(
+      `${shape.name.padEnd(13)} ${kind.padEnd(25)} batch ${batch} context ${line.context}: ${line.tokensPerSecond} tokens/s, ${line.millisecondsPerStep} ms, ${line.timesOfOne} times one`,
+    );
+    plan.release();
+    decoder.releaseCaches(model);
+  }
+}
+
 for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
   const decoder = new RandomDecoder(gpu, shape, 33_000);
   const main = shape.name.endsWith('8B');
@@ -128,7 +177,7 @@ for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
   if (!quick) {
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 4096);
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 32256);
-    for (const batch of [2, 4, 8]) await compare(shape, decoder, ['awq', 'paroquant'], batch, 512);
+    await compareBatches(shape, decoder, 'paroquant', 512);
   }
 }
 writeResult('webgpu-decode', { gpu: backend.info.description, copyBytesPerSecond: bandwidth, results });

@@ -1,8 +1,8 @@
 // Calibration text the model writes itself, so that quantizing needs no data set: sampled at temperature 1 from its start
-// token and a few neutral openings. Written with 8-bit weights and, on the CPU, activations: fast, and near enough its own voice.
+// token and a few neutral openings. On the CPU it is written with 8-bit weights and activations: fast, and near enough its own voice.
 import { openBackend, type BackendName } from './backends/registry.js';
 import { silent, type ProgressListener } from './core/progress.js';
-import { generateBatch } from './generate/index.js';
+import { generateContinuously } from './generate/index.js';
 import { loadDecoder, type ModelSource } from './models/load.js';
 import type { CalibrationTokens } from './quant/calibration/tokens.js';
 import type { Tokenizer } from './tokenizer/index.js';
@@ -35,11 +35,12 @@ export async function writeCalibrationText(
   const { config } = source;
   const onProgress = options.onProgress ?? silent;
   const device = options.device ?? 'cpu';
-  // 8-bit activations are the CPU's; on a GPU they would gain nothing here.
-  const activations = device === 'cpu' ? 'int8' : undefined;
-  const backend = await openBackend(device, { threads: options.threads, activations });
+  // A GPU reads a weight once for all sequences of a step: rounding it would gain nothing there.
+  const cpu = device === 'cpu';
+  const backend = await openBackend(device, { threads: options.threads, ...(cpu && { activations: 'int8' }) });
   try {
-    const decoder = await loadDecoder(backend, source, { roundWeights: { bits: 8, groupSize: 32 }, onProgress });
+    const roundWeights = cpu ? { bits: 8 as const, groupSize: 32 } : undefined;
+    const decoder = await loadDecoder(backend, source, { roundWeights, onProgress });
     const start = tokenizer.bosTokenId ?? config.bosTokenId ?? config.eosTokenIds[0];
     const prompts = Array.from({ length: sequences }, (_, i) => {
       const opening = tokenizer.encode(OPENINGS[i % OPENINGS.length], { addSpecialTokens: false });
@@ -47,12 +48,13 @@ export async function writeCalibrationText(
       return ids.length > 0 ? ids : Int32Array.of(0);
     });
     const perSequence = config.layers * config.kvHeads * config.headDim * 2 * 4 * length;
-    const texts = await generateBatch(decoder, prompts, {
-      maxTokens: prompts.map((p) => length - p.length),
+    const requests = prompts.map((prompt, stream) => ({ prompt, maxTokens: length - prompt.length, stream }));
+    const { texts } = await generateContinuously(decoder, requests, {
       temperature: 1,
       seed,
       stopIds: [],
-      batchSize: Math.max(1, Math.min(sequences, Math.floor(CACHE_BYTES / perSequence))),
+      slots: Math.max(1, Math.min(sequences, Math.floor(CACHE_BYTES / perSequence))),
+      cacheBytes: CACHE_BYTES,
       signal: options.signal,
       onProgress: (event) => onProgress({ ...event, stage: 'calibration text' }),
     });

@@ -185,6 +185,7 @@ export class RandomDecoder {
     const groupSize = 128;
     const rng = this.#rng;
     return {
+      kind: 'int4',
       outFeatures,
       inFeatures,
       groupSize,

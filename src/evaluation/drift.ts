@@ -6,7 +6,7 @@
 // not the reference's (the end of text counts as a token), and may still come to the same or to the right answer.
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
-import { createBreath, generateBatch } from '../generate/index.js';
+import { createBreath, generateContinuously } from '../generate/index.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tensor } from '../ops/backend.js';
 import type { Tokenizer } from '../tokenizer/index.js';
@@ -25,7 +25,7 @@ const ROWS_PER_LOGITS = 256;
 export interface DriftOptions {
   /** Tokens of a chain at most; default 512. */
   readonly maxTokens?: number;
-  /** Tasks answered together; default 16. */
+  /** Tasks answered together; default 32. */
   readonly batchSize?: number;
   /** Stages `generate` and `evaluate`. */
   readonly onProgress?: ProgressListener;
@@ -98,7 +98,7 @@ export interface DriftEvaluation {
 
 /**
  * Measures a model against a reference of the same vocabulary on the same backend.
- * @throws GyreError `usage` for unlike models or no tasks, `interrupted`; otherwise as `generateBatch`.
+ * @throws GyreError `usage` for unlike models or no tasks, `interrupted`; otherwise as `generateContinuously`.
  */
 export async function evaluateDrift(
   decoder: Decoder,
@@ -120,9 +120,10 @@ export async function evaluateDrift(
   const begun = performance.now();
   const prompts = tasks.map((task) => taskPrompt(tokenizer, task));
   const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
-  const generation = { batchSize, maxTokens, stopIds, onProgress, signal };
-  const expected = await generateBatch(reference, prompts, generation);
-  const found = await generateBatch(decoder, prompts, generation);
+  const requests = prompts.map((prompt, stream) => ({ prompt, maxTokens, stream }));
+  const generation = { slots: batchSize, stopIds, onProgress, signal };
+  const { texts: expected } = await generateContinuously(reference, requests, generation);
+  const { texts: found } = await generateContinuously(decoder, requests, generation);
 
   const longest = Math.max(...expected.map(({ ids }) => ids.length));
   const whole = new ChainMeans();

@@ -2,7 +2,7 @@
 import { z } from 'zod';
 import { GyreError, ensure } from '../core/errors.js';
 import type { ProgressListener } from '../core/progress.js';
-import { generateBatch } from '../generate/index.js';
+import { generateContinuously } from '../generate/index.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 import { extractAnswer, isCorrect, TASK_KINDS, type TaskSample } from './tasks/index.js';
@@ -48,7 +48,7 @@ export function parseTasks(text: string, name: string): TaskSample[] {
 
 /** Options of {@link evaluateTasks}. */
 export interface EvaluateTasksOptions {
-  /** Tasks answered together; default 16. */
+  /** Tasks answered together; default 32. */
   readonly batchSize?: number;
   /** Tokens of an answer at most, its steps included; default 512. */
   readonly maxTokens?: number;
@@ -87,7 +87,7 @@ export interface TasksEvaluation {
   readonly seconds: number;
 }
 
-/** Answers tasks greedily and counts the right ones. @throws GyreError as `generateBatch`. */
+/** Answers tasks greedily and counts the right ones. @throws GyreError as `generateContinuously`. */
 export async function evaluateTasks(
   decoder: Decoder,
   tokenizer: Tokenizer,
@@ -98,7 +98,9 @@ export async function evaluateTasks(
   const begun = performance.now();
   const prompts = tasks.map((task) => taskPrompt(tokenizer, task));
   const stopIds = [...new Set([...decoder.config.eosTokenIds, ...tokenizer.eosTokenIds])];
-  const texts = await generateBatch(decoder, prompts, { batchSize, maxTokens, stopIds, onProgress, signal });
+  const requests = prompts.map((prompt, stream) => ({ prompt, maxTokens, stream }));
+  const generation = { slots: batchSize, stopIds, onProgress, signal };
+  const { texts } = await generateContinuously(decoder, requests, generation);
   const answers = texts.map(({ ids }, i) => judge(tasks[i], tokenizer.decode(ids, { skipSpecialTokens: false })));
   const correct = answers.filter((answer) => answer.correct).length;
   const accuracy = correct / tasks.length;

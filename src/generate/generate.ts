@@ -1,6 +1,5 @@
-// Text generation: chunked prefill, then token by token over a key/value cache; one sequence streamed, or many in lockstep.
-import { GyreError, ensure } from '../core/errors.js';
-import { silent, type ProgressListener } from '../core/progress.js';
+// Text generation: chunked prefill, then token by token over a key/value cache; one sequence, streamed.
+import { ensure } from '../core/errors.js';
 import { createRng } from '../core/rng.js';
 import { contextLength, type ModelConfig } from '../models/config.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
@@ -119,151 +118,6 @@ export async function collect(
   }
 }
 
-/** Options of {@link generateBatch}. */
-export interface GenerateBatchOptions extends SamplingOptions {
-  /** Tokens at most per text, one number for all or one per prompt; default 256. */
-  readonly maxTokens?: number | readonly number[];
-  /** Text i draws from the fork i of this seed's stream, so the other texts don't disturb it; default 0. */
-  readonly seed?: number;
-  /** Ids that end a text; default the model's end-of-text ids. Empty: every text runs to its length. */
-  readonly stopIds?: readonly number[];
-  /** Sequences decoded together (their caches are what takes memory); default 16. */
-  readonly batchSize?: number;
-  readonly signal?: AbortSignal;
-  /** Stage `generate`, in decode steps. */
-  readonly onProgress?: ProgressListener;
-}
-
-/** One text of {@link generateBatch}. */
-export interface GeneratedText {
-  /** Generated ids, without the prompt and the stop id. */
-  readonly ids: Int32Array;
-  readonly reason: Exclude<StopReason, 'interrupted'>;
-}
-
-/**
- * Continues many prompts in lockstep: every step feeds one token of each sequence, from the prompt while it lasts, then
- * what was generated. Prompts of like lengths are put together; results come in the order given.
- * @throws GyreError `interrupted` when the signal aborts; otherwise as {@link generate}.
- */
-export async function generateBatch(
-  decoder: Decoder,
-  prompts: readonly Int32Array[],
-  options: GenerateBatchOptions = {},
-): Promise<GeneratedText[]> {
-  const { maxTokens = 256, batchSize = 16, onProgress = silent } = options;
-  ensure(
-    Number.isInteger(batchSize) && batchSize >= 1,
-    'usage',
-    () => `batch size must be at least 1, found ${batchSize}`,
-  );
-  const rng = createRng(options.seed ?? 0);
-  const jobs = prompts
-    .map((prompt, i) => {
-      const wanted = typeof maxTokens === 'number' ? maxTokens : (maxTokens[i] ?? 0);
-      return new Sequence(i, prompt, checkPrompt(decoder.config, prompt, wanted), rng.fork(i));
-    })
-    .sort((a, b) => a.prompt.length - b.prompt.length || a.index - b.index);
-  const batches: Sequence[][] = [];
-  for (let i = 0; i < jobs.length; i += batchSize) batches.push(jobs.slice(i, i + batchSize));
-  const steps = batches.map((batch) => Math.max(...batch.map((s) => s.length)) - batch[0].prompt.length);
-  const total = steps.reduce((sum, n) => sum + n, 0);
-  let before = 0;
-  for (const [i, batch] of batches.entries()) {
-    await runBatch(decoder, batch, options, (done) =>
-      onProgress({ stage: 'generate', done: before + done, total, unit: 'steps' }),
-    );
-    before += steps[i];
-    onProgress({ stage: 'generate', done: before, total, unit: 'steps' });
-  }
-  return jobs
-    .sort((a, b) => a.index - b.index)
-    .map(({ generated, reason }) => ({ ids: Int32Array.from(generated), reason }));
-}
-
-/** One sequence of a batch under way. */
-class Sequence {
-  readonly index: number;
-  readonly prompt: Int32Array;
-  /** Prompt and generated tokens at most. */
-  readonly length: number;
-  readonly rng: ReturnType<typeof createRng>;
-  readonly generated: number[] = [];
-  reason: GeneratedText['reason'] = 'length';
-  done: boolean;
-
-  constructor(index: number, prompt: Int32Array, room: number, rng: ReturnType<typeof createRng>) {
-    this.index = index;
-    this.prompt = prompt;
-    this.length = prompt.length + room;
-    this.rng = rng;
-    this.done = room === 0;
-  }
-
-  /** The token at a position; a finished sequence repeats its last one, which nobody looks at. */
-  token(position: number): number {
-    const { prompt, generated } = this;
-    if (position < prompt.length) return prompt[position];
-    return generated[Math.min(position - prompt.length, generated.length - 1)] ?? prompt[prompt.length - 1];
-  }
-}
-
-async function runBatch(
-  decoder: Decoder,
-  batch: readonly Sequence[],
-  options: GenerateBatchOptions,
-  onStep: (done: number) => void,
-): Promise<void> {
-  const { stopIds = decoder.config.eosTokenIds, signal } = options;
-  const { backend, config } = decoder;
-  const sampler = createSampler(options);
-  const breathe = createBreath();
-  const shortest = batch[0].prompt.length;
-  const longest = Math.max(...batch.map((s) => s.length));
-  const ids = (begin: number, end: number): Int32Array =>
-    Int32Array.from(batch.flatMap((s) => Array.from({ length: end - begin }, (_, t) => s.token(begin + t))));
-  const cache = await decoder.createCache(batch.length, Math.max(longest - 1, shortest));
-  try {
-    // All but the last token that every prompt has: their logits are never needed.
-    const chunk = Math.max(1, Math.floor(PREFILL_ROWS / batch.length));
-    for (let begin = 0; begin < shortest - 1; begin += chunk) {
-      await breathe();
-      checkSignal(signal);
-      backend.free(await decoder.hidden(ids(begin, Math.min(begin + chunk, shortest - 1)), { cache }));
-    }
-    for (let position = shortest - 1; position < longest - 1; position++) {
-      if (batch.every((s) => s.done)) break;
-      await breathe();
-      checkSignal(signal);
-      const hidden = await decoder.hidden(ids(position, position + 1), { cache });
-      const sampling = batch.filter((s) => !s.done && position >= s.prompt.length - 1);
-      if (sampling.length > 0) {
-        const logits = await decoder.logits(hidden);
-        const values = await backend.download(logits);
-        backend.free(logits);
-        for (const [row, sequence] of batch.entries()) {
-          if (!sampling.includes(sequence)) continue;
-          const id = sampler.sample(
-            values.subarray(row * config.vocabSize, (row + 1) * config.vocabSize),
-            sequence.rng,
-          );
-          if (stopIds.includes(id)) {
-            sequence.reason = 'eos';
-            sequence.done = true;
-          } else {
-            sequence.generated.push(id);
-            sequence.done = sequence.prompt.length + sequence.generated.length === sequence.length;
-          }
-        }
-      }
-      backend.free(hidden);
-      onStep(position + 2 - shortest);
-    }
-  } finally {
-    decoder.releaseCache(cache);
-  }
-}
-
 /** Tokens that may be generated after this prompt. */
 function checkPrompt(config: ModelConfig, prompt: Int32Array, maxTokens: number): number {
   const context = contextLength(config);
@@ -310,10 +164,6 @@ async function step(decoder: Decoder, cache: DecoderCache, ids: Int32Array): Pro
   const values = await backend.download(logits);
   backend.free(logits, hidden);
   return values;
-}
-
-function checkSignal(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw new GyreError('interrupted', 'generation was interrupted', { remedy: 'Run it again.' });
 }
 
 /** Seconds between calls. */

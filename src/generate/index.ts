@@ -4,9 +4,6 @@ export { createBreath } from './breathe.js';
 export {
   collect,
   generate,
-  generateBatch,
-  type GenerateBatchOptions,
-  type GeneratedText,
   type GeneratedToken,
   type GenerateOptions,
   type GenerationSummary,

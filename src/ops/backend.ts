@@ -423,13 +423,30 @@ export interface TokenChoice {
   readonly seed: number;
 }
 
+/** Where a sequence of a {@link DecodeProgram} goes on. */
+export interface DecodePlace {
+  /** The next input token. */
+  readonly token: number;
+  /** Tokens its caches hold. */
+  readonly position: number;
+  /**
+   * Tokens its caches may come to, less than their capacity. A sequence that is there stands still: steps give tokens that mean
+   * nothing, and its caches' next entry is overwritten.
+   */
+  readonly end: number;
+  readonly choice: TokenChoice;
+}
+
 /** A decoder's step prepared as a whole: tokens are chosen on the backend, which never waits for the host. */
 export interface DecodeProgram {
   /** Each sequence's next input token, the tokens its caches hold, and how to choose what follows. */
   begin(tokens: Uint32Array, positions: Uint32Array, choices: readonly TokenChoice[]): void;
+  /** Sets one sequence from the next step submitted on, or empties its place; the others go on as they were. */
+  place(sequence: number, place: DecodePlace | undefined): void;
   /**
    * Submits `count` steps: input tokens are appended to the caches, the next chosen, which become the input of the next step.
-   * Resolves to the chosen tokens [count, batch]; more steps may be submitted before it does.
+   * Resolves to the chosen tokens [count, batch]; more steps may be submitted before it does. A sequence's tokens depend on its
+   * own input, position and choice alone, not on its place or on what is decoded beside it.
    */
   steps(count: number): Promise<Uint32Array>;
   release(): void;
@@ -453,6 +470,10 @@ export interface Backend extends InferenceOps, QuantizationOps {
    * model. The handles stay the caller's and must outlive the program.
    */
   prepareDecode?(spec: DecodeSpec): Promise<DecodeProgram | undefined>;
+  /** Most sequences that {@link prepareDecode} takes. */
+  readonly decodeSequences?: number;
+  /** Bytes of a key or value in a cache without a grid; default 4. */
+  readonly cacheValueBytes?: number;
   /** Frees everything; the backend can't be used after. */
   dispose(): Promise<void>;
 }

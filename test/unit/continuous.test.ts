@@ -5,7 +5,7 @@ import { openBackend } from '../../src/backends/registry.js';
 import { createRng } from '../../src/core/rng.js';
 import { hostTensor, type HostTensor } from '../../src/core/tensor.js';
 import { folderFiles } from '../../src/formats/source.node.js';
-import { generateBatch, generateContinuously, type ContinuousRequest } from '../../src/generate/index.js';
+import { collect, generate, generateContinuously, type ContinuousRequest } from '../../src/generate/index.js';
 import type { Decoder } from '../../src/models/decoder.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
 import type { Backend, Tensor } from '../../src/ops/backend.js';
@@ -39,15 +39,9 @@ describe('generateContinuously', () => {
     ['by sampling', { temperature: 1, topP: 0.9 }],
   ])('writes %s what each text would be alone', async (_, sampling) => {
     const stopIds = [7, 11, 13, 40, 41, 42];
-    const alone = await generateBatch(decoder, prompts, {
-      ...sampling,
-      maxTokens: rooms,
-      batchSize: 1,
-      stopIds,
-      seed: 5,
-    });
+    const { texts: alone } = await generateContinuously(decoder, requests, { ...sampling, slots: 1, stopIds, seed: 5 });
     const finished: number[] = [];
-    for (const slots of [1, 3, 8]) {
+    for (const slots of [2, 3, 8]) {
       finished.length = 0;
       const { texts, generatedTokens, promptTokens } = await generateContinuously(decoder, requests, {
         ...sampling,
@@ -63,6 +57,26 @@ describe('generateContinuously', () => {
       expect(generatedTokens).toBe(texts.reduce((sum, { ids }) => sum + ids.length, 0));
       expect(promptTokens).toBeLessThanOrEqual(lengths.reduce((sum, n) => sum + n, 0));
     }
+  });
+
+  it('writes greedily what one text at a time gives', async () => {
+    const { texts } = await generateContinuously(decoder, requests, { stopIds: [] });
+    for (const [i, prompt] of prompts.entries()) {
+      const { ids } = await collect(generate(decoder, prompt, { maxTokens: rooms[i], stopIds: [] }));
+      expect([...texts[i].ids]).toEqual([...ids]);
+    }
+  });
+
+  it('reports tokens up to their total', async () => {
+    const seen: [number, number][] = [];
+    await generateContinuously(decoder, requests, {
+      slots: 2,
+      stopIds: [7, 11, 13],
+      onProgress: ({ done, total }) => void seen.push([done, total ?? NaN]),
+    });
+    const room = rooms.reduce((a, b) => a + b, 0);
+    expect(seen.at(-1)).toEqual([room, room]);
+    expect(seen.every(([done], i) => i === 0 || done >= seen[i - 1][0])).toBe(true);
   });
 
   it('puts texts back that outgrow the memory, and ends with the same', async () => {

@@ -3,7 +3,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { fileURLToPath } from 'node:url';
 import { openBackend } from '../../src/backends/registry.js';
 import { folderFiles } from '../../src/formats/source.node.js';
-import { argmax, collect, contextLength, generate, generateBatch } from '../../src/generate/index.js';
+import { argmax, collect, contextLength, generate } from '../../src/generate/index.js';
 import type { Decoder } from '../../src/models/decoder.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
 import type { Backend } from '../../src/ops/backend.js';
@@ -89,44 +89,5 @@ describe('generate', () => {
     const { ids, summary } = await collect(generation);
     expect(ids.length).toBe(0);
     expect(summary).toMatchObject({ reason: 'interrupted', tokens: 1 });
-  });
-});
-
-describe('generateBatch', () => {
-  const prompts = [[1, 5, 9, 13, 17, 21, 25], [1], [1, 90, 2, 80], [7, 7]].map((ids) => Int32Array.from(ids));
-
-  it.each([1, 2, 3, 16])('gives each prompt what it gives alone, %i at a time', async (batchSize) => {
-    const texts = await generateBatch(decoder, prompts, { maxTokens: [5, 9, 0, 3], stopIds: [], batchSize });
-    const alone = [await slowly(prompts[0], 5), await slowly(prompts[1], 9), [], await slowly(prompts[3], 3)];
-    expect(texts.map(({ ids }) => [...ids])).toEqual(alone);
-  });
-
-  it('ends texts at stop ids without disturbing the others', async () => {
-    const wanted = await slowly(prompts[1], 8);
-    const other = await slowly(prompts[2], 8);
-    const stop = wanted[2];
-    const cut = (ids: number[]): number[] => (ids.includes(stop) ? ids.slice(0, ids.indexOf(stop)) : ids);
-    const texts = await generateBatch(decoder, [prompts[1], prompts[2]], { maxTokens: 8, stopIds: [stop] });
-    expect(texts.map(({ ids }) => [...ids])).toEqual([cut(wanted), cut(other)]);
-    expect(texts[0].reason).toBe('eos');
-  });
-
-  it('samples a text alike whatever it is batched with', async () => {
-    const options = { maxTokens: 10, stopIds: [], temperature: 1.3, topK: 20, seed: 3 };
-    const together = await generateBatch(decoder, prompts, { ...options, batchSize: 4 });
-    const apart = await generateBatch(decoder, prompts, { ...options, batchSize: 1 });
-    expect(together).toEqual(apart);
-    expect([...together[0].ids]).not.toEqual(await slowly(prompts[0], 10));
-  });
-
-  it('reports progress to its total and stops when told to', async () => {
-    const seen: [number, number][] = [];
-    const onProgress = (e: { done: number; total: number }): void => void seen.push([e.done, e.total]);
-    await generateBatch(decoder, prompts, { maxTokens: 4, stopIds: [], batchSize: 2, onProgress });
-    const [done, total] = seen.at(-1) ?? [];
-    expect(done).toBe(total);
-    expect(seen.every(([d], i) => i === 0 || d >= seen[i - 1][0])).toBe(true);
-    const run = generateBatch(decoder, prompts, { maxTokens: 4, signal: AbortSignal.abort() });
-    await expect(run).rejects.toMatchObject({ code: 'interrupted' });
   });
 });

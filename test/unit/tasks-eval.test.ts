@@ -4,7 +4,7 @@ import { openBackend } from '../../src/backends/registry.js';
 import { createRng } from '../../src/core/rng.js';
 import { evaluateTasks, judge, parseTasks, taskSet, type TaskSample } from '../../src/evaluation/index.js';
 import type { Decoder } from '../../src/models/decoder.js';
-import type { Backend, Tensor } from '../../src/ops/backend.js';
+import type { Backend, SequenceCopy, Tensor } from '../../src/ops/backend.js';
 import type { Tokenizer } from '../../src/tokenizer/index.js';
 
 const tasks = taskSet(createRng(1), 10);
@@ -21,20 +21,34 @@ const tokenizer = {
 
 let backend: Backend;
 
+/** A cache whose keys and values are the text itself. */
+interface TextCache {
+  readonly batch: number;
+  readonly capacity: number;
+  readonly texts: string[];
+}
+
 /** A decoder that answers each question with a text of its own, from logits made for the purpose. */
 function scripted(answers: ReadonlyMap<string, string>): Decoder {
-  const texts: string[] = [];
+  const shape = { layers: 1, kvHeads: 1, headDim: 1 };
   return {
     backend,
-    config: { vocabSize: 256, maxPositions: 4096, eosTokenIds: [], ropeScaling: { type: 'default' } },
-    createCache: async (batch: number) => {
-      texts.splice(0, texts.length, ...Array.from({ length: batch }, () => ''));
-      return { batch, length: 0 };
+    config: { vocabSize: 256, maxPositions: 4096, eosTokenIds: [], ropeScaling: { type: 'default' }, ...shape },
+    createCache: async (batch: number, capacity: number): Promise<TextCache> => ({
+      batch,
+      capacity,
+      texts: Array.from({ length: batch }, () => ''),
+    }),
+    copySequences: async (from: TextCache, to: TextCache, copies: readonly SequenceCopy[]) => {
+      for (const copy of copies) to.texts[copy.to] = from.texts[copy.from].slice(0, copy.tokens);
     },
     releaseCache: () => undefined,
-    hidden: async (ids: Int32Array): Promise<Tensor> => {
+    prepareDecode: async () => undefined,
+    hidden: async (ids: Int32Array, { cache, starts }: { cache: TextCache; starts: Int32Array }): Promise<Tensor> => {
+      const { texts } = cache;
       const width = ids.length / texts.length;
-      for (const i of texts.keys()) texts[i] += String.fromCharCode(...ids.subarray(i * width, (i + 1) * width));
+      for (const [i, start] of starts.entries())
+        texts[i] = texts[i].slice(0, start) + String.fromCharCode(...ids.subarray(i * width, (i + 1) * width));
       const logits = new Float32Array(256 * texts.length);
       for (const [i, text] of texts.entries()) {
         const at = text.indexOf('\n');

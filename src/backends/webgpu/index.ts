@@ -1,6 +1,7 @@
 // The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
 import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
+import { MOST_SEQUENCES } from './fast/batch-products.js';
 import { prepareDecode } from './fast/prepare.js';
 import { WebGpuGradients } from './gradients.js';
 import { WebGpuInference } from './inference.js';
@@ -47,6 +48,8 @@ function compose(
     info,
     gradients,
     prepareDecode: (spec: DecodeSpec) => prepareDecode(gpu, spec),
+    decodeSequences: MOST_SEQUENCES,
+    cacheValueBytes: 2,
     dispose: () => gpu.dispose(),
     ...methods(inference),
     ...methods(quantization),

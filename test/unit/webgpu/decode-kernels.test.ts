@@ -297,6 +297,11 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       const qkv = normals(batch * width);
       const keys = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
       const values = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
+      // What lies past a sequence's tokens is whatever was there before.
+      for (let head = 0; head < batch * kvHeads; head++) {
+        const from = head * capacity + positions[Math.floor(head / kvHeads)];
+        for (const data of [keys, values]) data.fill(NaN, from * headDim, (head + 1) * capacity * headDim);
+      }
       const [qNorm, kNorm] = [normals(headDim), normals(headDim)];
       const rope = new Float32Array(capacity * rotaryDim);
       for (let p = 0; p < capacity; p++)
@@ -393,7 +398,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     ): Promise<number[]> {
       const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
       const [row, spans, tokens] = [toGpu(logits), backend.gpu.buffer(spanCount * 16), backend.gpu.buffer(16)];
-      const settings = toGpu(Float32Array.of(temperature, topP, topK, 0));
+      const settings = toGpu(Float32Array.of(temperature, topP, topK, positions));
       const [seeds, at] = [toGpu(Uint32Array.of(seed)), toGpu(new Uint32Array(4))];
       const ring = 256;
       const history = backend.gpu.buffer(ring * 4);

@@ -2,6 +2,8 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { activationKernel } from '../../../src/backends/webgpu/fast/activations.js';
 import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
+import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
+import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
 import { gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
 import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
@@ -51,6 +53,26 @@ const kernels: Kernel[] = [
       rotateRowsKernel({ f16, krot: 8, groupSize: 128, unroll: 8 }),
     ]),
   ),
+  ...(['int4', 'f16', 'bf16'] as const).flatMap((weights) => [
+    ...[1, 2].flatMap((depth) =>
+      [16, 32].map((columns) =>
+        batchGemmKernel({
+          rows: 32,
+          warps: 8,
+          warpsM: 2,
+          tileK: 256,
+          depth,
+          stagger: true,
+          columns,
+          weights,
+          groupSize: 128,
+          residual: true,
+          bias: true,
+        }),
+      ),
+    ),
+    ...bools.map((f16) => batchTiledKernel({ f16, columns: 24, weights, groupSize: 64, residual: true, bias: true })),
+  ]),
   ...bools.flatMap((stageIn) => bools.map((stageOut) => rotateDenseKernel({ rows: 256, tile: 32, stageIn, stageOut }))),
   ...(['f16', 'int4'] as const).flatMap((b) =>
     bools.map((double) =>

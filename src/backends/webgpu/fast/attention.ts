@@ -178,6 +178,10 @@ ${each(
   (u) => `    let k${u} = key + ${u * TEAMS * perTeam}u; let in${u} = k${u} < high;
     if (k${u} == position) { kw${u} = newKey; vw${u} = newValue; }`,
 )}
+    // Past the end there may be anything, and nothing times infinity is not nothing.
+    if (base + ${group}u > high) {
+${each(UNROLL, (u) => `      if (!in${u}) { vw${u} = vec4<u32>(); }`)}
+    }
 ${each(UNROLL, (u) => `    let kf${u} = half8(kw${u});`)}
 ${each(q, (h) =>
   each(

@@ -2,10 +2,18 @@
 // token. About nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate |
 // o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
 import { GyreError, ensure } from '../../../core/errors.js';
-import type { DecodeProgram, TokenChoice } from '../../../ops/backend.js';
+import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/backend.js';
+import { checkBufferSize } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
+import {
+  MOST_SEQUENCES,
+  batchProduct,
+  batchProductKind,
+  denseProductKind,
+  type BatchProduct,
+} from './batch-products.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import {
@@ -17,12 +25,15 @@ import {
   type EmbeddingType,
 } from './sample.js';
 
-/** An int4 weight in GPU memory; see gemv.ts for the layout. */
+/** A weight in GPU memory: int4 as gemv.ts lays it out, or [out, in] in 16 bits. */
 export interface PlanWeight {
+  readonly kind: 'int4' | 'f16' | 'bf16';
   readonly inFeatures: number;
   readonly outFeatures: number;
+  /** Of int4's grid; the input's chunk otherwise. */
   readonly groupSize: number;
   readonly codes: GPUBuffer;
+  /** Of int4; any buffer otherwise. */
   readonly grid: GPUBuffer;
   readonly bias?: GPUBuffer;
 }
@@ -94,6 +105,22 @@ const MAX_STEPS = 64;
 /** Steps whose tokens stay readable: a read may come that many later, and reads of two submissions may be under way. */
 const RING = 4 * MAX_STEPS;
 
+/** A place that nobody holds: its one token is written over and over. */
+const EMPTY: DecodePlace = {
+  token: 0,
+  position: 0,
+  end: 0,
+  choice: { temperature: 0, topK: 0, topP: 1, seed: 0 },
+};
+
+/** A sequence's settings as samplePickKernel reads them. */
+const settingsOf = ({ temperature, topP = 1, topK = 0 }: PlanSampling, last: number): number[] => [
+  temperature,
+  topP,
+  topK,
+  last,
+];
+
 /** Channels per grid or rotation group that the kernels take. */
 export const PLAN_GROUPS: readonly number[] = [32, 64, 128];
 /** Channels per head that the attention kernel takes. */
@@ -101,8 +128,8 @@ export const PLAN_HEADS: readonly number[] = [16, 32, 64, 128, 256];
 
 /** A decoder's step, ready to run. */
 export class DecodePlan implements DecodeProgram {
-  /** Most sequences: beyond it the products' accumulators spill. */
-  static readonly maxBatch = 8;
+  /** Most sequences. */
+  static readonly maxBatch = MOST_SEQUENCES;
 
   readonly batch: number;
   readonly capacity: number;
@@ -116,18 +143,23 @@ export class DecodePlan implements DecodeProgram {
   readonly #logits: GPUBuffer;
   readonly #history: GPUBuffer;
   /** Tokens each sequence's cache will hold when everything submitted is done. */
-  #lengths: number[] = [];
+  readonly #lengths: number[];
+  /** Where a sequence that was placed stands still; Infinity for one that was begun. */
+  readonly #ends: number[];
   readonly #vocab: number;
 
   constructor(gpu: GpuDevice, model: PlanModel, { batch, capacity }: PlanOptions) {
     ensure(
-      batch <= DecodePlan.maxBatch,
+      Number.isInteger(batch) && batch >= 1 && batch <= DecodePlan.maxBatch,
       'unsupported',
-      () => `the decode plan takes at most ${DecodePlan.maxBatch} sequences, found ${batch}`,
+      () => `the decode plan takes from 1 to ${DecodePlan.maxBatch} sequences, found ${batch}`,
+      'decode fewer sequences at once',
     );
     this.#gpu = gpu;
     this.batch = batch;
     this.capacity = capacity;
+    this.#lengths = new Array<number>(batch).fill(0);
+    this.#ends = new Array<number>(batch).fill(0);
     this.#vocab = model.vocab;
     const { hidden, intermediate, heads, kvHeads, headDim, vocab } = model;
     const { capabilities } = gpu;
@@ -147,7 +179,15 @@ export class DecodePlan implements DecodeProgram {
       ),
       hidden,
     );
+    const several = batchProductKind(gpu, batch);
     const splits = splitsFor(capacity, kvHeads * batch);
+    // The largest of the buffers below, before any is made.
+    for (const [what, bytes] of Object.entries({
+      logits: batch * vocab * 4,
+      activations: batch * Math.max(widest * 2, width * 4, 2 * intermediate * 4),
+      'partial sums of attention': batch * attended * splits * 4,
+    }))
+      checkBufferSize(gpu.limits, bytes, `the ${what} of ${batch} sequences`);
     this.#tokens = make(batch * 4);
     this.#positions = make(batch * 4);
     this.#settings = make(batch * 16);
@@ -199,11 +239,16 @@ export class DecodePlan implements DecodeProgram {
         ]),
       );
     };
-    const multiply = (weights: readonly PlanWeight[], y: GPUBuffer, residual?: GPUBuffer): void => {
+    const multiply = (
+      weights: readonly PlanWeight[],
+      source: BatchProduct['source'],
+      y: GPUBuffer,
+      residual?: GPUBuffer,
+    ): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
       let column = 0;
       for (const [i, weight] of weights.entries()) {
-        const { inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
+        const { kind, inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
         const shape = gemvShape(outFeatures, inFeatures, batch);
         const variant = {
           f16,
@@ -225,6 +270,13 @@ export class DecodePlan implements DecodeProgram {
         };
         const chunks = inFeatures / CHUNK;
         const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
+        column += outFeatures;
+        // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
+        const product = several ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+        if (product) {
+          push(batchProduct(gpu, product, { ...variant, weights: kind, source, buffers, params }));
+          continue;
+        }
         push(
           gpu.prepare(
             gemvKernel(variant),
@@ -233,7 +285,6 @@ export class DecodePlan implements DecodeProgram {
             groupsOf(Math.ceil(outFeatures / gemvRowsPerGroup(variant))),
           ),
         );
-        column += outFeatures;
       }
     };
 
@@ -247,7 +298,7 @@ export class DecodePlan implements DecodeProgram {
     );
     for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
-      multiply(block.qkv.weights, qkv);
+      multiply(block.qkv.weights, 'norm', qkv);
       const attention = {
         shuffle,
         heads,
@@ -277,15 +328,30 @@ export class DecodePlan implements DecodeProgram {
         ),
       );
       activate('attention', parts, block.o, attended, block.o.weights.length);
-      multiply(block.o.weights, middle, x);
+      multiply(block.o.weights, 'attention', middle, x);
       activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
-      multiply(block.gateUp.weights, gateUp);
+      multiply(block.gateUp.weights, 'norm', gateUp);
       activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
-      multiply(block.down.weights, x, middle);
+      multiply(block.down.weights, 'silu', x, middle);
     }
     activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
     if (model.head.kind === 'int4') {
-      multiply([model.head.weight], this.#logits);
+      multiply([model.head.weight], 'norm', this.#logits);
+    } else if (several) {
+      const { kind: weights, weight } = model.head;
+      const unused = { grid: weight, residual: weight, bias: weight };
+      push(
+        batchProduct(gpu, several, {
+          batch,
+          weights,
+          groupSize: CHUNK,
+          residual: false,
+          bias: false,
+          source: 'norm',
+          buffers: { w: weight, x: halves, factors, y: this.#logits, ...unused },
+          params: { chunks: hidden / CHUNK, outFeatures: vocab, stride: vocab, column: 0, first: 0 },
+        }),
+      );
     } else {
       const variant = { f16, shuffle, rows: 4, teams: 4, batch, weights: model.head.kind };
       push(
@@ -334,17 +400,30 @@ export class DecodePlan implements DecodeProgram {
       'usage',
       () => `a plan for ${batch} sequences was begun with ${tokens.length}`,
     );
-    this.#lengths = [...positions];
+    for (let b = 0; b < batch; b++) [this.#lengths[b], this.#ends[b]] = [positions[b], Infinity];
     this.#gpu.upload(this.#tokens, tokens);
     this.#gpu.upload(this.#positions, positions);
-    this.#gpu.upload(
-      this.#settings,
-      Float32Array.from(sampling.flatMap((s) => [s.temperature, s.topP ?? 1, s.topK ?? 0, 0])),
-    );
+    this.#gpu.upload(this.#settings, Float32Array.from(sampling.flatMap((s) => settingsOf(s, this.capacity))));
     this.#gpu.upload(
       this.#seeds,
       Uint32Array.from(sampling, (s) => s.seed ?? 0),
     );
+  }
+
+  /** See DecodeProgram.place. @throws GyreError `context-length` for an end that the caches have no entry behind. */
+  place(sequence: number, place: DecodePlace | undefined): void {
+    ensure(sequence >= 0 && sequence < this.batch, 'usage', () => `no sequence ${sequence} of ${this.batch}`);
+    const { token, position, end, choice } = place ?? EMPTY;
+    ensure(
+      position <= end && end < this.capacity,
+      'context-length',
+      () => `a sequence from ${position} to ${end} tokens does not fit caches of ${this.capacity}`,
+    );
+    [this.#lengths[sequence], this.#ends[sequence]] = [position, end];
+    this.#gpu.upload(this.#tokens, Uint32Array.of(token), 4 * sequence);
+    this.#gpu.upload(this.#positions, Uint32Array.of(position), 4 * sequence);
+    this.#gpu.upload(this.#settings, Float32Array.from(settingsOf(choice, end)), 16 * sequence);
+    this.#gpu.upload(this.#seeds, Uint32Array.of(choice.seed), 4 * sequence);
   }
 
   /**
@@ -356,15 +435,15 @@ export class DecodePlan implements DecodeProgram {
     ensure(count >= 1 && count <= MAX_STEPS, 'usage', () => `from 1 to ${MAX_STEPS} steps at once, not ${count}`);
     const { batch } = this;
     // Where each sequence's tokens of these steps will lie in the ring.
-    const slots = this.#lengths.map((position) => position % RING);
+    const slots: number[] = [];
     for (let i = 0; i < count; i++) {
+      slots.push(...this.#lengths.map((position) => position % RING));
       this.#advance();
       this.#gpu.run(this.#step);
     }
     const ring = new Uint32Array(await this.#gpu.read(this.#history, 0, RING * batch * 4));
     const out = new Uint32Array(count * batch);
-    for (let i = 0; i < count; i++)
-      for (let b = 0; b < batch; b++) out[i * batch + b] = ring[((slots[b] + i) % RING) * batch + b];
+    for (const [i, slot] of slots.entries()) out[i] = ring[slot * batch + (i % batch)];
     ensure(
       !out.includes(NO_TOKEN),
       'non-finite',
@@ -388,7 +467,7 @@ export class DecodePlan implements DecodeProgram {
       'context-length',
       () => `the caches hold ${capacity} tokens, and all are there`,
     );
-    this.#lengths = this.#lengths.map((length) => length + 1);
+    for (const [b, length] of this.#lengths.entries()) this.#lengths[b] = Math.min(length + 1, this.#ends[b]);
   }
 
   /** The logits of the last step [batch, vocab]. */

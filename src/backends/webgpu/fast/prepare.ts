@@ -7,6 +7,7 @@ import { ownLinear, type GpuLinear } from '../linear.js';
 import { GpuTransform } from '../rotation.js';
 import { downloadTensor, own } from '../tensor.js';
 import { rotationTable } from './activations.js';
+import { CHUNK } from './gemv.js';
 import {
   DecodePlan,
   PLAN_GROUPS,
@@ -18,16 +19,98 @@ import {
   type PlanWeight,
 } from './plan.js';
 
+/** A decoder's blocks without their caches, and the buffers that were made for them. */
+interface Prepared {
+  readonly blocks: Promise<Omit<PlanBlock, 'keys' | 'values'>[]>;
+  readonly buffers: GPUBuffer[];
+  /** Programs that use them. */
+  users: number;
+}
+
+/**
+ * What programs of one decoder share, by its first weight: making the tables takes longer than the rest of a program, and batches
+ * that grow or shrink need new ones.
+ */
+const prepared = new WeakMap<GpuLinear, Prepared>();
+
 /** See Backend.prepareDecode. */
 export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<DecodeProgram | undefined> {
   const caches = spec.blocks.map((block) => block.cache);
   const [first] = caches;
   if (!takes(spec, caches) || !(first instanceof GpuKvCache)) return undefined;
-  const made: GPUBuffer[] = [];
+  const key = ownLinear(spec.blocks[0].qkv[0].weight);
+  const shared = prepared.get(key) ?? prepareBlocks(gpu, spec);
+  prepared.set(key, shared);
+  shared.users++;
+  let rope: GPUBuffer | undefined;
+  let plan: DecodePlan | undefined;
+  const release = (): void => {
+    plan?.release();
+    if (rope) gpu.release(rope);
+    if (--shared.users > 0) return;
+    prepared.delete(key);
+    for (const buffer of shared.buffers.splice(0)) gpu.release(buffer);
+  };
+  try {
+    rope = await interleavedRope(gpu, spec.rope as GpuRope, first.capacity);
+    const blocks = (await shared.blocks).map((block, i) => {
+      const { keys, values } = caches[i] as GpuKvCache;
+      return { ...block, keys, values };
+    });
+    const [embedding, head] = [ownLinear(spec.embedding), ownLinear(spec.head)];
+    const model: PlanModel = {
+      hidden: spec.hidden,
+      intermediate: spec.intermediate,
+      heads: spec.heads,
+      kvHeads: spec.kvHeads,
+      headDim: spec.headDim,
+      rotaryDim: (spec.rope as GpuRope).rotaryDim,
+      vocab: spec.vocab,
+      eps: spec.eps,
+      rope,
+      embedding: { table: embedding.weights, type: embedding.format.kind === 'int' ? 'f32' : embedding.format.kind },
+      head:
+        head.format.kind === 'int'
+          ? { kind: 'int4', weight: planWeight(head) }
+          : { kind: head.format.kind === 'bf16' ? 'bf16' : 'f16', weight: head.weights },
+      finalNorm: own(spec.finalNorm).buffer,
+      blocks,
+    };
+    plan = new DecodePlan(gpu, model, { batch: first.batch, capacity: first.capacity });
+  } catch (error) {
+    release();
+    throw error;
+  }
+  const made = plan;
+  return {
+    begin: (tokens, positions, choices) => made.begin(tokens, positions, choices),
+    place: (sequence, place) => made.place(sequence, place),
+    steps: (steps) => made.steps(steps),
+    release,
+  };
+}
+
+/** [positions, rotaryDim/2] (cos, sin) from tables apart. */
+async function interleavedRope(gpu: GpuDevice, rope: GpuRope, positions: number): Promise<GPUBuffer> {
+  const count = (positions * rope.rotaryDim) / 2;
+  const [cos, sin] = await Promise.all(
+    [rope.cos, rope.sin].map(async (buffer) => new Float32Array(await gpu.read(buffer, 0, count * 4))),
+  );
+  const buffer = gpu.buffer(8 * count, 'RoPE tables of the decode plan');
+  gpu.upload(
+    buffer,
+    Float32Array.from({ length: 2 * count }, (_, i) => (i % 2 === 0 ? cos : sin)[i >> 1]),
+  );
+  return buffer;
+}
+
+/** Gains and tables of every block. */
+function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
+  const buffers: GPUBuffer[] = [];
   const upload = (data: Float32Array | Uint32Array): GPUBuffer => {
     const buffer = gpu.buffer(Math.max(16, data.byteLength), 'tables of the decode plan');
     gpu.upload(buffer, data);
-    made.push(buffer);
+    buffers.push(buffer);
     return buffer;
   };
   const group = async (products: readonly DecodeProduct[], norm?: Tensor): Promise<PlanGroup> => {
@@ -58,68 +141,43 @@ export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<D
       },
     };
   };
-  const blocks: PlanBlock[] = [];
-  for (const block of spec.blocks) {
-    const cache = block.cache as GpuKvCache;
-    blocks.push({
-      qkv: await group(block.qkv, block.inputNorm),
-      o: await group(block.o),
-      gateUp: await group(block.gateUp, block.postAttentionNorm),
-      down: await group(block.down),
-      ...(block.qNorm && { qNorm: own(block.qNorm).buffer }),
-      ...(block.kNorm && { kNorm: own(block.kNorm).buffer }),
-      keys: cache.keys,
-      values: cache.values,
-      window: block.window ?? 0,
-    });
-  }
-  const rope = spec.rope as GpuRope;
-  const count = (first.capacity * rope.rotaryDim) / 2;
-  const [cos, sin] = await Promise.all(
-    [rope.cos, rope.sin].map(async (buffer) => new Float32Array(await gpu.read(buffer, 0, count * 4))),
-  );
-  const [embedding, head] = [ownLinear(spec.embedding), ownLinear(spec.head)];
-  const model: PlanModel = {
-    hidden: spec.hidden,
-    intermediate: spec.intermediate,
-    heads: spec.heads,
-    kvHeads: spec.kvHeads,
-    headDim: spec.headDim,
-    rotaryDim: rope.rotaryDim,
-    vocab: spec.vocab,
-    eps: spec.eps,
-    rope: upload(Float32Array.from({ length: 2 * count }, (_, i) => (i % 2 === 0 ? cos : sin)[i >> 1])),
-    embedding: { table: embedding.weights, type: embedding.format.kind === 'int' ? 'f32' : embedding.format.kind },
-    head:
-      head.format.kind === 'int'
-        ? { kind: 'int4', weight: planWeight(head) }
-        : { kind: head.format.kind === 'bf16' ? 'bf16' : 'f16', weight: head.weights },
-    finalNorm: own(spec.finalNorm).buffer,
-    blocks,
+  const make = async (): Promise<Omit<PlanBlock, 'keys' | 'values'>[]> => {
+    const blocks: Omit<PlanBlock, 'keys' | 'values'>[] = [];
+    for (const block of spec.blocks)
+      blocks.push({
+        qkv: await group(block.qkv, block.inputNorm),
+        o: await group(block.o),
+        gateUp: await group(block.gateUp, block.postAttentionNorm),
+        down: await group(block.down),
+        ...(block.qNorm && { qNorm: own(block.qNorm).buffer }),
+        ...(block.kNorm && { kNorm: own(block.kNorm).buffer }),
+        window: block.window ?? 0,
+      });
+    return blocks;
   };
-  const plan = new DecodePlan(gpu, model, { batch: first.batch, capacity: first.capacity });
-  return {
-    begin: (tokens, positions, choices) => plan.begin(tokens, positions, choices),
-    steps: (steps) => plan.steps(steps),
-    release: () => {
-      plan.release();
-      for (const buffer of made.splice(0)) gpu.release(buffer);
-    },
-  };
+  const blocks = make();
+  // Whoever waits for them hears of an error; nobody has to.
+  blocks.catch(() => undefined);
+  return { blocks, buffers, users: 0 };
 }
 
 function planWeight(linear: GpuLinear): PlanWeight {
-  const { inFeatures, outFeatures, groupSize, weights, grids, bias } = linear;
-  return { inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
+  const { inFeatures, outFeatures, weights, grids, bias, format } = linear;
+  const kind = format.kind === 'f16' || format.kind === 'bf16' ? format.kind : 'int4';
+  const groupSize = kind === 'int4' ? linear.groupSize : CHUNK;
+  return { kind, inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
 }
 
-/** Whether the fused kernels take a model: int4 in groups they know, 16-bit or int4 head, plain f16 caches. */
+/** Whether the fused kernels take a model: int4 in groups they know or 16 bits, the head likewise, plain f16 caches. */
 function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
   const { embedding, head } = spec;
   const isInt4 = (linear: GpuLinear): boolean =>
     linear.format.kind === 'int' && linear.format.bits === 4 && PLAN_GROUPS.includes(linear.groupSize);
+  const isDense = ({ format, inFeatures }: GpuLinear): boolean =>
+    (format.kind === 'f16' || format.kind === 'bf16') && inFeatures % CHUNK === 0;
   const product = ({ weight, transform }: DecodeProduct): boolean =>
-    isInt4(ownLinear(weight)) &&
+    (isInt4(ownLinear(weight)) || isDense(ownLinear(weight))) &&
+    ownLinear(weight).activations === undefined &&
     (transform === undefined ||
       (transform instanceof GpuTransform &&
         transform.source !== undefined &&

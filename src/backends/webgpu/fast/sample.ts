@@ -85,13 +85,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
 
 /**
  * Second pass, one workgroup per sequence: picks the token, stores it as the next input and in a ring of the last steps, at slot
- * position modulo `ring`, for the host to read when it likes; advances the position.
+ * position modulo `ring`, for the host to read when it likes; advances the position, up to the sequence's last one.
  *
- * settings [batch]: (temperature, top-p, top-k, unused); temperature 0 takes the maximum. Otherwise the logits at or above a
+ * settings [batch]: (temperature, top-p, top-k, last position); temperature 0 takes the maximum. Otherwise the logits at or above a
  * threshold take part: the top-k-th largest, and the largest threshold whose tail holds top-p of the probability, both found by
  * bisection over the logits' bits (32 passes over the vocabulary at most, none without top-k and top-p); ties at the threshold all
- * take part. The choice among them is by Gumbel noise from a counter-based generator keyed by (seed, sequence, position): the same
- * on every machine up to the rounding of the logits.
+ * take part. The choice among them is by Gumbel noise from a counter-based generator keyed by (seed, position): the same on every
+ * machine, whatever shares the batch, up to the rounding of the logits.
  */
 export const samplePickKernel = defineKernel({
   name: 'sample.pick',
@@ -189,7 +189,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         threshold = low;
       }
     }
-    let key = hash(seeds[b] ^ hash(positions[b] + 0x9e3779b9u * (b + 1u)));
+    let key = hash(seeds[b] ^ hash(positions[b]));
     var best = -3.4e38; var choice = at;
     for (var i = local; i < params.vocab; i += ${THREADS}u) {
       let l = logits[base + i];
@@ -215,7 +215,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   if (local == 0u) {
     history[(positions[b] % params.ring) * params.batch + b] = at;
     tokens[b] = at;
-    positions[b] += 1u;
+    if (positions[b] < u32(settings[b].w)) { positions[b] += 1u; }
   }
 }`,
 });
