@@ -3,7 +3,7 @@
 import { readFile } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
 import path from 'node:path';
-import { openBackend } from './backends/registry.js';
+import { openBackend, type BackendName } from './backends/registry.js';
 import { writeCalibrationText } from './calibration-text.node.js';
 import { GyreError } from './core/errors.js';
 import type { ProgressListener } from './core/progress.js';
@@ -37,6 +37,8 @@ export interface StressCheckpointOptions extends Partial<StressOptions> {
   readonly calibrationTokens?: CalibrationTokens;
   readonly seed?: number;
   readonly threads?: number;
+  /** Default `cpu`. */
+  readonly device?: BackendName;
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
 }
@@ -87,7 +89,7 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
     const fingerprint = JSON.stringify({ stress: wanted, model: source.name, seed, gyre: VERSION });
     if ((await inspectOutput(out, fingerprint)) === 'finished')
       throw new GyreError('output-exists', `${out} is there already`, { remedy: 'choose another --out' });
-    const backend = await openBackend('cpu', { threads });
+    const backend = await openBackend(options.device ?? 'cpu', { threads });
     try {
       const calibration = options.calibrationTokens ?? (await calibrationOf(options, source, threads, seed));
       const { stressed, planted, separations, blocks } = await plant(
@@ -161,6 +163,7 @@ async function calibrationOf(
       ...shape,
       seed,
       threads,
+      device: options.device,
       onProgress: options.onProgress,
       signal: options.signal,
     });
