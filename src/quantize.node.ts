@@ -37,6 +37,7 @@ import { groupRecord, quantizeModel } from './quant/pipeline.js';
 import type { BlockReport, GroupReport, PipelineReport } from './quant/run.js';
 import { planQuantization, type QuantizePlan } from './quant/plan.js';
 import { prepareModel, type PreparedModel } from './quant/prepare.js';
+import type { SmoothingRule } from './quant/objectives/smoothing.js';
 import { rotationGroup } from './quant/recipes/paroquant.js';
 import { findRecipe } from './quant/recipes/index.js';
 import { RECORD_FILE, RECORD_KIND, RECORD_VERSION, type QuantizationRecord } from './quant/results.js';
@@ -63,7 +64,7 @@ export interface QuantizeOptions {
   readonly token?: string;
   /** Folder to make. It appears whole, at the end. */
   readonly out: string;
-  /** Recipe, default `paroquant`. */
+  /** Recipe; default `lowbit` with 4-bit activations, otherwise `paroquant`. */
   readonly method?: string;
   /** Default 4 (8 with `smoothquant`). */
   readonly bits?: WeightBits;
@@ -83,7 +84,9 @@ export interface QuantizeOptions {
   readonly activationBytes?: number;
   /** Bits of activations; default 16, or the recipe's own. */
   readonly actBits?: NarrowBits | 16;
-  /** Bits of keys and values; default 16, or the recipe's own. */
+  /** Share of a token's range that the grid of its activations keeps, 0 … 1; default by bits, or the recipe's own. */
+  readonly actClip?: number;
+  /** Bits of keys and values; default 16, or the recipe's own; with a recipe that rounds them, as many as activations have. */
   readonly kvBits?: NarrowBits | 16;
   /** Fold Hadamard rotations into the model first; default as the recipe has it. */
   readonly rotate?: boolean;
@@ -134,10 +137,18 @@ export interface QuantizeReport {
   /** Of recipes that train whole blocks; losses by epoch are in `training.json` beside the weights. */
   readonly blocks?: readonly BlockReport[];
   /** Smoothing as searched or given, per block and group. */
-  readonly smoothing: readonly { readonly layer: number; readonly group: string; readonly alpha: number | null }[];
+  readonly smoothing: readonly {
+    readonly layer: number;
+    readonly group: string;
+    /** Null: no smoothing. */
+    readonly rule: SmoothingRule | null;
+  }[];
   /** What was written to `gyre-report.json`; undefined when nothing was done. */
   readonly record: QuantizationRecord | undefined;
 }
+
+/** What `--act-bits 4` means when no method is named: docs/recipes/lowbit.md has the trials. */
+const LOW_BIT_METHOD = 'lowbit';
 
 const DEFAULTS = {
   method: 'paroquant',
@@ -167,7 +178,7 @@ const COPIED_FILES = [
 /** Quantizes a checkpoint. @throws GyreError for bad input, before anything is written, and for failures, with nothing lost. */
 export async function quantizeCheckpoint(options: QuantizeOptions): Promise<QuantizeReport> {
   const start = performance.now();
-  const recipe = findRecipe(options.method ?? DEFAULTS.method);
+  const recipe = findRecipe(options.method ?? (options.actBits === 4 ? LOW_BIT_METHOD : DEFAULTS.method));
   const settings = settingsOf(options, recipe);
   const onProgress = options.onProgress ?? silent;
   const resolved = await resolveModel(options.model, { revision: options.revision, token: options.token, onProgress });
@@ -325,7 +336,7 @@ function needsCalibration(recipe: Recipe, { smooth = 'none' }: QuantizeSettings)
 }
 
 function describeSmoothing({ smoothing }: PreparedModel): QuantizeReport['smoothing'] {
-  return smoothing.map(({ layer, group, alpha }) => ({ layer, group, alpha: alpha ?? null }));
+  return smoothing.map(({ layer, group, rule }) => ({ layer, group, rule: rule ?? null }));
 }
 
 /** Below 16 bits, or undefined. */
@@ -351,7 +362,15 @@ function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings 
     () => `--krot must be between 0 and 31, found ${krot}`,
   );
   const actBits = narrow(options.actBits ?? recipe.defaults?.actBits, '--act-bits');
-  const kvBits = narrow(options.kvBits ?? recipe.defaults?.kvBits, '--kv-bits');
+  // A recipe that rounds the cache rounds it as finely as activations.
+  const kvBits = narrow(options.kvBits ?? (recipe.defaults?.kvBits && (actBits ?? 16)), '--kv-bits');
+  const ownClip = actBits === recipe.defaults?.actBits ? recipe.defaults?.actClip : undefined;
+  const actClip = options.actClip ?? ownClip;
+  ensure(
+    actClip === undefined || (actClip > 0 && actClip <= 1),
+    'usage',
+    () => `--act-clip must be above 0 and at most 1, found ${actClip}`,
+  );
   const rotate = options.rotate ?? recipe.defaults?.rotate ?? false;
   const smooth = options.smooth ?? recipe.defaults?.smooth ?? 'none';
   const { alpha } = options;
@@ -377,7 +396,7 @@ function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings 
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
     ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
-    ...(actBits ? { actBits } : {}),
+    ...(actBits ? { actBits, ...(actClip === undefined ? {} : { actClip }) } : {}),
     ...(kvBits ? { kvBits } : {}),
     ...(rotate ? { rotate } : {}),
     ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
@@ -685,13 +704,15 @@ function megabytes(bytes: number): string {
 }
 
 /** A line on what happens to activations; none when nothing does. */
-function lowPrecision({ actBits, kvBits, rotate, smooth, alpha }: QuantizeSettings): string[] {
+function lowPrecision({ actBits, actClip, kvBits, rotate, smooth, alpha }: QuantizeSettings): string[] {
   const parts = [
     ...(rotate ? ['Hadamard rotations'] : []),
     ...(smooth
       ? [`smoothing ${smooth === 'all' ? 'everywhere' : 'before down'}, exponent ${alpha ?? 'searched'}`]
       : []),
-    ...(actBits ? [`${actBits}-bit inputs, one grid per token`] : []),
+    ...(actBits
+      ? [`${actBits}-bit inputs, one grid per token${actClip === undefined ? '' : ` of ${actClip} of its range`}`]
+      : []),
     ...(kvBits ? [`${kvBits}-bit keys and values`] : []),
   ];
   return parts.length > 0 ? [`activations  ${parts.join(', ')}`] : [];

@@ -3,18 +3,25 @@
 import { readFile } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
 import path from 'node:path';
-import { openBackend } from './backends/registry.js';
+import { openBackend, type BackendName } from './backends/registry.js';
 import { writeCalibrationText } from './calibration-text.node.js';
 import { GyreError } from './core/errors.js';
 import type { ProgressListener } from './core/progress.js';
 import { createRng } from './core/rng.js';
 import { resolveModel } from './formats/hub.node.js';
 import { inspectOutput, RunFolder } from './formats/run-folder.node.js';
-import { openModel } from './models/load.js';
+import { openModel, type ModelSource } from './models/load.js';
 import { sampleWindows, type CalibrationTokens } from './quant/calibration/tokens.js';
 import { copyEntry } from './quant/run.js';
-import { chooseChannels, plantActivations, type PlantedChannel, type StressOptions } from './quant/stress.js';
-import { loadTokenizer } from './tokenizer/index.js';
+import { plantOnTokens, type Separation } from './quant/stress-tokens.js';
+import {
+  chooseChannels,
+  plantActivations,
+  type PlantedChannel,
+  type StressOptions,
+  type StressRun,
+} from './quant/stress.js';
+import { loadTokenizer, type Tokenizer } from './tokenizer/index.js';
 import { VERSION } from './version.js';
 
 /** Options of {@link stressCheckpoint}. */
@@ -30,6 +37,8 @@ export interface StressCheckpointOptions extends Partial<StressOptions> {
   readonly calibrationTokens?: CalibrationTokens;
   readonly seed?: number;
   readonly threads?: number;
+  /** Default `cpu`. */
+  readonly device?: BackendName;
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
 }
@@ -39,6 +48,8 @@ export interface StressReport {
   readonly out: string;
   readonly settings: StressOptions;
   readonly planted: readonly PlantedChannel[];
+  /** With `tokens: 'few'`, how well those tokens were told from the others. */
+  readonly separations: readonly Separation[];
 }
 
 /** Said wherever numbers of such a model appear. */
@@ -67,21 +78,26 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
       });
     }
     const { layers } = source.config;
-    const settings: StressOptions = {
+    const tokens = options.tokens ?? 'all';
+    const wanted = {
       magnitude: options.magnitude ?? 500,
-      tokens: options.tokens ?? 'all',
+      tokens,
       channels: options.channels ?? 2,
-      // One early and one late block, where published models have theirs.
-      blocks: options.blocks ?? [...new Set([Math.min(1, layers - 1), layers - 1])],
+      // One early and one late block, where published models have theirs; for few tokens those that tell them apart.
+      blocks: options.blocks ?? (tokens === 'all' ? [...new Set([Math.min(1, layers - 1), layers - 1])] : undefined),
     };
-    const fingerprint = JSON.stringify({ stress: settings, model: source.name, seed, gyre: VERSION });
+    const fingerprint = JSON.stringify({ stress: wanted, model: source.name, seed, gyre: VERSION });
     if ((await inspectOutput(out, fingerprint)) === 'finished')
       throw new GyreError('output-exists', `${out} is there already`, { remedy: 'choose another --out' });
-    const backend = await openBackend('cpu', { threads });
+    const backend = await openBackend(options.device ?? 'cpu', { threads });
     try {
-      const calibration = options.calibrationTokens ?? (await tokens(options, source, threads, seed));
-      const planted = await chooseChannels({ backend, source, calibration, onProgress, signal }, settings);
-      const stressed = plantActivations(source, planted);
+      const calibration = options.calibrationTokens ?? (await calibrationOf(options, source, threads, seed));
+      const { stressed, planted, separations, blocks } = await plant(
+        { backend, source, calibration, onProgress, signal },
+        wanted,
+        seed,
+      );
+      const settings: StressOptions = { ...wanted, blocks };
       const folder = await RunFolder.open(out, fingerprint, [SHARD], { resume: true });
       try {
         await folder.write(
@@ -89,8 +105,8 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
           [...stressed.checkpoint.names()].map((name) => copyEntry(stressed, name)),
         );
         const files: Record<string, string> = {
-          'config.json': `${JSON.stringify(source.rawConfig, null, 2)}\n`,
-          'gyre.json': `${JSON.stringify({ fingerprint, note: SYNTHETIC, gyre: VERSION, model: source.name, settings, planted }, null, 2)}\n`,
+          'config.json': `${JSON.stringify(stressed.rawConfig, null, 2)}\n`,
+          'gyre.json': `${JSON.stringify({ fingerprint, note: SYNTHETIC, gyre: VERSION, model: source.name, settings, planted, separations }, null, 2)}\n`,
         };
         const present = new Set(await source.files.list());
         for (const name of TEXT_FILES) if (present.has(name)) files[name] = await source.files.readText(name);
@@ -98,7 +114,7 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
       } finally {
         await folder.close();
       }
-      return { out, settings, planted };
+      return { out, settings, planted, separations };
     } finally {
       await backend.dispose();
     }
@@ -107,7 +123,34 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
   }
 }
 
-async function tokens(
+async function plant(
+  run: StressRun,
+  options: Omit<StressOptions, 'blocks'> & { readonly blocks?: readonly number[] },
+  seed: number,
+): Promise<Omit<StressReport, 'out' | 'settings'> & { stressed: ModelSource; blocks: readonly number[] }> {
+  const { source, calibration } = run;
+  const { tokens, blocks } = options;
+  if (tokens === 'all' && blocks) {
+    const planted = await chooseChannels(run, { ...options, blocks });
+    return { stressed: plantActivations(source, planted), planted, separations: [], blocks };
+  }
+  const marked = markTokens(await loadTokenizer(source.files), calibration);
+  const made = await plantOnTokens(run, marked, { ...options, seed });
+  return { ...made, stressed: made.source, blocks: made.separations.map(({ layer }) => layer) };
+}
+
+/** Which tokens are the first of their sequence, or delimiters: full stops and line breaks. */
+function markTokens(tokenizer: Tokenizer, { ids, length }: CalibrationTokens): Uint8Array {
+  const known = new Map<number, boolean>();
+  const isDelimiter = (id: number): boolean => {
+    let answer = known.get(id);
+    if (answer === undefined) known.set(id, (answer = /^ *[.\n]+ *$/.test(tokenizer.decode([id]))));
+    return answer;
+  };
+  return Uint8Array.from(ids, (id, t) => (t % length === 0 || isDelimiter(id) ? 1 : 0));
+}
+
+async function calibrationOf(
   options: StressCheckpointOptions,
   source: Awaited<ReturnType<typeof openModel>>,
   threads: number,
@@ -120,6 +163,7 @@ async function tokens(
       ...shape,
       seed,
       threads,
+      device: options.device,
       onProgress: options.onProgress,
       signal: options.signal,
     });

@@ -193,7 +193,7 @@ export class BlockQuantizer {
     backend.release(turn);
     const quantizedParts = await this.#group(group, parts, {
       ...finished,
-      sample: sample?.rows({ extremes: false }),
+      sample: sample?.rows(),
       ranges: ranges.values(),
     });
     backend.free(finished.gram, finished.cross, finished.target);

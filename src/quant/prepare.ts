@@ -5,15 +5,17 @@ import type { ProgressListener } from '../core/progress.js';
 import { createRng } from '../core/rng.js';
 import { floats } from '../core/tensor.js';
 import type { GroupName } from '../models/block.js';
-import { groupModules, readLinear, type ModelSource } from '../models/load.js';
-import type { Backend, HadamardTransform } from '../ops/backend.js';
+import { groupModules, groupShape, readLinear, type ModelSource } from '../models/load.js';
+import type { ActivationGrid, Backend, GridSpec, HadamardTransform, RoundedWeight, Tensor } from '../ops/backend.js';
 import { InputSample } from './calibration/sample.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import { walkInputs } from './calibration/walk.js';
 import { drawRotation, foldedSource, valueChannel, type ModelRotation, type Smoothing } from './folded-source.js';
 import { activationGrid, kvGrid } from './grids/activations.js';
 import { searchSmoothing, type SmoothingChoice } from './objectives/smoothing.js';
-import type { QuantizeSettings } from './types.js';
+import type { QuantizeSettings, Recipe } from './types.js';
+import { GPTQ_DAMP } from './recipes/gptq.js';
+import { findRecipe } from './recipes/index.js';
 
 /** Arguments of {@link prepareModel}. */
 export interface PrepareRun {
@@ -35,6 +37,8 @@ export interface PreparedModel {
 
 /** Tokens of calibration that smoothing looks at: scales come from maxima over few thousand tokens in the published method too. */
 const SMOOTHING_TOKENS = 16_384;
+/** Rows of a group's inputs that the search keeps: twice the channels, so that their Gram matrix has full rank, within bounds. */
+const sampledRows = (channels: number): number => Math.min(Math.max(2 * channels, 1024), 4096);
 
 /** The groups that a setting smooths. */
 const SMOOTHED: Readonly<Record<NonNullable<QuantizeSettings['smooth']>, readonly GroupName[]>> = {
@@ -55,6 +59,7 @@ export async function prepareModel(run: PrepareRun): Promise<PreparedModel> {
   const rotation = settings.rotate ? drawRotation(source.config, createRng(settings.seed).fork('rotation')) : undefined;
   const groups = SMOOTHED[settings.smooth ?? 'none'];
   const found = groups.length > 0 ? await smooth(run, groups, rotation) : undefined;
+  const activations = activationsOf(settings);
   const folded = foldedSource(source, { rotation, smoothing: found?.scales });
   const online = { ...folded.online, groups: folded.online?.groups ?? {} };
   return {
@@ -62,7 +67,7 @@ export async function prepareModel(run: PrepareRun): Promise<PreparedModel> {
       ...folded,
       online: {
         ...online,
-        ...(settings.actBits ? { activations: activationGrid(settings.actBits) } : {}),
+        ...(activations ? { activations } : {}),
         // Without rounded keys there is nothing that turning them would help.
         heads: settings.kvBits ? online.heads : undefined,
         ...(settings.kvBits ? { kv: kvGrid(settings.kvBits) } : {}),
@@ -79,11 +84,14 @@ async function smooth(
   rotation: ModelRotation | undefined,
 ): Promise<{ scales: Smoothing; choices: PreparedModel['smoothing'] }> {
   const { backend, source, settings, calibration, onProgress, signal } = run;
+  const recipe = findRecipe(settings.method);
   if (!calibration)
     throw new GyreError('calibration', 'smoothing needs calibration tokens', { remedy: 'give texts with --calib' });
   const { config } = source;
   const scales: Partial<Record<GroupName, Float64Array>>[] = [];
   const choices: (SmoothingChoice & { layer: number; group: GroupName })[] = [];
+  const roundWeight: RoundWeight = (...given) =>
+    recipe.roundWeight ? recipe.roundWeight(...given, settings.rounding) : roundPlainly(...given);
   let samples = new Map<GroupName, InputSample>();
   await walkInputs({
     backend,
@@ -93,7 +101,11 @@ async function smooth(
     stage: 'smooth',
     onProgress,
     signal,
-    observe: () => (samples = new Map(groups.map((group) => [group, new InputSample(backend, settings.seed)]))),
+    observe: () => {
+      const sampleOf = (group: GroupName): InputSample =>
+        new InputSample(backend, settings.seed, { rows: sampledRows(groupShape(config, group).inFeatures) });
+      return (samples = new Map(groups.map((group) => [group, sampleOf(group)])));
+    },
     finish: async (layer) => {
       scales[layer] = {};
       for (const [group, sample] of samples) {
@@ -103,8 +115,9 @@ async function smooth(
           rows: sample.rows(),
           sharedChannel: group === 'o' ? (c) => valueChannel(config, c) : undefined,
           transform: onlineOf(rotation, group),
-          bits: settings.bits,
-          actBits: settings.actBits,
+          grid: gridOf(settings, recipe, groupShape(config, group).inFeatures),
+          round: async (w, gram, grid) => (await roundWeight(backend, w, gram, grid)).values,
+          activations: activationsOf(settings),
           alpha: settings.alpha,
         });
         if (choice.scales) scales[layer][group] = choice.scales;
@@ -113,6 +126,26 @@ async function smooth(
     },
   });
   return { scales, choices };
+}
+
+type RoundWeight = (backend: Backend, w: Tensor, gram: Tensor, grid: GridSpec) => Promise<RoundedWeight>;
+
+/** For recipes that round in a space of their own, where a search cannot follow them. */
+const roundPlainly: RoundWeight = async (backend, w, gram, grid) => {
+  const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
+  const rounded = await backend.gptq(w, factor, grid);
+  backend.free(factor);
+  return rounded;
+};
+
+/** The grid of weights with so many input channels. */
+function gridOf({ bits, groupSize }: QuantizeSettings, { symmetric = false }: Recipe, inFeatures: number): GridSpec {
+  const divides = groupSize > 0 && inFeatures % groupSize === 0;
+  return { bits, groupSize: divides ? groupSize : inFeatures, symmetric };
+}
+
+function activationsOf({ actBits, actClip }: QuantizeSettings): ActivationGrid | undefined {
+  return actBits && activationGrid(actBits, { clip: actClip });
 }
 
 function onlineOf(rotation: ModelRotation | undefined, group: GroupName): HadamardTransform | undefined {

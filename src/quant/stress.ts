@@ -1,24 +1,25 @@
 // Massive activations planted into a model without changing what it computes, to study how quantization copes with them at any
 // size. The results are synthetic: they say what would happen to a model that had such activations.
 //
-// Channel j of the down projection's input is silu(gate_j)·up_j: multiplying up's row j (and its bias) by c and dividing
-// down's column j by c changes no output. The channel then carries c times its own activations: on all tokens when it is one
-// that is active everywhere, on few tokens when it is one that fires on those alone. Which is which is measured. Because the
-// planting is a scaling, a smoothing by the same scales would undo it exactly: these models show smoothing at its best.
+// On all tokens (here): channel j of the down projection's input is silu(gate_j)·up_j, and multiplying up's row j (and its
+// bias) by c and dividing down's column j by c changes no output. The channel, one that is active everywhere, then carries c
+// times its own activations. Because the planting is a scaling, a smoothing by the same scales would undo it exactly: these
+// models show smoothing at its best. On the first token and delimiters alone: stress-tokens.ts.
 import { ensure } from '../core/errors.js';
 import type { ProgressListener } from '../core/progress.js';
 import { floats, hostTensor, type HostTensor } from '../core/tensor.js';
 import type { TensorReader } from '../formats/safetensors.js';
+import type { ModelConfig } from '../models/config.js';
 import { groupModules, type ModelSource } from '../models/load.js';
 import type { Backend, Tensor } from '../ops/backend.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import { walkInputs, type InputObserver } from './calibration/walk.js';
 
-/** Settings of {@link plantActivations}. */
+/** What is planted. */
 export interface StressOptions {
   /** Peak of a planted channel over the typical size (median over channels of their root mean square) of its block's channels. */
   readonly magnitude: number;
-  /** `all`: channels that are active on every token; `few`: channels whose peaks stand on few tokens. */
+  /** `all`: on every token; `few`: on the first token and on delimiters (full stops and line breaks). */
   readonly tokens: 'all' | 'few';
   /** Channels per block. */
   readonly channels: number;
@@ -39,21 +40,19 @@ export interface PlantedChannel {
 }
 
 /** Tokens that channels are measured on. */
-const MEASURED_TOKENS = 8192;
+export const MEASURED_TOKENS = 8192;
 
-/** Chooses channels and factors on calibration tokens. @throws GyreError `usage` for options that make no sense. */
-export async function chooseChannels(
-  run: {
-    readonly backend: Backend;
-    readonly source: ModelSource;
-    readonly calibration: CalibrationTokens;
-    readonly onProgress?: ProgressListener;
-    readonly signal?: AbortSignal;
-  },
-  options: StressOptions,
-): Promise<PlantedChannel[]> {
-  const { magnitude, tokens, channels, blocks } = options;
-  const { config } = run.source;
+/** A model and what it is measured on. */
+export interface StressRun {
+  readonly backend: Backend;
+  readonly source: ModelSource;
+  readonly calibration: CalibrationTokens;
+  readonly onProgress?: ProgressListener;
+  readonly signal?: AbortSignal;
+}
+
+/** @throws GyreError `usage` for options that make no sense. */
+export function checkStressOptions(config: ModelConfig, { magnitude, channels, blocks }: StressOptions): void {
   ensure(
     magnitude > 1 && magnitude <= 1e5,
     'usage',
@@ -70,6 +69,12 @@ export async function chooseChannels(
     'usage',
     () => `the model has blocks 0 to ${config.layers - 1}, found ${wrong}`,
   );
+}
+
+/** Chooses channels that are active on every token, and their factors. @throws GyreError `usage` as {@link checkStressOptions}. */
+export async function chooseChannels(run: StressRun, options: StressOptions): Promise<PlantedChannel[]> {
+  const { blocks } = options;
+  checkStressOptions(run.source.config, options);
   const planted: PlantedChannel[] = [];
   let profile: ChannelProfile | undefined;
   await walkInputs({
@@ -81,7 +86,7 @@ export async function chooseChannels(
       return new Map(profile ? [['down', profile]] : []);
     },
     finish: (layer) => {
-      if (profile) planted.push(...profile.choose(layer, { magnitude, tokens, channels }));
+      if (profile) planted.push(...profile.choose(layer, options));
       return Promise.resolve();
     },
   });
@@ -89,7 +94,7 @@ export async function chooseChannels(
 }
 
 /** Sizes of every channel on every token. */
-class ChannelProfile implements InputObserver {
+export class ChannelProfile implements InputObserver {
   readonly #backend: Backend;
   readonly #rows: Float32Array[] = [];
   #width = 0;
@@ -103,7 +108,13 @@ class ChannelProfile implements InputObserver {
     this.#width = x.shape[1];
   }
 
-  choose(layer: number, { magnitude, tokens, channels }: Omit<StressOptions, 'blocks'>): PlantedChannel[] {
+  /** Median over channels of their root mean square. */
+  typical(): number {
+    const { squares, count } = this.#sizes();
+    return median(squares.map((s) => Math.sqrt(s / count)));
+  }
+
+  #sizes(): { peaks: Float64Array; squares: Float64Array; count: number } {
     const n = this.#width;
     const peaks = new Float64Array(n);
     const squares = new Float64Array(n);
@@ -116,13 +127,19 @@ class ChannelProfile implements InputObserver {
       }
       count += part.length / n;
     }
+    return { peaks, squares, count };
+  }
+
+  choose(layer: number, { magnitude, channels }: Pick<StressOptions, 'magnitude' | 'channels'>): PlantedChannel[] {
+    const n = this.#width;
+    const { peaks, count } = this.#sizes();
     const over = new Float64Array(n);
     for (const part of this.#rows)
       for (let at = 0; at < part.length; at++) if (Math.abs(part[at]) > peaks[at % n] / 10) over[at % n]++;
-    const typical = median(squares.map((s) => Math.sqrt(s / count)));
+    const typical = this.typical();
     const live = Array.from({ length: n }, (_, c) => c).filter((c) => peaks[c] > 1e-3 * typical);
     // Ties go to the lower channel: the choice depends on nothing but the numbers.
-    live.sort((a, b) => (tokens === 'all' ? over[b] - over[a] : over[a] - over[b]) || a - b);
+    live.sort((a, b) => over[b] - over[a] || a - b);
     return live.slice(0, channels).map((channel) => ({
       layer,
       channel,

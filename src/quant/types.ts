@@ -7,6 +7,7 @@ import type {
   PairwiseTransform,
   QuantizedWeight,
   RopeHandle,
+  RoundedWeight,
   Tensor,
   WeightBits,
 } from '../ops/backend.js';
@@ -41,13 +42,15 @@ export interface QuantizeSettings {
   readonly block?: BlockSettings;
   /** Bits of activations; 16 when undefined. */
   readonly actBits?: NarrowBits;
+  /** Share of a token's range that the grid of activations keeps; by their bits when undefined. */
+  readonly actClip?: number;
   /** Bits of keys and values; 16 when undefined. */
   readonly kvBits?: NarrowBits;
   /** Fold Hadamard rotations into the model first (QuaRot). */
   readonly rotate?: boolean;
   /** Default none. */
   readonly smooth?: SmoothedGroups;
-  /** Exponent of the smoothing scales; searched when undefined. */
+  /** Exponent of the smoothing scales by peaks; rule and exponent are searched when undefined. */
   readonly alpha?: number;
 }
 
@@ -208,9 +211,20 @@ interface RecipeBase {
   readonly layout: 'awq' | 'paroquant' | 'gyre';
   /** Weights are on grids symmetric about 0. */
   readonly symmetric?: boolean;
+  /**
+   * How it rounds a weight [in, cols], stored channel-major, whose inputs have this Gram matrix, when it rounds in the space it is
+   * given: what a search for smoothing scales judges them by.
+   */
+  readonly roundWeight?: (
+    backend: Backend,
+    w: Tensor,
+    gram: Tensor,
+    grid: GridSpec,
+    rounding: Rounding | undefined,
+  ) => Promise<RoundedWeight>;
   /** Settings where they differ from the common ones. */
   readonly defaults?: Partial<
-    Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'kvBits'>
+    Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'actClip' | 'kvBits'>
   >;
 }
 

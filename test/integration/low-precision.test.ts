@@ -41,6 +41,7 @@ describe('low precision', () => {
     ['gptq', { rotate: true }],
     ['paroquant', {}],
     ['paroquant', ROTATED],
+    ['lowbit', ROTATED],
   ];
   const cases = methods.flatMap(([method, settings]) =>
     ['qwen3', 'llama', 'qwen2', 'llama2'].map((fixture) => [method, fixture, settings] as const),

@@ -25,7 +25,7 @@ const METHODS = RECIPES.map((recipe) => recipe.name);
 const schema = z.object({
   ...modelSchema,
   out: z.string().min(1),
-  method: oneOf(METHODS),
+  method: oneOf(METHODS).optional(),
   bits: oneOf([2, 3, 4, 8]).optional(),
   groupSize: oneOf([32, 64, 128, -1]).optional(),
   krot: wholeNumber(0, 31),
@@ -46,6 +46,7 @@ const schema = z.object({
   stages: oneOf(['both', 'transforms', 'weights']).optional(),
   pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
   actBits: oneOf([4, 8, 16]).optional(),
+  actClip: decimalNumber({ above: 0, max: 1 }).optional(),
   kvBits: oneOf([4, 8, 16]).optional(),
   rotate: z.boolean().optional(),
   smooth: oneOf(['none', 'down', 'all']).optional(),
@@ -65,7 +66,7 @@ export function quantizeCommand(context: CommandContext): Command {
     .description('quantize a model, block by block: memory for one block, resumable at any moment')
     .argument('<model>', 'folder or hub id')
     .requiredOption('--out <dir>', 'folder to write; must be new, empty, or of the same run')
-    .option('--method <name>', METHODS.join(', '), 'paroquant')
+    .option('--method <name>', `${METHODS.join(', ')} (default: paroquant, lowbit with --act-bits 4)`)
     .option('--bits <n>', '2, 3, 4 or 8 (default: 4, 8 with smoothquant)')
     .option(
       '--group-size <n>',
@@ -81,6 +82,7 @@ export function quantizeCommand(context: CommandContext): Command {
       '--act-bits <n>',
       "bits of the linears' inputs, rounded token by token: 4, 8 or 16 (default: the method's own)",
     )
+    .option('--act-clip <x>', "share of a token's range that its grid keeps (default: the method's own)")
     .option('--kv-bits <n>', "bits of the key/value cache: 4, 8 or 16 (default: the method's own)")
     .option('--rotate', 'fold Hadamard rotations into the model first (quarot and smoothrot do)')
     .option('--no-rotate', 'no Hadamard rotations')
@@ -88,7 +90,10 @@ export function quantizeCommand(context: CommandContext): Command {
       '--smooth <where>',
       "scale activation outliers into the weights: none, down or all (default: the method's own)",
     )
-    .option('--alpha <x>', 'exponent of the smoothing scales, 0 to 1 (default: searched block by block)')
+    .option(
+      '--alpha <x>',
+      'exponent of the smoothing scales, 0 to 1, by peaks (default: rule and exponent searched block by block)',
+    )
     .option('--seed <n>', 'of everything random', '0')
     .option('--epochs <n>', `passes over the sequences per stage (paroquant-block; default: ${BLOCK_DEFAULTS.epochs})`)
     .option('--batch <n>', `sequences per optimiser step (paroquant-block; default: ${BLOCK_DEFAULTS.batch})`)
@@ -129,7 +134,7 @@ Examples:
   $ gyre quantize Qwen/Qwen3-0.6B --out qwen3-w4 --calib book.txt chats.jsonl --calib-samples 128
   $ gyre quantize ./my-model --out my-model-w3 --bits 3 --group-size 64
   $ gyre quantize ./my-model --out my-model-awq --method awq --dry-run
-  $ gyre quantize ./my-model --out my-model-w4a4 --method smoothrot
+  $ gyre quantize ./my-model --out my-model-w4a4 --act-bits 4
   $ gyre quantize ./my-model --out my-model-w4a8 --act-bits 8 --kv-bits 8
   $ gyre quantize ./my-model --out my-model-w4 --resume    # after Ctrl-C or a power cut
 

@@ -31,9 +31,12 @@ export function stressCommand(context: CommandContext): Command {
     .argument('<model>', 'folder or hub id')
     .requiredOption('--out <dir>', 'folder to write')
     .option('--magnitude <x>', "peak of a planted channel, times the block's typical channel", '500')
-    .option('--tokens <which>', 'all: channels active on every token; few: channels that fire on few', 'all')
+    .option('--tokens <which>', 'all: on every token; few: on the first token, full stops and line breaks', 'all')
     .option('--channels <n>', "channels per block, of the down projection's input", '2')
-    .option('--blocks <list>', 'blocks to plant in, such as 1,7 (default: the second and the last)')
+    .option(
+      '--blocks <list>',
+      'blocks to plant in, such as 1,7 (default: the second and the last; with few tokens those that tell them apart best)',
+    )
     .option('--calib <files...>', 'texts on which channels are measured; without, the model writes its own')
     .option('--seed <n>', 'of everything random', '0')
     .option('--threads <n>', 'CPU threads (default: all cores)');
@@ -45,8 +48,10 @@ export function stressCommand(context: CommandContext): Command {
 Examples:
   $ gyre stress models/gyre-14m --out stressed --magnitude 1000 --tokens few
 
-Row j of up_proj is multiplied by c and column j of down_proj divided by it: the logits stay, the activations between grow.
-Numbers measured on such a model are synthetic. Smoothing can undo a scaling exactly, so they show it at its best.`,
+all: row j of up_proj is multiplied by c and column j of down_proj divided by it. Smoothing can undo that exactly.
+few: the MLP gets pairs of channels whose columns in down_proj cancel and whose gates fire on those tokens alone; refused
+where a block's inputs do not tell them from other tokens.
+Either way the logits stay and the activations between grow. Numbers measured on such a model are synthetic.`,
     )
     .action(async (model: string, raw: unknown) => {
       const options = parseOptions(schema, raw);
@@ -76,6 +81,10 @@ Numbers measured on such a model are synthetic. Smoothing can undo a scaling exa
           ]),
         ),
       );
+      for (const { layer, missed, marked, mistaken, others } of report.separations)
+        context.print(
+          `block ${layer}: misses ${missed} of ${marked} such tokens, mistakes ${mistaken} of ${others} others`,
+        );
       context.print(`\n${report.out} (${SYNTHETIC})`);
       context.result({ ...report, note: SYNTHETIC, version: VERSION });
     });

@@ -1,24 +1,23 @@
-// A sample of a linear group's inputs: every channel's peak over all rows seen, and some of the rows: drawn evenly, and those
-// with the largest peaks, for the few tokens that carry massive activations decide over smoothing.
+// A sample of a linear group's inputs: every channel's peak over all rows seen, and some of the rows, drawn evenly.
 import { hostTensor, type HostTensor } from '../../core/tensor.js';
 import { createRng, type Rng } from '../../core/rng.js';
 import type { Backend, Tensor } from '../../ops/backend.js';
 
-/** Rows drawn evenly, and with the largest peaks. */
+/** Rows drawn unless told otherwise. */
 const DRAWN = 448;
-const EXTREME = 32;
 
 /** Gathers rows chunk by chunk. */
 export class InputSample {
   readonly #backend: Backend;
   readonly #rng: Rng;
+  readonly #wanted: number;
   readonly #drawn: Float32Array[] = [];
-  #extreme: { peak: number; row: Float32Array }[] = [];
   #peaks: Float64Array | undefined;
   #seen = 0;
 
-  constructor(backend: Backend, seed: number) {
+  constructor(backend: Backend, seed: number, options: { readonly rows?: number } = {}) {
     this.#backend = backend;
+    this.#wanted = options.rows ?? DRAWN;
     this.#rng = createRng(seed).fork('input sample');
   }
 
@@ -29,21 +28,14 @@ export class InputSample {
     const peaks = (this.#peaks ??= new Float64Array(n));
     for (let begin = 0; begin < values.length; begin += n) {
       const row = values.subarray(begin, begin + n);
-      let peak = 0;
       for (let c = 0; c < n; c++) {
         const size = Math.abs(row[c]);
         if (size > peaks[c]) peaks[c] = size;
-        if (size > peak) peak = size;
       }
       // Reservoir sampling: every row is kept with the same probability.
-      const slot = this.#seen < DRAWN ? this.#seen : this.#rng.int(0, this.#seen + 1);
-      if (slot < DRAWN) this.#drawn[slot] = row.slice();
+      const slot = this.#seen < this.#wanted ? this.#seen : this.#rng.int(0, this.#seen + 1);
+      if (slot < this.#wanted) this.#drawn[slot] = row.slice();
       this.#seen++;
-      if (this.#extreme.length < EXTREME || peak > this.#extreme[EXTREME - 1].peak) {
-        this.#extreme.push({ peak, row: row.slice() });
-        this.#extreme.sort((a, b) => b.peak - a.peak);
-        this.#extreme = this.#extreme.slice(0, EXTREME);
-      }
     }
   }
 
@@ -52,9 +44,10 @@ export class InputSample {
     return this.#peaks ?? new Float64Array(0);
   }
 
-  /** The sample [rows, channels], as f32; without `extremes` only the rows drawn evenly. */
-  rows(options: { extremes?: boolean } = {}): HostTensor {
-    const rows = [...this.#drawn, ...(options.extremes === false ? [] : this.#extreme.map(({ row }) => row))];
+  /** The sample [rows, channels], as f32, in no order. */
+  rows(): HostTensor {
+    // Rows stand where the reservoir put them, early ones first: shuffled, any part of them is a sample.
+    const rows = Array.from(this.#rng.fork('order').permutation(this.#drawn.length), (r) => this.#drawn[r]);
     const n = this.#peaks?.length ?? 0;
     const out = new Float32Array(rows.length * n);
     rows.forEach((row, r) => out.set(row, r * n));

@@ -9,8 +9,8 @@ const ACTIVATION_CLIP: Readonly<Record<NarrowBits, number>> = { 4: 0.9, 8: 1 };
 const KV_CLIP: Readonly<Record<NarrowBits, number>> = { 4: 0.95, 8: 1 };
 
 /** Symmetric, one grid per token. */
-export function activationGrid(bits: NarrowBits): ActivationGrid {
-  return { bits, symmetric: true, groupSize: -1, clip: ACTIVATION_CLIP[bits] };
+export function activationGrid(bits: NarrowBits, options: { readonly clip?: number } = {}): ActivationGrid {
+  return { bits, symmetric: true, groupSize: -1, clip: options.clip ?? ACTIVATION_CLIP[bits] };
 }
 
 /** Asymmetric, one grid per token and head. */

@@ -3,6 +3,7 @@ import { GyreError } from '../../core/errors.js';
 import type { Recipe } from '../types.js';
 import { awq } from './awq.js';
 import { gptq } from './gptq.js';
+import { lowbit } from './lowbit.js';
 import { paroquant } from './paroquant.js';
 import { paroquantBlock } from './paroquant-block.js';
 import { paroquantTuned } from './paroquant-tuned.js';
@@ -22,6 +23,7 @@ export const RECIPES: readonly Recipe[] = [
   smoothquant,
   quarot,
   smoothrot,
+  lowbit,
 ];
 
 /** @throws GyreError `usage` naming the recipes there are. */

@@ -1,14 +1,13 @@
 // ParoQuant with the full-batch layer objective (design §4.3): learned pairwise rotations and channel scales, one
 // transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
 import { createRng } from '../../core/rng.js';
-import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
+import type { Backend, PairwiseTransform, Tensor } from '../../ops/backend.js';
 import { xorPairs } from '../../transforms/index.js';
-import { searchClip } from '../grids/clip.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
 import type { GroupResult, GroupTask, QuantizedPart, Recipe } from '../types.js';
 import { channelMajor, splitRounded } from '../weights.js';
-import { GPTQ_DAMP } from './gptq.js';
+import { roundCompensated } from './compensated.js';
 
 /** Columns of W that learning looks at: a transform has few parameters, so a sample of the outputs determines it. */
 const LEARNING_COLUMNS = 512;
@@ -16,12 +15,6 @@ const LEARNING_COLUMNS = 512;
 const LEARNING_RATE = 0.3;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
-/** Ranges tried for each group's grid, in the transformed space: what rotations leave of the extremes is worth little. */
-const CLIP_SEARCH = { minimum: 0.6, steps: 10 } as const;
-/** Sweeps of coordinate descent after GPTQ. */
-const DESCENT_SWEEPS = 3;
-/** Rounds of refitting scales to the codes, each followed by sweeps of descent on the new grids. */
-const REFITS = { rounds: 2, passes: 1, sweeps: 2 } as const;
 
 export const paroquant: Recipe = {
   name: 'paroquant',
@@ -57,7 +50,7 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
     : await withExactInputs(backend, task, transform, { gram, w, target });
   const rounded =
     (settings.rounding ?? 'gptq') === 'gptq'
-      ? await roundGptq(backend, transformed, transformedGram, task)
+      ? await roundCompensated(backend, transformed, transformedGram, grid)
       : await backend.roundToNearest(transformed, grid);
   const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
   backend.free(w, target === task.target ? undefined : target, transformed, transformedGram, rounded.values);
@@ -120,28 +113,6 @@ async function roundingNoise(
   backend.free(x, turned, error);
   backend.release(handle);
   return noise;
-}
-
-/**
- * GPTQ, then coordinate descent (GPTQ cannot take back what it decided before it knew the later channels), then scales
- * and codes in turn.
- */
-async function roundGptq(backend: Backend, w: Tensor, gram: Tensor, task: GroupTask): Promise<RoundedWeight> {
-  const { grid } = task;
-  const clip = await searchClip(backend, w, gram, grid, CLIP_SEARCH);
-  const factor = await backend.gptqFactor(gram, GPTQ_DAMP);
-  let rounded = await backend.gptq(w, factor, grid, clip);
-  const replace = (next: RoundedWeight): void => {
-    backend.free(rounded.values);
-    rounded = next;
-  };
-  replace(await backend.descend(w, rounded, gram, grid, DESCENT_SWEEPS));
-  for (let round = 0; round < REFITS.rounds; round++) {
-    replace(await backend.refitScales(w, rounded, gram, grid, REFITS.passes));
-    replace(await backend.descend(w, rounded, gram, grid, REFITS.sweeps));
-  }
-  backend.free(factor);
-  return rounded;
 }
 
 function curveStats(curve: readonly number[]): Record<string, number> {

@@ -1,7 +1,7 @@
 // QuaRot (Ashkboos et al. 2024): randomised Hadamard rotations of residual stream, heads and MLP leave no activation
 // outliers, so that weights, activations and key/value cache fit 4 bits.
 import type { Recipe } from '../types.js';
-import { roundSymmetric } from './symmetric.js';
+import { symmetricRounding } from './symmetric.js';
 
 export const quarot: Recipe = {
   name: 'quarot',
@@ -10,5 +10,5 @@ export const quarot: Recipe = {
   layout: 'gyre',
   symmetric: true,
   defaults: { groupSize: -1, rotate: true, actBits: 4, kvBits: 4 },
-  quantizeGroup: (backend, task) => roundSymmetric(backend, task, task.settings.rounding ?? 'gptq'),
+  ...symmetricRounding('gptq'),
 };

@@ -1,7 +1,7 @@
 // SmoothQuant (Xiao et al. 2023): moves the outliers of activations into the weights, channel by channel, at every linear
 // group, so that 8-bit grids fit both.
 import type { Recipe } from '../types.js';
-import { roundSymmetric } from './symmetric.js';
+import { symmetricRounding } from './symmetric.js';
 
 export const smoothquant: Recipe = {
   name: 'smoothquant',
@@ -10,5 +10,5 @@ export const smoothquant: Recipe = {
   layout: 'gyre',
   symmetric: true,
   defaults: { bits: 8, groupSize: -1, smooth: 'all', actBits: 8, kvBits: 8 },
-  quantizeGroup: (backend, task) => roundSymmetric(backend, task, task.settings.rounding ?? 'rtn'),
+  ...symmetricRounding('rtn'),
 };
