@@ -5,7 +5,7 @@ import type { ProgressListener } from '../core/progress.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 import type { ChoicesTask, CompletionTask } from './definition.js';
-import { metric } from './intervals.js';
+import { metric } from './metrics.js';
 import type { ChoiceItem } from './items.js';
 import { encodePair, scoreContinuations, type Likelihood, type LikelihoodRequest } from './likelihood.js';
 import { hexDigest, noCache, requestKey, type RequestCache } from './request-cache.js';

@@ -6,7 +6,7 @@
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { contextLength, createBreath } from '../generate/index.js';
-import { weightedMean, type Mean } from './intervals.js';
+import { weightedMean, type Mean } from '../core/intervals.js';
 import { cutWindows, type ProtocolOptions, type TextWindow } from './windows.js';
 import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';

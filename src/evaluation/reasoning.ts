@@ -6,7 +6,7 @@ import { contextLength, generateContinuously, type ContinuousRequest } from '../
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 import type { GenerationTask } from './definition.js';
-import { metric } from './intervals.js';
+import { metric } from './metrics.js';
 import type { GenerationItem } from './items.js';
 import { judgeText } from './judge.js';
 import { hexDigest, noCache, requestKey, type RequestCache } from './request-cache.js';

@@ -1,5 +1,5 @@
 // The result of scoring a text, from its windows: metrics with intervals, and the same per document.
-import { metric, type MetricSpec } from './intervals.js';
+import { metric, type MetricSpec } from './metrics.js';
 import type { TextEvaluation, WindowScore } from './perplexity.js';
 import { hexDigest } from './request-cache.js';
 import type { Metric, TextResult } from './results.js';
