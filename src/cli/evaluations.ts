@@ -196,8 +196,8 @@ export async function evaluateTask(run: EvaluationContext, prepared: PreparedTas
   const { task, data, examples } = prepared;
   const { context, decoder, tokenizer, options, scope } = run;
   const source = {
-    dataset: data.local ? null : task.source.dataset,
-    revision: data.local ? null : task.source.revision,
+    dataset: data.revision === null ? null : task.source.dataset,
+    revision: data.revision,
     split: task.split,
     files: [...data.files, ...(examples?.files ?? [])],
   };
