@@ -44,6 +44,7 @@ export { metric, pairedBootstrap, type PairedDifference } from './metrics.js';
 export {
   choiceItems,
   completionItems,
+  drawnWindows,
   generationItems,
   taskTexts,
   type ChoiceItem,

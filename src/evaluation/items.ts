@@ -362,3 +362,48 @@ export function taskTexts(task: TextTask, rows: readonly Row[]): string[] {
     renderer.render(task.text, variables, where),
   );
 }
+
+/**
+ * The windows of a text task that draws them, joined: each begins at a drawn token of a drawn row that has more than
+ * `seqLen` tokens. The draws are those of GPTQ's evaluation, on which ParoQuant's rests.
+ * @param encode a row as the tokenizer gives it, start token included where it puts one.
+ * @throws GyreError `config-invalid` when no row is long enough.
+ */
+export function drawnWindows(
+  texts: readonly string[],
+  { windows, seed }: NonNullable<TextTask['draw']>,
+  seqLen: number,
+  encode: (text: string) => Int32Array,
+): Int32Array {
+  const encoder = new TextEncoder();
+  const encoded = new Map<number, Int32Array>();
+  const tokensOf = (row: number): Int32Array => {
+    let tokens = encoded.get(row);
+    if (!tokens) {
+      // A token stands for a byte at least, but for a start token and a space that tokenizers put in front.
+      const long = encoder.encode(texts[row]).length + 2 >= seqLen;
+      tokens = long ? encode(texts[row]) : new Int32Array(0);
+      encoded.set(row, tokens);
+    }
+    return tokens;
+  };
+  const random = createPythonRandom(seed);
+  const out = new Int32Array(windows * seqLen);
+  for (let window = 0; window < windows;) {
+    const tokens = tokensOf(random.randint(0, texts.length - 1));
+    // One of exactly seqLen tokens has no place to draw either: the original stops there with an error.
+    if (tokens.length <= seqLen) {
+      ensure(
+        encoded.size < texts.length || [...encoded.values()].some(({ length }) => length > seqLen),
+        'config-invalid',
+        () => `none of ${texts.length} rows has more than ${seqLen} tokens to draw windows from`,
+        'Choose shorter windows with --seq-len.',
+      );
+      continue;
+    }
+    const begin = random.randint(0, tokens.length - seqLen - 1);
+    out.set(tokens.subarray(begin, begin + seqLen), window * seqLen);
+    window++;
+  }
+  return out;
+}

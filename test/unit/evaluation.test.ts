@@ -13,9 +13,16 @@ import { loadTask } from '../../src/evaluation/data.node.js';
 import type { ChoicesTask, GenerationTask } from '../../src/evaluation/definition.js';
 import { metric, pairedBootstrap } from '../../src/evaluation/metrics.js';
 import { choiceItems, generationItems, type ChoiceItem } from '../../src/evaluation/items.js';
-import { encodePair, scoreContinuations, type LikelihoodRequest } from '../../src/evaluation/likelihood.js';
+import {
+  encodePair,
+  scoreContinuations,
+  truncateLeft,
+  type LikelihoodRequest,
+} from '../../src/evaluation/likelihood.js';
 import { evaluateReasoning, type Transcript } from '../../src/evaluation/reasoning.js';
 import { openRequestCache } from '../../src/evaluation/request-cache.node.js';
+import { evaluateText } from '../../src/evaluation/perplexity.js';
+import { textResult } from '../../src/evaluation/text-result.js';
 import { resultSchema, type Evaluation, type EvaluationResult } from '../../src/evaluation/results.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import type { Decoder } from '../../src/models/decoder.js';
@@ -97,7 +104,8 @@ describe('intervals', () => {
 /** Log-likelihood of a continuation, the sequence alone and whole. */
 async function alone({ context, continuation }: LikelihoodRequest): Promise<number> {
   const ids = Int32Array.from([...context, ...continuation]);
-  const hidden = await decoder.hidden(ids);
+  // The last token is only predicted.
+  const hidden = await decoder.hidden(ids.slice(0, -1));
   const logits = await decoder.logits(hidden);
   const rows = backend.sliceRows(logits, context.length - 1, ids.length - 1);
   const { nll } = await backend.score(rows, continuation);
@@ -146,6 +154,20 @@ describe('scoreContinuations', () => {
     expect(results.map(({ greedy }) => greedy)).toEqual([true, false]);
   });
 
+  it('cuts questions that do not fit as the harness does: their last tokens stay', () => {
+    const request = { context: Int32Array.of(1, 2, 3, 4, 5), continuation: Int32Array.of(6, 7, 8) };
+    // The last token is only predicted, so seven go through the model.
+    expect(truncateLeft(request, 7)).toBe(request);
+    const { context, continuation } = truncateLeft(request, 5);
+    expect([[...context], [...continuation]]).toEqual([
+      [3, 4, 5],
+      [6, 7, 8],
+    ]);
+    expect([...truncateLeft(request, 3).context]).toEqual([5]);
+    // A continuation that fills the context by itself is left to be refused.
+    expect(truncateLeft(request, 2)).toBe(request);
+  });
+
   it('refuses what does not fit the context', async () => {
     const long = new Int32Array(2049).fill(20);
     await expect(
@@ -177,6 +199,20 @@ describe('evaluateChoices', () => {
     if (loaded.type !== 'choices') throw new Error('no choices');
     task = loaded;
     items = choiceItems(task, rows);
+  });
+
+  it('measures questions longer than the context, and counts them', async () => {
+    const long = { goal: 'open a jar '.repeat(1500), sol1: 'turn the lid', sol2: 'paint it', label: 0 };
+    const found = await evaluateChoices(decoder, tokenizer, task, choiceItems(task, [rows[0], long]));
+    expect(found.truncated).toBe(2);
+    const [, scores] = found.logLikelihoods;
+    const whole = encodePair(tokenizer, `Question: ${long.goal}\nAnswer:`, ' turn the lid');
+    const kept = Int32Array.from([...whole.context, ...whole.continuation]).slice(-(decoder.config.maxPositions + 1));
+    const length = whole.continuation.length;
+    expect(scores[0]).toBeCloseTo(
+      await alone({ context: kept.slice(0, -length), continuation: whole.continuation }),
+      3,
+    );
   });
 
   it('goes on after a run that was killed in the middle of a line, and ends with the same', async () => {
@@ -262,6 +298,7 @@ describe('compareResults', () => {
     items: { ids: values.map((_, i) => `q${i}`), hashes: values.map((_, i) => `h${i}`), columns: { acc: [...values] } },
     throughput: { seconds: 1, promptTokens: 1, generatedTokens: 0, tokensPerSecond: 1 },
     groups: [],
+    truncated: 0,
   });
   const result = (evaluations: Evaluation[]): EvaluationResult => ({
     kind: 'gyre.evaluation',
@@ -314,6 +351,24 @@ describe('compareResults', () => {
       metrics: [],
       missing: ['piqa', 'arc'],
     });
+  });
+
+  it('compares windows of a text by what is in them', async () => {
+    const ids = (seed: number): Int32Array => {
+      const draw = createRng(seed);
+      return Int32Array.from({ length: 160 }, () => draw.int(10, 4000));
+    };
+    const measured = async (seed: number): Promise<Evaluation> => ({
+      type: 'text',
+      name: 'text',
+      version: 1,
+      source: { dataset: null, revision: null, split: null, files: [] },
+      settings: {},
+      ...(await textResult(await evaluateText(decoder, ids(seed), { seqLen: 32 }), [{ name: 'a', text: '' }], false)),
+    });
+    const [first, again, other] = [await measured(1), await measured(1), await measured(2)];
+    expect(compare(first, again).metrics[0]).toMatchObject({ verdict: 'no difference shown', difference: { n: 5 } });
+    expect(compare(first, other).metrics[0]).toMatchObject({ verdict: 'not compared', difference: null });
   });
 
   it('reads result files, and nothing else', () => {

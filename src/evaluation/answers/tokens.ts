@@ -191,3 +191,13 @@ function pushLetters(tokens: Token[], letters: string): void {
     tokens.push({ type: 'words', text: letters });
   else for (const letter of letters) tokens.push({ type: 'variable', text: letter });
 }
+
+/** Whether a token is this sign. */
+export function is(token: Token | undefined, text: string): boolean {
+  return token?.type === 'sign' && token.text === text;
+}
+
+/** Whether a token is this command. */
+export function isCommand(token: Token | undefined, name: string): boolean {
+  return token?.type === 'command' && token.text === name;
+}
