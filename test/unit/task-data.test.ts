@@ -15,6 +15,7 @@ import {
 import {
   choiceItems,
   completionItems,
+  drawnWindows,
   fewShotCount,
   generationItems,
   taskTexts,
@@ -328,6 +329,49 @@ describe('questions', () => {
       expect(contexts[0].match(new RegExp(`g${i}\\n`, 'g'))).toHaveLength(1);
       expect(contexts[0].match(/Question/g)).toHaveLength(4);
     }
+  });
+});
+
+describe('drawnWindows', () => {
+  /** A start token, then a token for each character that says which row and place it is of. */
+  const texts = Array.from({ length: 30 }, (_, row) => 'x'.repeat((row * 7) % 23) + String(row % 10));
+  const encode = (row: number): Int32Array =>
+    Int32Array.from({ length: ((row * 7) % 23) + 1 }, (_, at) => 1000 * row + at);
+  const draw = (seqLen: number, windows = 12): Int32Array => {
+    let row = -1;
+    const rows = new Map(texts.map((text, i) => [text + String(i), i]));
+    return drawnWindows(
+      texts.map((text, i) => text + String(i)),
+      { windows, seed: 0 },
+      seqLen,
+      (text) => encode((row = rows.get(text) ?? row)),
+    );
+  };
+
+  it('are those that the papers draw', () => {
+    const tokens = draw(8);
+    const places = Array.from({ length: 12 }, (_, i) => [Math.floor(tokens[8 * i] / 1000), tokens[8 * i] % 1000]);
+    // By Python: random.seed(0); randint over rows until one has more than 8 tokens, randint(0, tokens - 8 - 1).
+    expect(places).toEqual([
+      [12, 6],
+      [8, 2],
+      [15, 3],
+      [29, 4],
+      [15, 2],
+      [18, 1],
+      [16, 2],
+      [9, 2],
+      [3, 9],
+      [25, 2],
+      [29, 8],
+      [22, 2],
+    ]);
+    for (let i = 0; i < tokens.length; i++) expect(tokens[i] - tokens[i - (i % 8)]).toBe(i % 8);
+    expect([...draw(8, 3)]).toEqual([...tokens.slice(0, 24)]);
+  });
+
+  it('refuse a length that no row has', () => {
+    expect(() => draw(23)).toThrow(/none of 30 rows has more than 23 tokens/);
   });
 });
 
