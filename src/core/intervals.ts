@@ -86,10 +86,25 @@ function logGamma(x: number): number {
   return shift + (z - 0.5) * Math.log(z) - z + Math.log(2 * Math.PI) / 2 + series;
 }
 
-/** Wilson's interval of a share of `right` among `n`. */
+/** Wilson's interval of a share of `right` among `n`; neither need be whole. */
 export function wilson(right: number, n: number): { low: number; high: number } {
   const p = right / n;
   const center = (p + Z ** 2 / (2 * n)) / (1 + Z ** 2 / n);
   const half = (Z / (1 + Z ** 2 / n)) * Math.sqrt((p * (1 - p)) / n + Z ** 2 / (4 * n * n));
   return { low: Math.max(0, center - half), high: Math.min(1, center + half) };
+}
+
+/**
+ * 95% interval of a mean of shares, each of up to `answers` yes-or-no answers to one item: Wilson's for as many answers as
+ * are worth as much as these (p(1−p) over the squared standard error over items), at least one per item. For one answer per
+ * item that is Wilson's interval itself.
+ */
+export function shareInterval(values: readonly number[], answers: number): { low: number; high: number } {
+  const n = values.length;
+  const { mean, standardError } = weightedMean(values);
+  const variance = mean * (1 - mean);
+  // Answers to one item that all agree are worth one; that no item has been missed says nothing of how alike they are.
+  const worth = variance === 0 || answers === 1 ? n : standardError ? variance / standardError ** 2 : n * answers;
+  const effective = Math.min(n * answers, Math.max(n, worth));
+  return wilson(mean * effective, effective);
 }

@@ -157,7 +157,7 @@ function metricsOf(
       // Of the whole ending, as the harness has it for LAMBADA.
       metrics['perplexity'] = metric({ column, values, transform: 'exp', better: 'lower' });
     } else {
-      metrics[column] = metric({ column, values, better: 'higher', unit: 'share', share: true });
+      metrics[column] = metric({ column, values, better: 'higher', unit: 'share', answers: 1 });
     }
   }
   return metrics;

@@ -1,6 +1,6 @@
 // Metrics with their 95% intervals, and differences of two results item by item by paired bootstrap.
 import { ensure } from '../core/errors.js';
-import { studentQuantile, weightedMean, wilson } from '../core/intervals.js';
+import { shareInterval, studentQuantile, weightedMean } from '../core/intervals.js';
 import { createRng } from '../core/rng.js';
 import type { Metric } from './results.js';
 
@@ -13,8 +13,8 @@ export interface MetricSpec {
   readonly transform?: Metric['transform'];
   readonly better: Metric['better'];
   readonly unit?: Metric['unit'];
-  /** The values are 0 or 1 and weigh the same. */
-  readonly share?: boolean;
+  /** The values are shares of so many yes-or-no answers each, and weigh the same. */
+  readonly answers?: number;
 }
 
 /** What is done to a metric's mean. */
@@ -24,7 +24,7 @@ export const TRANSFORMS: Readonly<Record<Metric['transform'], (mean: number) => 
   exp2: (x) => 2 ** x,
 };
 
-/** A metric with its 95% interval: Wilson's for shares, Student's t over items otherwise, through the transform. */
+/** A metric with its 95% interval: Wilson's for shares of answers, Student's t over items otherwise, through the transform. */
 export function metric(spec: MetricSpec): Metric {
   const { column, values, weight, transform = 'identity', better, unit = null } = spec;
   const n = values.length;
@@ -42,9 +42,12 @@ export function metric(spec: MetricSpec): Metric {
     unit,
   };
   if (standardError === null) return { ...shared, low: null, high: null, interval: 'none' };
-  if (spec.share) return { ...shared, ...wilson(Math.round(mean * n), n), interval: 'wilson' };
+  if (spec.answers !== undefined) return { ...shared, ...shareInterval(values, spec.answers), interval: 'wilson' };
   const half = studentQuantile(n - 1) * standardError;
-  return { ...shared, low: map(mean - half), high: map(mean + half), interval: 't' };
+  // Few items make t reach beyond what can be.
+  const [least, most] = unit === null ? [-Infinity, Infinity] : [0, unit === 'share' ? 1 : Infinity];
+  const [low, high] = [Math.max(least, map(mean - half)), Math.min(most, map(mean + half))];
+  return { ...shared, low, high, interval: 't' };
 }
 
 /** How two results differ on the same items. */

@@ -177,7 +177,7 @@ export async function evaluateReasoning(
   const seconds = (performance.now() - begun) / 1000;
   const metrics = (member: (i: number) => boolean): Record<string, Metric> => {
     const of = (column: keyof typeof columns): number[] => columns[column].filter((_, i) => member(i));
-    const share = { unit: 'share', better: 'higher', share: samples === 1 } as const;
+    const share = { unit: 'share', better: 'higher', answers: samples } as const;
     return {
       'pass@1': metric({ column: 'pass@1', values: of('pass@1'), ...share }),
       answered: metric({ column: 'answered', values: of('answered'), ...share }),

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { openBackend } from '../../src/backends/registry.js';
-import { studentQuantile, weightedMean, wilson } from '../../src/core/intervals.js';
+import { shareInterval, studentQuantile, weightedMean, wilson } from '../../src/core/intervals.js';
 import { createRng } from '../../src/core/rng.js';
 import { evaluateChoices } from '../../src/evaluation/choices.js';
 import { compareResults, parseResult } from '../../src/evaluation/compare.js';
@@ -68,6 +68,27 @@ describe('intervals', () => {
     expect(wilson(8, 10).high).toBeCloseTo(0.9433178485, 8);
     expect(wilson(0, 5)).toMatchObject({ low: 0 });
     expect(wilson(5, 5)).toMatchObject({ high: 1 });
+  });
+
+  it('of shares of several answers stay within 0 and 1, and between those of as many items and as many answers', () => {
+    const width = ({ low, high }: { low: number; high: number }): number => high - low;
+    expect(shareInterval([0, 1, 1, 0, 1], 1)).toEqual(wilson(3, 5));
+    // Nothing right in two answers to two questions is no proof of 0.
+    expect(shareInterval([0, 0], 2)).toEqual(wilson(0, 2));
+    const half = shareInterval([0.5, 0], 2);
+    expect(half.low).toBeGreaterThan(0);
+    expect(half.high).toBeLessThan(1);
+    // Answers that agree within a question are worth one each; those that vary as coins do are worth all.
+    const alike = Array.from({ length: 40 }, (_, i) => i % 2);
+    expect(width(shareInterval(alike, 4))).toBeCloseTo(width(wilson(20, 40)), 2);
+    expect(
+      shareInterval(
+        Array.from({ length: 40 }, () => 0.5),
+        4,
+      ),
+    ).toEqual(wilson(80, 160));
+    const found = metric({ column: 'agree', values: [0.999, 0.9], better: 'higher', unit: 'share' });
+    expect([found.low, found.high]).toEqual([expect.any(Number), 1]);
   });
 
   it('of weighted means are those of the ratio', () => {
@@ -294,7 +315,7 @@ describe('compareResults', () => {
     source: { dataset: null, revision: null, split: 'validation', files: [] },
     settings,
     primary: 'acc',
-    metrics: { acc: metric({ column: 'acc', values, better: 'higher', unit: 'share', share: true }) },
+    metrics: { acc: metric({ column: 'acc', values, better: 'higher', unit: 'share', answers: 1 }) },
     items: { ids: values.map((_, i) => `q${i}`), hashes: values.map((_, i) => `h${i}`), columns: { acc: [...values] } },
     throughput: { seconds: 1, promptTokens: 1, generatedTokens: 0, tokensPerSecond: 1 },
     groups: [],
