@@ -1,8 +1,10 @@
 // Evaluation against bare forward passes: tokens per second of perplexity and of choices, as shares of the prefill rate.
-// Run: npx tsx bench/eval-throughput.ts [--model FOLDER] [--rounds N] [--threads N]
+// Run: npx tsx bench/eval-throughput.ts [--model FOLDER] [--device cpu|webgpu] [--rounds N] [--threads N] [--out FILE]
 //
-// Prefill is what the model does with such tokens at best: hidden states and logits of full passes of 1024 rows. The three
-// are run in turn, several rounds; ratios are of medians, so that a busy machine disturbs all alike.
+// Prefill is what the model does with such tokens at best: hidden states and logits of full passes of 1024 rows. In every
+// round each way is run between two prefills and compared with the mean of these, so that a machine that others load in the
+// meantime disturbs both sides of a ratio alike. Ratios are medians over rounds, with the 95% interval of the median.
+import { writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { openBackend } from '../src/backends/registry.js';
 import { createRng } from '../src/core/rng.js';
@@ -13,11 +15,14 @@ import { loadDecoder, openModel } from '../src/models/load.js';
 const { values } = parseArgs({
   options: {
     model: { type: 'string', default: 'models/gyre-14m' },
-    rounds: { type: 'string', default: '7' },
+    device: { type: 'string', default: 'cpu' },
+    rounds: { type: 'string', default: '15' },
     threads: { type: 'string' },
+    out: { type: 'string' },
   },
 });
-const backend = await openBackend('cpu', {
+if (values.device !== 'cpu' && values.device !== 'webgpu') throw new Error('--device is cpu or webgpu');
+const backend = await openBackend(values.device, {
   threads: values.threads === undefined ? undefined : Number(values.threads),
 });
 const source = await openModel(await folderFiles(values.model));
@@ -33,15 +38,19 @@ const requests: LikelihoodRequest[] = Array.from({ length: 40 }, () => draw(rng.
   Array.from({ length: 4 }, () => ({ context, continuation: draw(rng.int(2, 13)) })),
 );
 
-/** Tokens per second of each way of running the model. */
+/** Full passes; the host waits for the last one. Tokens that went through. */
+async function prefill(): Promise<number> {
+  for (let begin = 0; begin < text.length; begin += 2 * WINDOW) {
+    const hidden = await decoder.hidden(text.subarray(begin, begin + 2 * WINDOW), { batch: 2 });
+    const logits = await decoder.logits(hidden);
+    if (begin + 2 * WINDOW >= text.length) await backend.download(backend.sliceRows(logits, 0, 1));
+    backend.free(hidden, logits);
+  }
+  return text.length;
+}
+
+/** What is compared with it. */
 const ways: Readonly<Record<string, () => Promise<number>>> = {
-  prefill: async () => {
-    for (let begin = 0; begin < text.length; begin += 2 * WINDOW) {
-      const hidden = await decoder.hidden(text.subarray(begin, begin + 2 * WINDOW), { batch: 2 });
-      backend.free(hidden, await decoder.logits(hidden));
-    }
-    return text.length;
-  },
   perplexity: async () => {
     await evaluateText(decoder, text, { seqLen: WINDOW });
     return text.length;
@@ -49,22 +58,61 @@ const ways: Readonly<Record<string, () => Promise<number>>> = {
   choices: async () => (await scoreContinuations(decoder, requests)).tokens,
 };
 
-const speeds = new Map<string, number[]>(Object.keys(ways).map((name) => [name, []]));
-for (let round = 0; round <= Number(values.rounds); round++) {
+/** Tokens per second. */
+async function speed(run: () => Promise<number>): Promise<number> {
+  const begun = performance.now();
+  const tokens = await run();
+  return (1000 * tokens) / (performance.now() - begun);
+}
+
+const sorted = (list: readonly number[]): number[] => [...list].sort((a, b) => a - b);
+const median = (list: readonly number[]): number => sorted(list)[list.length >> 1];
+
+/** 95% interval of a median: order statistics, by the binomial distribution of how many lie below it. */
+function medianInterval(list: readonly number[]): [low: number, high: number] {
+  const n = list.length;
+  let below = 0;
+  let probability = 0.5 ** n;
+  let tail = probability;
+  while (tail <= 0.025 && below < n) {
+    below++;
+    probability *= (n - below + 1) / below;
+    tail += probability;
+  }
+  const at = Math.max(0, below - 1);
+  return [sorted(list)[at], sorted(list)[n - 1 - at]];
+}
+
+const rounds = Number(values.rounds);
+const prefills: number[] = [];
+const found = new Map(Object.keys(ways).map((name) => [name, { speeds: [] as number[], ratios: [] as number[] }]));
+await prefill();
+for (const run of Object.values(ways)) await run(); // compiles
+for (let round = 0; round < rounds; round++) {
+  let before = await speed(prefill);
   for (const [name, run] of Object.entries(ways)) {
-    const begun = performance.now();
-    const tokens = await run();
-    // The first round compiles.
-    if (round > 0) speeds.get(name)?.push((1000 * tokens) / (performance.now() - begun));
+    const own = await speed(run);
+    const after = await speed(prefill);
+    // Times add, so the mean rate of the two is the harmonic one.
+    const { speeds, ratios } = found.get(name) ?? { speeds: [], ratios: [] };
+    speeds.push(own);
+    ratios.push((own * (before + after)) / (2 * before * after));
+    prefills.push(before);
+    before = after;
   }
 }
-const median = (list: readonly number[]): number => [...list].sort((a, b) => a - b)[list.length >> 1];
-const prefill = speeds.get('prefill') ?? [];
-for (const [name, list] of speeds) {
-  const ratio = median(list.map((speed, i) => speed / prefill[i]));
+console.log(`prefill      ${median(prefills).toFixed(0).padStart(7)} tokens/s`);
+const rows = [...found].map(([name, { speeds, ratios }]) => {
+  const [low, high] = medianInterval(ratios);
   console.log(
-    `${name.padEnd(11)} ${median(list).toFixed(0).padStart(6)} tokens/s  ${(100 * ratio).toFixed(1)} % of prefill`,
+    `${name.padEnd(11)}  ${median(speeds).toFixed(0).padStart(7)} tokens/s  ${(100 * median(ratios)).toFixed(1)} % of prefill (${(100 * low).toFixed(1)} to ${(100 * high).toFixed(1)})`,
   );
+  return { name, tokensPerSecond: median(speeds), shareOfPrefill: median(ratios), low, high };
+});
+if (values.out !== undefined) {
+  const { description } = backend.info;
+  const result = { benchmark: 'eval-throughput', model: values.model, backend: description, rounds, rows };
+  writeFileSync(values.out, `${JSON.stringify(result, null, 1)}\n`);
 }
 await source.checkpoint.close();
 await backend.dispose();

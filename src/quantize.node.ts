@@ -216,7 +216,13 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
             evenly: isBlockRecipe(recipe),
           })
         : undefined);
-    const fingerprint = await fingerprintOf(source, settings, calibrated ? { shape, texts, tokens: given } : undefined);
+    const device = options.device ?? 'cpu';
+    const fingerprint = await fingerprintOf(
+      source,
+      settings,
+      device,
+      calibrated ? { shape, texts, tokens: given } : undefined,
+    );
     options.onPlan?.({ ...plan, lines: describePlan(source, plan, settings, recipe, shape, texts) });
     const state = await inspectOutput(options.out, fingerprint);
     const report = (parts: Partial<QuantizeReport>): QuantizeReport => ({
@@ -242,7 +248,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     await checkDisk(options.out, plan);
 
     const threads = options.threads ?? availableParallelism();
-    const backend = await openBackend(options.device ?? 'cpu', { threads });
+    const backend = await openBackend(device, { threads });
     try {
       if (isBlockRecipe(recipe)) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
@@ -255,7 +261,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           ...shape,
           seed: settings.seed,
           threads,
-          device: options.device,
+          device,
           onProgress,
           signal: options.signal,
         };
@@ -509,16 +515,20 @@ function decodeText(bytes: Uint8Array, name: string): string {
 
 /**
  * Two runs with equal fingerprints make equal bytes: the model (config, every tensor's place and first row; hashing all of
- * it would take as long as reading it twice), the settings, the calibration, gyre itself.
+ * it would take as long as reading it twice), the settings, the device, the calibration, gyre itself. Devices sum in other
+ * orders, so that blocks of one must not be continued on another.
  */
 async function fingerprintOf(
   source: ModelSource,
   settings: QuantizeSettings,
+  device: BackendName,
   calibration: { shape: object; texts: readonly CalibrationText[]; tokens: CalibrationTokens | undefined } | undefined,
 ): Promise<string> {
   const hash = createHash('sha256');
   const digest = (data: string | Uint8Array): string => createHash('sha256').update(data).digest('hex');
-  hash.update(JSON.stringify({ version: VERSION, settings, shape: calibration?.shape, config: source.rawConfig }));
+  hash.update(
+    JSON.stringify({ version: VERSION, settings, device, shape: calibration?.shape, config: source.rawConfig }),
+  );
   for (const name of [...source.checkpoint.names()].sort()) {
     const { dtype, shape: dims, begin, end } = source.checkpoint.info(name);
     hash.update(JSON.stringify([name, dtype, dims, begin, end]));

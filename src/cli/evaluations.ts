@@ -2,7 +2,7 @@
 import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
-import { GyreError, unreachable } from '../core/errors.js';
+import { ensure, GyreError, unreachable } from '../core/errors.js';
 import { evaluateChoices } from '../evaluation/choices.js';
 import { loadRows, loadTask, type LoadedRows } from '../evaluation/data.node.js';
 import type { TaskDefinition, TextTask } from '../evaluation/definition.js';
@@ -10,6 +10,7 @@ import { evaluateText, parseTextFile, tokenizeTexts } from '../evaluation/index.
 import {
   choiceItems,
   completionItems,
+  drawnWindows,
   fewShotCount,
   generationItems,
   taskTexts,
@@ -145,7 +146,7 @@ export async function evaluateTexts(run: EvaluationContext, texts: NamedTexts): 
         ),
       ];
   const settings = { protocol, stride: options.stride, samples: options.samples, startToken, seqLen: options.seqLen };
-  return scoreText(run, 'text', 1, documents, tokens, settings, {
+  return scoreText(run, { name: 'text', version: 1 }, documents, tokens, settings, {
     dataset: null,
     revision: null,
     split: null,
@@ -158,8 +159,7 @@ const joined = (texts: readonly string[]): string => texts.map((text) => text.tr
 /** Scores tokenized documents, with the reference where there is one. */
 async function scoreText(
   run: EvaluationContext,
-  name: string,
-  version: number,
+  { name, version }: Pick<Evaluation, 'name' | 'version'>,
   documents: readonly ScoredDocument[],
   tokens: readonly Int32Array[],
   settings: ProtocolOptions & { readonly seqLen?: number },
@@ -196,8 +196,8 @@ export async function evaluateTask(run: EvaluationContext, prepared: PreparedTas
   const { task, data, examples } = prepared;
   const { context, decoder, tokenizer, options, scope } = run;
   const source = {
-    dataset: data.local ? null : task.source.dataset,
-    revision: data.local ? null : task.source.revision,
+    dataset: data.revision === null ? null : task.source.dataset,
+    revision: data.revision,
     split: task.split,
     files: [...data.files, ...(examples?.files ?? [])],
   };
@@ -270,24 +270,38 @@ async function textTask(
   const { decoder, reference, tokenizer, options } = run;
   const { protocol = 'windows', startToken = 'once' } = options;
   const texts = taskTexts(task, data.rows);
-  const text = texts.join(task.join);
   const context = Math.min(...[decoder, reference].flatMap((d) => (d ? [contextLength(d.config)] : [])));
+  const seqLen = options.seqLen ?? Math.min(task.seqLen, context);
+  const encode = (text: string): Int32Array => tokenizer.encode(text, { addSpecialTokens: false });
+  const settings = { protocol, stride: options.stride, startToken, seqLen };
+  if (task.draw) {
+    ensure(
+      protocol === 'windows',
+      'usage',
+      () => `task ${task.name} draws its windows: --protocol ${protocol} has no text to go through`,
+      'Leave --protocol away for it, or measure c4_new.',
+    );
+    const { bosTokenId } = tokenizer;
+    // Where the tokenizer's own start token belongs, each row has it; a window seldom begins there.
+    const opened = (text: string): Int32Array =>
+      bosTokenId === undefined || startToken !== 'once' ? encode(text) : Int32Array.from([bosTokenId, ...encode(text)]);
+    const length = seqLen - (bosTokenId !== undefined && startToken === 'each' ? 1 : 0);
+    const windows = Math.min(task.draw.windows, options.limit ?? Infinity);
+    const tokens = drawnWindows(texts, { ...task.draw, windows }, length, opened);
+    const name = { name: task.name, text: '' };
+    const placed = startToken === 'once' ? 'none' : startToken;
+    const found = await scoreText(run, task, [name], [tokens], { ...settings, startToken: placed }, source);
+    return { ...found, settings: { ...found.settings, startToken: bosTokenId === undefined ? null : startToken } };
+  }
+  const text = texts.join(task.join);
   // Windows follow one another in the papers' order; --limit cuts them.
   const windows = Math.min(task.windows ?? Infinity, options.limit ?? Infinity);
-  const tokens = tokenizer.encode(text, { addSpecialTokens: false });
   return scoreText(
     run,
-    task.name,
-    task.version,
+    task,
     [{ name: task.name, text }],
-    [tokens],
-    {
-      protocol,
-      stride: options.stride,
-      startToken,
-      seqLen: options.seqLen ?? Math.min(task.seqLen, context),
-      windows: Number.isFinite(windows) ? windows : undefined,
-    },
+    [encode(text)],
+    { ...settings, windows: Number.isFinite(windows) ? windows : undefined },
     source,
   );
 }

@@ -5,9 +5,10 @@ import type { ProgressListener } from '../core/progress.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 import type { ChoicesTask, CompletionTask } from './definition.js';
-import { metric } from './intervals.js';
+import { metric } from './metrics.js';
 import type { ChoiceItem } from './items.js';
-import { encodePair, scoreContinuations, type Likelihood, type LikelihoodRequest } from './likelihood.js';
+import { contextLength } from '../generate/index.js';
+import { encodePair, scoreContinuations, truncateLeft, type Likelihood, type LikelihoodRequest } from './likelihood.js';
 import { hexDigest, noCache, requestKey, type RequestCache } from './request-cache.js';
 import type { ChoicesResult, Metric } from './results.js';
 
@@ -25,7 +26,10 @@ export interface EvaluateChoicesOptions {
 }
 
 /** The measured part of a result; source and settings are the caller's to add. */
-export type ChoicesEvaluation = Pick<ChoicesResult, 'primary' | 'metrics' | 'items' | 'groups' | 'throughput'> & {
+export type ChoicesEvaluation = Pick<
+  ChoicesResult,
+  'primary' | 'metrics' | 'items' | 'groups' | 'throughput' | 'truncated'
+> & {
   /** Log-likelihood of every choice of every item, nats. */
   readonly logLikelihoods: readonly (readonly number[])[];
 };
@@ -33,7 +37,8 @@ export type ChoicesEvaluation = Pick<ChoicesResult, 'primary' | 'metrics' | 'ite
 const cachedSchema = z.tuple([z.number(), z.boolean().nullable()]);
 
 /**
- * Scores the choices of every item.
+ * Scores the choices of every item. Questions longer than the model's context lose their beginning, as in the harness; how
+ * many did is in the result.
  * @throws GyreError as `scoreContinuations`.
  */
 export async function evaluateChoices(
@@ -47,9 +52,14 @@ export async function evaluateChoices(
   const begun = performance.now();
   const greedy = task.type === 'completion';
   const requests: LikelihoodRequest[] = [];
+  const limit = contextLength(decoder.config);
+  let truncated = 0;
   for (const item of items) {
     for (const [i, continuation] of item.continuations.entries()) {
-      requests.push(encodePair(tokenizer, item.contexts[i], continuation, startToken));
+      const whole = encodePair(tokenizer, item.contexts[i], continuation, startToken);
+      const request = truncateLeft(whole, limit);
+      if (request !== whole) truncated++;
+      requests.push(request);
     }
   }
   const keys = await Promise.all(
@@ -102,6 +112,7 @@ export async function evaluateChoices(
       generatedTokens: 0,
       tokensPerSecond: fresh.tokens / seconds,
     },
+    truncated,
     logLikelihoods: perItem.map((scores) => scores.map(({ logLikelihood }) => logLikelihood)),
   };
 }
@@ -146,7 +157,7 @@ function metricsOf(
       // Of the whole ending, as the harness has it for LAMBADA.
       metrics['perplexity'] = metric({ column, values, transform: 'exp', better: 'lower' });
     } else {
-      metrics[column] = metric({ column, values, better: 'higher', unit: 'share', share: true });
+      metrics[column] = metric({ column, values, better: 'higher', unit: 'share', answers: 1 });
     }
   }
   return metrics;

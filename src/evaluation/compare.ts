@@ -1,7 +1,7 @@
 // Comparing result files: the same items under each model, paired bootstrap; a difference is called one only when it is.
 import { GyreError, ensure } from '../core/errors.js';
 import { validate } from '../formats/huggingface-config.js';
-import { pairedBootstrap, type PairedDifference } from './intervals.js';
+import { pairedBootstrap, type PairedDifference } from './metrics.js';
 import {
   RESULT_KIND,
   RESULT_LIMITS,

@@ -6,7 +6,7 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { GyreError } from '../core/errors.js';
 import type { ProgressListener } from '../core/progress.js';
-import { datasetFile } from '../formats/hub.node.js';
+import { datasetFile, type DatasetFile } from '../formats/hub-dataset.node.js';
 import { parseTaskDefinition, TASK_LIMITS, type TaskDefinition } from './definition.js';
 import { DATA_ENDINGS, readRows, type Row } from './rows.js';
 
@@ -53,8 +53,8 @@ export async function loadTask(nameOrFile: string): Promise<TaskDefinition> {
 export interface LoadedRows {
   readonly rows: readonly Row[];
   readonly files: readonly { readonly name: string; readonly sha256: string }[];
-  /** Read from the folder of the user's rather than from the hub. */
-  readonly local: boolean;
+  /** Commit on the hub; null when the rows were read from a folder of the user's, or came with gyre. */
+  readonly revision: string | null;
 }
 
 /** Options of {@link loadRows}. */
@@ -94,7 +94,7 @@ export async function loadRows(
   const files: { name: string; sha256: string }[] = [];
   if (found) {
     await append(found, path.basename(found), undefined);
-    return { rows, files, local: true };
+    return { rows, files, revision: null };
   }
   const names = localNames(task, split);
   if (source.dataset === null || source.revision === null) {
@@ -106,18 +106,22 @@ export async function loadRows(
       },
     );
   }
-  let local = options.data !== undefined;
+  let revision: string | null = null;
   for (const entry of entries) {
     const own = await firstFile(options.data, [entry.path, path.join(source.dataset, entry.path)]);
-    local &&= own !== undefined;
-    const file =
-      own ??
-      (await datasetFile(source.dataset, source.revision, entry.path, options).catch((error: unknown) => {
-        throw explain(error, task, names, options.data);
-      }));
-    await append(file, entry.path, entry.sha256);
+    const fetched = own === undefined ? await fromHub(source.dataset, source.revision, entry.path) : undefined;
+    if (fetched) revision = fetched.commit;
+    await append(fetched?.file ?? own ?? entry.path, entry.path, entry.sha256);
   }
-  return { rows, files, local };
+  return { rows, files, revision };
+
+  async function fromHub(dataset: string, at: string, file: string): Promise<DatasetFile> {
+    try {
+      return await datasetFile(dataset, at, file, options);
+    } catch (error) {
+      throw explain(error, task, names, options.data);
+    }
+  }
 
   async function append(file: string, name: string, expected: string | undefined): Promise<void> {
     const { size } = await stat(file);
@@ -133,7 +137,8 @@ export async function loadRows(
         remedy: `It is not the file that ${task.name} is defined on: delete it and run again.`,
       });
     }
-    for (const row of await readRows(bytes, name, options.limit)) rows.push(row);
+    for (const row of await readRows(bytes, name, { limit: options.limit, textColumn: task.columns[0] }))
+      rows.push(row);
     files.push({ name, sha256 });
   }
 }

@@ -37,10 +37,16 @@ const sourceSchema = z.strictObject({
     .string()
     .regex(/^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/, 'expected owner/name')
     .nullable(),
-  /** Commit: branches move. */
+  /**
+   * Commit: branches move. Or the hub's own Parquet conversion, for sets that are published as a script and have no other
+   * files; the commit that was read is in the result.
+   */
   revision: z
     .string()
-    .regex(/^[0-9a-f]{40}$/, 'expected a commit of 40 hexadecimal digits')
+    .regex(
+      /^(?:[0-9a-f]{40}|refs\/convert\/parquet)$/,
+      'expected a commit of 40 hexadecimal digits, or refs/convert/parquet',
+    )
     .nullable(),
   /** Files of each split in order, with the SHA-256 of their content where known. */
   splits: z.record(
@@ -111,8 +117,11 @@ const fewShot = {
       split: z.string(),
       /** Examples unless told otherwise. */
       count: z.int().min(0).max(TASK_LIMITS.fewShot).default(0),
-      /** `first`: the first rows of the split (of the subject); `seeded`: a seeded draw for every question. */
-      sampler: z.enum(['first', 'seeded']).default('seeded'),
+      /**
+       * `first`: the first rows of the split (of the subject); `random`: drawn for every question, the same ones as
+       * lm-evaluation-harness draws.
+       */
+      sampler: z.enum(['first', 'random']).default('random'),
       separator: z.string().default('\n\n'),
     })
     .optional(),
@@ -128,6 +137,11 @@ const textTask = z.strictObject({
   join: z.string(),
   /** Rows used, from the first; all by default. */
   rows: z.int().min(1).optional(),
+  /**
+   * Instead of the joined rows: so many windows, each from a place drawn in a drawn row that is long enough, as GPTQ's
+   * evaluation draws them (Python's generator, this seed).
+   */
+  draw: z.strictObject({ windows: z.int().min(1).max(65_536), seed: z.int().min(0) }).optional(),
   /** Tokens per window, unless told otherwise or the model's context is shorter. */
   seqLen: z.int().min(2).default(2048),
   /** Windows at most. */
@@ -195,6 +209,8 @@ export const taskSchema = z
     const { dataset, revision } = task.source;
     if ((dataset === null) !== (revision === null)) issue('source', 'dataset and revision go together');
     if (!splits.includes(task.split)) issue('split', `source.splits has no '${task.split}' (${splits.join(', ')})`);
+    if (task.type === 'text' && task.draw && (task.rows ?? task.windows) !== undefined)
+      issue('draw', 'goes with neither rows nor windows');
     if (task.type !== 'choices') return;
     const plain = task.prompt !== undefined && task.choices !== undefined;
     const contexts = task.contexts !== undefined && task.continuation !== undefined;

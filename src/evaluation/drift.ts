@@ -10,7 +10,7 @@ import { createBreath, generateContinuously } from '../generate/index.js';
 import type { Decoder } from '../models/decoder.js';
 import type { Tensor } from '../ops/backend.js';
 import type { Tokenizer } from '../tokenizer/index.js';
-import { studentQuantile, weightedMean } from './intervals.js';
+import { studentQuantile, weightedMean } from '../core/intervals.js';
 import { judge, taskPrompt } from './tasks-eval.js';
 import type { TaskSample } from './tasks/index.js';
 

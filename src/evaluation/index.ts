@@ -40,10 +40,11 @@ export { equivalent } from './answers/equivalence.js';
 export { evaluateChoices, type ChoicesEvaluation, type EvaluateChoicesOptions } from './choices.js';
 export { compareResults, parseResult, type Comparison, type MetricComparison } from './compare.js';
 export { parseTaskDefinition, TASK_LIMITS, type TaskDefinition } from './definition.js';
-export { metric, pairedBootstrap, type PairedDifference } from './intervals.js';
+export { metric, pairedBootstrap, type PairedDifference } from './metrics.js';
 export {
   choiceItems,
   completionItems,
+  drawnWindows,
   generationItems,
   taskTexts,
   type ChoiceItem,

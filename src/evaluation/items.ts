@@ -1,6 +1,7 @@
 // From a row of a data set to what a model is asked: prompts and choices rendered by a task's templates, examples before them.
 import { Template } from '@huggingface/jinja';
 import { GyreError, ensure } from '../core/errors.js';
+import { createPythonRandom, type PythonRandom } from '../core/python-random.js';
 import { createRng } from '../core/rng.js';
 import {
   TASK_LIMITS,
@@ -199,7 +200,7 @@ export interface ItemOptions {
   readonly limit?: number;
   /** Examples before each question; default what the task says. */
   readonly fewShot?: number;
-  /** Of drawn examples and shuffled choices; default 0. */
+  /** Of drawn examples and shuffled choices; default 0, with which examples are those of the harness. */
   readonly seed?: number;
   /** Rows of the split that examples come from; needed when there are any. */
   readonly examples?: readonly Row[];
@@ -225,7 +226,7 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
   const renderer = new Renderer(task);
   const shots = fewShotCount(task, options.fewShot);
   const pool = shots > 0 ? prepare(task, renderer, options.examples ?? [], Infinity) : [];
-  const rng = createRng(options.seed ?? 0).fork(task.name);
+  const draw = exampleSampler(task, pool, shots, options.seed ?? 0);
   const question = ({ row, where, variables }: Rendered) => {
     if (task.prompt !== undefined && task.choices !== undefined) {
       const choices = renderer.choices(task.choices, row, variables, where);
@@ -242,29 +243,13 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
     };
   };
   const encoder = new TextEncoder();
-  return prepare(task, renderer, rows, options.limit ?? Infinity).map((rendered, i) => {
+  const { separator = '' } = task.fewShot ?? {};
+  return prepare(task, renderer, rows, options.limit ?? Infinity).map((rendered) => {
     const { contexts, choices, answer } = question(rendered);
     let before = task.description === '' ? '' : renderer.render(task.description, rendered.variables, rendered.where);
-    if (shots > 0 && task.fewShot) {
-      const own = pool.filter((other) => other.group === rendered.group && other.row !== rendered.row);
-      ensure(
-        own.length >= shots,
-        'usage',
-        () => `${rendered.where}: ${shots} examples were asked for, the split has ${own.length}`,
-        'Ask for fewer with --few-shot.',
-      );
-      const drawn =
-        task.fewShot.sampler === 'first'
-          ? own.slice(0, shots)
-          : rng
-              .fork(i)
-              .shuffle([...own])
-              .slice(0, shots);
-      for (const other of drawn) {
-        const example = question(other);
-        before +=
-          example.contexts[example.answer] + task.delimiter + example.choices[example.answer] + task.fewShot.separator;
-      }
+    for (const other of draw(rendered)) {
+      const example = question(other);
+      before += example.contexts[example.answer] + task.delimiter + example.choices[example.answer] + separator;
     }
     return {
       id: rendered.id,
@@ -275,6 +260,52 @@ export function choiceItems(task: ChoicesTask, rows: readonly Row[], options: It
       answer,
     };
   });
+}
+
+/** Seed that lm-evaluation-harness draws examples with unless told otherwise. */
+const HARNESS_SEED = 1234;
+
+/**
+ * The examples of each question, asked for in the order of the questions. Drawn ones are the harness's: one stream of
+ * Python's generator runs through the questions of a task (of a subject); where examples come from the split that is
+ * measured, one more is drawn and the question itself is left out.
+ * @param seed 0 stands for the harness's own.
+ */
+function exampleSampler(
+  task: ChoicesTask,
+  pool: readonly Rendered[],
+  shots: number,
+  seed: number,
+): (question: Rendered) => readonly Rendered[] {
+  const { fewShot } = task;
+  if (shots === 0 || !fewShot) return () => [];
+  const byGroup = new Map<string | null, Rendered[]>();
+  for (const example of pool) {
+    const own = byGroup.get(example.group);
+    if (own) own.push(example);
+    else byGroup.set(example.group, [example]);
+  }
+  const sameSplit = fewShot.split === task.split;
+  const isOther = (a: Row, b: Row): boolean => a !== b && !(sameSplit && JSON.stringify(a) === JSON.stringify(b));
+  const streams = new Map<string | null, PythonRandom>();
+  const wanted = shots + (sameSplit ? 1 : 0);
+  return ({ group, row, where }) => {
+    const own = byGroup.get(group) ?? [];
+    ensure(
+      own.length >= wanted,
+      'usage',
+      () => `${where}: ${shots} examples were asked for, the split has ${own.length}`,
+      'Ask for fewer with --few-shot.',
+    );
+    if (fewShot.sampler === 'first') return own.filter((example) => isOther(example.row, row)).slice(0, shots);
+    const stream = streams.get(group) ?? createPythonRandom(seed === 0 ? HARNESS_SEED : seed);
+    streams.set(group, stream);
+    return stream
+      .sampleIndices(own.length, wanted)
+      .map((i) => own[i])
+      .filter((example) => isOther(example.row, row))
+      .slice(0, shots);
+  };
 }
 
 /** Questions of a completion task: one choice each. */
@@ -330,4 +361,49 @@ export function taskTexts(task: TextTask, rows: readonly Row[]): string[] {
   return prepare(task, renderer, rows, task.rows ?? Infinity).map(({ variables, where }) =>
     renderer.render(task.text, variables, where),
   );
+}
+
+/**
+ * The windows of a text task that draws them, joined: each begins at a drawn token of a drawn row that has more than
+ * `seqLen` tokens. The draws are those of GPTQ's evaluation, on which ParoQuant's rests.
+ * @param encode a row as the tokenizer gives it, start token included where it puts one.
+ * @throws GyreError `config-invalid` when no row is long enough.
+ */
+export function drawnWindows(
+  texts: readonly string[],
+  { windows, seed }: NonNullable<TextTask['draw']>,
+  seqLen: number,
+  encode: (text: string) => Int32Array,
+): Int32Array {
+  const encoder = new TextEncoder();
+  const encoded = new Map<number, Int32Array>();
+  const tokensOf = (row: number): Int32Array => {
+    let tokens = encoded.get(row);
+    if (!tokens) {
+      // A token stands for a byte at least, but for a start token and a space that tokenizers put in front.
+      const long = encoder.encode(texts[row]).length + 2 >= seqLen;
+      tokens = long ? encode(texts[row]) : new Int32Array(0);
+      encoded.set(row, tokens);
+    }
+    return tokens;
+  };
+  const random = createPythonRandom(seed);
+  const out = new Int32Array(windows * seqLen);
+  for (let window = 0; window < windows;) {
+    const tokens = tokensOf(random.randint(0, texts.length - 1));
+    // One of exactly seqLen tokens has no place to draw either: the original stops there with an error.
+    if (tokens.length <= seqLen) {
+      ensure(
+        encoded.size < texts.length || [...encoded.values()].some(({ length }) => length > seqLen),
+        'config-invalid',
+        () => `none of ${texts.length} rows has more than ${seqLen} tokens to draw windows from`,
+        'Choose shorter windows with --seq-len.',
+      );
+      continue;
+    }
+    const begin = random.randint(0, tokens.length - seqLen - 1);
+    out.set(tokens.subarray(begin, begin + seqLen), window * seqLen);
+    window++;
+  }
+  return out;
 }

@@ -85,6 +85,19 @@ export function encodePair(
   return { context: Int32Array.from([...opening, ...whole.subarray(0, length)]), continuation: whole.slice(length) };
 }
 
+/**
+ * A request cut from the left to what a context holds, the way lm-evaluation-harness cuts: the last of its tokens are kept.
+ * The request itself where it fits.
+ * @param context the most tokens that go through the model at once.
+ */
+export function truncateLeft(request: LikelihoodRequest, context: number): LikelihoodRequest {
+  const { context: before, continuation } = request;
+  // The last token of all is only predicted.
+  const over = before.length + continuation.length - 1 - context;
+  // What remains of the context must predict the continuation's first token; a continuation that leaves no room is refused.
+  return over <= 0 || over >= before.length ? request : { context: before.slice(over), continuation };
+}
+
 /** A request with its place; `begin` is where its own tokens start after the shared context. */
 interface Job {
   readonly index: number;
@@ -139,7 +152,7 @@ function checkLengths(decoder: Decoder, requests: readonly LikelihoodRequest[]):
       length <= limit,
       'context-length',
       () => `a question of ${length} tokens does not fit the model's context of ${limit}`,
-      'Ask for fewer examples with --few-shot, or leave the task away.',
+      'Leave the task away, or measure a model with a longer context.',
     );
   }
 }
@@ -232,6 +245,7 @@ class Passes {
     // Contexts without their last token, which opens each continuation.
     const shared = batch.map(({ context }) => context.subarray(0, -1));
     const longest = shared[0].length;
+    const limit = contextLength(decoder.config);
     const cache = longest > 0 ? await decoder.createCache(batch.length, longest) : undefined;
     try {
       if (cache) await this.#fillContexts(cache, shared);
@@ -243,8 +257,11 @@ class Passes {
         const width = jobs[begin].continuation.length;
         const most = Math.min(Math.floor(ROWS_PER_PASS / width), Math.floor(room / (longest + width)));
         const count = countTogether((i) => jobs[begin + i]?.continuation.length ?? 0, most);
-        const part = jobs.slice(begin, begin + count);
-        begin += count;
+        // Padding must not reach beyond the model's context: a long question waits for a pass of short continuations.
+        const fits = (sequence: number): boolean => shared[sequence].length + width <= limit;
+        const late = jobs.slice(begin, begin + count).findIndex(({ sequence }) => !fits(sequence));
+        const part = jobs.slice(begin, begin + (late > 0 ? late : count));
+        begin += part.length;
         await this.#check();
         const chunks = part.map(({ sequence, continuation }) => {
           const ids = new Int32Array(width);
@@ -253,7 +270,7 @@ class Passes {
           return ids;
         });
         const starts = Int32Array.from(part, ({ sequence }) => shared[sequence].length);
-        const fork = cache && (await decoder.createCache(part.length, longest + width));
+        const fork = cache && (await decoder.createCache(part.length, Math.max(...starts) + width));
         try {
           if (cache && fork) {
             const copies = part.map(({ sequence }, to) => ({ from: sequence, to, tokens: starts[to] }));

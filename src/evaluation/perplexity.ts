@@ -6,7 +6,8 @@
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { contextLength, createBreath } from '../generate/index.js';
-import { weightedMean, type Mean } from './intervals.js';
+import { weightedMean, type Mean } from '../core/intervals.js';
+import { hexDigest } from './request-cache.js';
 import { cutWindows, type ProtocolOptions, type TextWindow } from './windows.js';
 import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';
@@ -66,6 +67,8 @@ export interface WindowScore {
   readonly referenceNll?: number;
   /** Which of the documents it is of; 0 for a single text. */
   readonly document: number;
+  /** First 16 hexadecimal digits of the SHA-256 of its tokens and of where scoring begins: tells same windows from others. */
+  readonly hash: string;
 }
 
 /** What {@link evaluateText} measures. Standard errors are over windows, null when there is only one. */
@@ -139,7 +142,8 @@ export async function evaluateText(
         'the logits of the model are not finite',
         'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
       );
-      scores.push({ ...score, document: batch[i].document });
+      const { document, ids, first } = batch[i];
+      scores.push({ ...score, document, hash: await hexDigest(`${first}:${ids.join()}`, 8) });
       running += score.nll * score.tokens;
       tokens += score.tokens;
     }
@@ -189,7 +193,7 @@ async function scoreWindows(
   batch: readonly TextWindow[],
   width: number,
   rowsPerLogits: number,
-): Promise<Omit<WindowScore, 'document'>[]> {
+): Promise<Omit<WindowScore, 'document' | 'hash'>[]> {
   const { backend } = decoder;
   const scored = batch[0].ids.length - 1;
   const rows = batch.length * width;

@@ -6,7 +6,7 @@ import { contextLength, generateContinuously, type ContinuousRequest } from '../
 import type { Decoder } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 import type { GenerationTask } from './definition.js';
-import { metric } from './intervals.js';
+import { metric } from './metrics.js';
 import type { GenerationItem } from './items.js';
 import { judgeText } from './judge.js';
 import { hexDigest, noCache, requestKey, type RequestCache } from './request-cache.js';
@@ -177,7 +177,7 @@ export async function evaluateReasoning(
   const seconds = (performance.now() - begun) / 1000;
   const metrics = (member: (i: number) => boolean): Record<string, Metric> => {
     const of = (column: keyof typeof columns): number[] => columns[column].filter((_, i) => member(i));
-    const share = { unit: 'share', better: 'higher', share: samples === 1 } as const;
+    const share = { unit: 'share', better: 'higher', answers: samples } as const;
     return {
       'pass@1': metric({ column: 'pass@1', values: of('pass@1'), ...share }),
       answered: metric({ column: 'answered', values: of('answered'), ...share }),

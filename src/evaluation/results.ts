@@ -109,6 +109,8 @@ const textSchema = z.object({
 const choicesSchema = z.object({
   type: z.literal('choices'),
   ...shared,
+  /** Requests (a question with one of its choices) whose beginning was cut off to fit the model's context. */
+  truncated: count.default(0),
   /** Per subject (MMLU) where the task has subjects; else empty. */
   groups: z.array(group),
 });

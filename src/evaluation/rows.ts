@@ -7,15 +7,23 @@ import { TASK_LIMITS } from './definition.js';
 /** A row: values by column. Integers of 64 bits become numbers. */
 export type Row = Readonly<Record<string, unknown>>;
 
-type Reader = (bytes: Uint8Array, name: string, limit: number) => Row[] | Promise<Row[]>;
+/** Options of {@link readRows}. */
+export interface ReadRowsOptions {
+  /** Rows at most; default all. */
+  readonly limit?: number;
+  /** Column that plain lines of text become; default `text`. */
+  readonly textColumn?: string;
+}
+
+type Reader = (bytes: Uint8Array, name: string, options: Required<ReadRowsOptions>) => Row[] | Promise<Row[]>;
 
 /** Formats by file name ending. */
 const READERS: readonly (readonly [endings: RegExp, read: Reader])[] = [
-  [/\.(jsonl|ndjson)$/i, (bytes, name, limit) => parseLines(decode(bytes, name), name, limit)],
-  [/\.json$/i, (bytes, name, limit) => parseJsonRows(decode(bytes, name), name, limit)],
-  [/\.csv$/i, (bytes, name, limit) => parseCsv(decode(bytes, name), name, limit)],
+  [/\.(jsonl|ndjson)$/i, (bytes, name, { limit }) => parseLines(decode(bytes, name), name, limit)],
+  [/\.json$/i, (bytes, name, { limit }) => parseJsonRows(decode(bytes, name), name, limit)],
+  [/\.csv$/i, (bytes, name, { limit }) => parseCsv(decode(bytes, name), name, limit)],
   [/\.parquet$/i, readParquet],
-  [/\.(txt|raw|tokens)$/i, (bytes, name, limit) => textLines(decode(bytes, name), limit)],
+  [/\.(txt|raw|tokens)$/i, (bytes, name, options) => textLines(decode(bytes, name), options)],
 ];
 
 /** Endings that {@link readRows} knows, for messages and for looking in folders. */
@@ -33,10 +41,10 @@ export const DATA_ENDINGS = [
 
 /**
  * Rows of a data file; its name decides the format.
- * @param limit rows at most; default all.
  * @throws GyreError `unsupported` for an unknown ending, `file-corrupt` naming file and line, `limit-exceeded`.
  */
-export async function readRows(bytes: Uint8Array, name: string, limit = Infinity): Promise<Row[]> {
+export async function readRows(bytes: Uint8Array, name: string, options: ReadRowsOptions = {}): Promise<Row[]> {
+  const { limit = Infinity, textColumn = 'text' } = options;
   checkBytes(bytes.byteLength, name);
   const zipped = /\.gz$/i.test(name);
   const plain = zipped ? name.slice(0, -3) : name;
@@ -46,7 +54,7 @@ export async function readRows(bytes: Uint8Array, name: string, limit = Infinity
       remedy: `Give a file that ends in ${DATA_ENDINGS.join(', ')}.`,
     });
   }
-  const rows = await reader(zipped ? await gunzip(bytes, name) : bytes, name, limit);
+  const rows = await reader(zipped ? await gunzip(bytes, name) : bytes, name, { limit, textColumn });
   ensure(rows.length <= TASK_LIMITS.rows, 'limit-exceeded', () => `${name} has more than ${TASK_LIMITS.rows} rows`);
   return rows;
 }
@@ -176,18 +184,19 @@ function parseCsv(text: string, name: string, limit: number): Row[] {
 }
 
 /**
- * Lines of plain text as rows with a `text`, the way the hub holds WikiText: every line with its line end, lines of
+ * Lines of plain text as rows of one column, the way the hub holds WikiText: every line with its line end, lines of
  * nothing but spaces as the empty text.
  */
-function textLines(text: string, limit: number): Row[] {
+function textLines(text: string, { limit, textColumn }: Required<ReadRowsOptions>): Row[] {
   const lines = text.split(/(?<=\n)/);
-  return lines.slice(0, limit).map((line) => ({ text: line.trim() === '' ? '' : line }));
+  return lines.slice(0, limit).map((line) => ({ [textColumn]: line.trim() === '' ? '' : line }));
 }
 
-async function readParquet(bytes: Uint8Array, name: string, limit: number): Promise<Row[]> {
+async function readParquet(bytes: Uint8Array, name: string, { limit }: Required<ReadRowsOptions>): Promise<Row[]> {
   const file = {
     byteLength: bytes.byteLength,
-    slice: (begin: number, end?: number): ArrayBuffer => bytes.slice(begin, end).buffer,
+    // A copy of the range alone: a Buffer's own slice would be a view, and its `buffer` all there is around it.
+    slice: (begin: number, end?: number): ArrayBuffer => Uint8Array.prototype.slice.call(bytes, begin, end).buffer,
   };
   try {
     const metadata = await parquetMetadataAsync(file);

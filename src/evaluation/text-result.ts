@@ -1,5 +1,5 @@
 // The result of scoring a text, from its windows: metrics with intervals, and the same per document.
-import { metric, type MetricSpec } from './intervals.js';
+import { metric, type MetricSpec } from './metrics.js';
 import type { TextEvaluation, WindowScore } from './perplexity.js';
 import { hexDigest } from './request-cache.js';
 import type { Metric, TextResult } from './results.js';
@@ -40,7 +40,9 @@ export async function textResult(
     metrics: metricsOf(columns),
     items: {
       ids,
-      hashes: complete ? await Promise.all(documents.map(({ text }) => hexDigest(text, 8))) : null,
+      hashes: complete
+        ? await Promise.all(documents.map(({ text }) => hexDigest(text, 8)))
+        : scores.map(({ hash }) => hash),
       columns,
     },
     documents:
@@ -65,12 +67,14 @@ const utf8Bytes = (text: string): number => new TextEncoder().encode(text).lengt
 /** As lm-evaluation-harness counts: pieces between runs of white space. */
 const countWords = (text: string): number => text.split(/\s+/).length;
 
+type Score = Omit<WindowScore, 'hash'>;
+
 /** Windows of a document as one score. */
-function byDocument(scores: readonly WindowScore[], documents: readonly ScoredDocument[]): WindowScore[] {
+function byDocument(scores: readonly Score[], documents: readonly ScoredDocument[]): Score[] {
   return documents.map((_, document) => {
     const own = scores.filter((score) => score.document === document);
     const tokens = own.reduce((sum, score) => sum + score.tokens, 0);
-    const mean = (pick: (score: WindowScore) => number | undefined): number | undefined => {
+    const mean = (pick: (score: Score) => number | undefined): number | undefined => {
       const parts = own.map((score) => pick(score));
       if (parts.includes(undefined)) return undefined;
       return own.reduce((sum, score, i) => sum + score.tokens * (parts[i] ?? 0), 0) / tokens;
@@ -88,7 +92,7 @@ function byDocument(scores: readonly WindowScore[], documents: readonly ScoredDo
 
 /** Columns of items; with sizes also nats per byte and word. */
 function columnsOf(
-  scores: readonly WindowScore[],
+  scores: readonly Score[],
   sizes?: { readonly bytes: readonly number[]; readonly words: readonly number[] },
 ): Record<string, number[]> {
   const columns: Record<string, number[]> = {

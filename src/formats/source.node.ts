@@ -12,12 +12,13 @@ const CHUNK = 1 << 30;
  * @throws `file-missing` when it can't be opened.
  */
 export async function openFile(file: string): Promise<FileSource> {
-  let handle: FileHandle;
+  let handle: FileHandle | undefined;
   let size: number;
   try {
     handle = await open(file, 'r');
     size = (await handle.stat()).size;
   } catch (cause) {
+    await handle?.close();
     throw new GyreError('file-missing', `can't open ${file}: ${messageOf(cause)}`, {
       remedy: 'Check the path and that you may read it.',
       cause,

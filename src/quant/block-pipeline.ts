@@ -136,10 +136,13 @@ export class BlockPipeline {
   async #advanceQuantized(layer: number, rope: RopeHandle): Promise<void> {
     const { backend, source, sink, quantization } = this.#run;
     const checkpoint = await Checkpoint.open(sink.open(blockShard(layer)));
-    const block = await loadBlock(backend, { ...source, quantization, checkpoint }, layer);
-    await this.#advance('quantized', layer, block, rope);
-    block.release();
-    await checkpoint.close();
+    try {
+      const block = await loadBlock(backend, { ...source, quantization, checkpoint }, layer);
+      await this.#advance('quantized', layer, block, rope);
+      block.release();
+    } finally {
+      await checkpoint.close();
+    }
   }
 
   async #quantizeBlock(layer: number, rope: RopeHandle): Promise<void> {

@@ -130,19 +130,22 @@ class Pipeline {
       const plain = { ...source, online: exact(source.online ?? NO_ONLINE) };
       const reference = wantsReference ? await loadBlock(backend, plain, layer) : undefined;
       const stored = await this.#openBlock(layer);
-      const quantized = await loadBlock(backend, stored, layer);
-      for (const chunk of chunks) {
-        this.#checkAborted();
-        const context = { batch: chunk.batch, start: 0, rope };
-        const next = await quantized.forward(chunk.quantized, context);
-        const ahead = reference ? await reference.forward(chunk.reference, context) : next;
-        freeChunk(backend, chunk);
-        chunk.quantized = next;
-        chunk.reference = ahead;
+      try {
+        const quantized = await loadBlock(backend, stored, layer);
+        for (const chunk of chunks) {
+          this.#checkAborted();
+          const context = { batch: chunk.batch, start: 0, rope };
+          const next = await quantized.forward(chunk.quantized, context);
+          const ahead = reference ? await reference.forward(chunk.reference, context) : next;
+          freeChunk(backend, chunk);
+          chunk.quantized = next;
+          chunk.reference = ahead;
+        }
+        reference?.release();
+        quantized.release();
+      } finally {
+        await stored.checkpoint.close();
       }
-      reference?.release();
-      quantized.release();
-      await stored.checkpoint.close();
     });
     await this.#checkFinite(`the output of block ${layer}`, chunks);
   }

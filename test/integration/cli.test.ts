@@ -1,9 +1,10 @@
 // The command line as people run it: help, results, errors, exit codes, Ctrl-C.
 import { spawn } from 'node:child_process';
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { resultSchema } from '../../src/evaluation/results.js';
 import { driftSchema } from '../../src/report/drift-schema.js';
@@ -286,16 +287,23 @@ describe('eval', () => {
       path.join(data, 'wiki.test.raw'),
       ' = A = \n \n It was a dark and stormy night in the town . \n'.repeat(30),
     );
+    // Rows of C4's shard, of which some are too short for a window.
+    const documents = [3, 60, 5, 80].map((n) =>
+      JSON.stringify({ text: 'The rain fell on the town all night. '.repeat(n) }),
+    );
+    await writeFile(path.join(data, 'c4-validation.00000-of-00008.json.gz'), gzipSync(documents.join('\n')));
     const out = path.join(folder, 'both.json');
     const args = [
       'eval',
       model,
       '--tasks',
-      'piqa,wikitext2',
+      'piqa,wikitext2,c4',
       '--data',
       data,
       '--seq-len',
       '128',
+      '--limit',
+      '4',
       '--no-cache',
       '--out',
       out,
@@ -306,13 +314,66 @@ describe('eval', () => {
     expect(evaluations.map(({ name, type }) => [name, type])).toEqual([
       ['piqa', 'choices'],
       ['wikitext2', 'text'],
+      ['c4', 'text'],
     ]);
+    expect(evaluations[2]).toMatchObject({
+      windows: 4,
+      tokens: 4 * 127,
+      settings: { startToken: 'once', seqLen: 128 },
+    });
     expect(evaluations[1].settings).toMatchObject({ startToken: 'once', seqLen: 128 });
     const compared = await gyre(['compare', out, out]);
     expect(compared.code).toBe(0);
     expect(compared.stdout).toMatch(/piqa +acc_norm .*no difference shown/);
     const asJson = json(await gyre(['compare', out, out, '--json']));
     expect(asJson).toMatchObject({ comparisons: [{ missing: [] }] });
+  });
+
+  it('goes on after it was killed, and ends with the same', { timeout: 300_000 }, async () => {
+    const data = path.join(folder, 'killed');
+    const cache = path.join(folder, 'cache');
+    await mkdir(data);
+    const rows = Array.from({ length: 150 }, (_, i) => ({
+      goal: `open a jar that holds ${i} ${'very '.repeat(i % 17)}old coins`,
+      sol1: `turn the lid ${i % 7} times`,
+      sol2: 'paint it',
+      label: i % 2,
+    }));
+    await writeFile(path.join(data, 'piqa.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
+    const args = (out: string, ...more: string[]) => [
+      'eval',
+      model,
+      '--tasks',
+      'piqa',
+      '--data',
+      data,
+      '--device',
+      'cpu',
+      '--out',
+      path.join(folder, out),
+      ...more,
+    ];
+    const result = async (out: string) =>
+      resultSchema.parse(JSON.parse(await readFile(path.join(folder, out), 'utf8'))).evaluations[0];
+    expect((await gyre(args('whole.json', '--no-cache'))).code).toBe(0);
+    const child = spawn(process.execPath, [bin, ...args('resumed.json', '--cache', cache)], {
+      cwd: root,
+      stdio: 'ignore',
+    });
+    const ended = new Promise<void>((resolve) => child.on('close', () => resolve()));
+    const known = async (): Promise<number> => {
+      const [scope] = await readdir(cache).catch(() => []);
+      if (scope === undefined) return 0;
+      return (await readFile(path.join(cache, scope, 'piqa.jsonl'), 'utf8').catch(() => '')).split('\n').length - 1;
+    };
+    while ((await known()) === 0 && child.exitCode === null) await new Promise((resolve) => setTimeout(resolve, 20));
+    child.kill('SIGKILL');
+    await ended;
+    expect(await known()).toBeGreaterThan(0);
+    expect((await gyre(args('resumed.json', '--cache', cache))).code).toBe(0);
+    const [whole, resumed] = [await result('whole.json'), await result('resumed.json')];
+    expect([resumed.items, resumed.metrics]).toEqual([whole.items, whole.metrics]);
+    expect(resumed.throughput.promptTokens).toBeLessThan(whole.throughput.promptTokens);
   });
 
   it('lists tasks, and refuses what it does not know before loading a model', async () => {

@@ -86,6 +86,7 @@ export async function quantizeFixture(
     });
   } finally {
     await folder.close();
+    await source.checkpoint.close();
   }
   return source;
 }

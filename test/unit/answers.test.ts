@@ -103,6 +103,18 @@ describe('extraction', () => {
     ['<think>Answer: C', undefined],
     ['\\boxed{E}', undefined],
     ['A good question.', undefined],
+    ['It is \\boxed{5.2} m.\n\nAnswer: C', 'C'],
+    ['**Answer: $D$**', 'D'],
+    ['Answer: $\\text{B}$', 'B'],
+    ['Answer: \\(A\\)', 'A'],
+    ['**Answer**: B) 12 km', 'B'],
+    ['answer: c', 'C'],
+    ['ANSWER: D.', 'D'],
+    ['The answer is a large number.', undefined],
+    ['The answer is a.', 'A'],
+    ['Option A is wrong. Answer: B. Option C is wrong too.', 'B'],
+    ['Therefore option C', 'C'],
+    ['Answer: E', undefined],
   ])('finds the letter of %s', (text, letter) => {
     expect(extractLetter(text, 'ABCD')).toBe(letter);
   });

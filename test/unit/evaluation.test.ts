@@ -5,16 +5,24 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { openBackend } from '../../src/backends/registry.js';
+import { shareInterval, studentQuantile, weightedMean, wilson } from '../../src/core/intervals.js';
 import { createRng } from '../../src/core/rng.js';
 import { evaluateChoices } from '../../src/evaluation/choices.js';
 import { compareResults, parseResult } from '../../src/evaluation/compare.js';
 import { loadTask } from '../../src/evaluation/data.node.js';
 import type { ChoicesTask, GenerationTask } from '../../src/evaluation/definition.js';
-import { metric, pairedBootstrap, studentQuantile, weightedMean, wilson } from '../../src/evaluation/intervals.js';
+import { metric, pairedBootstrap } from '../../src/evaluation/metrics.js';
 import { choiceItems, generationItems, type ChoiceItem } from '../../src/evaluation/items.js';
-import { encodePair, scoreContinuations, type LikelihoodRequest } from '../../src/evaluation/likelihood.js';
+import {
+  encodePair,
+  scoreContinuations,
+  truncateLeft,
+  type LikelihoodRequest,
+} from '../../src/evaluation/likelihood.js';
 import { evaluateReasoning, type Transcript } from '../../src/evaluation/reasoning.js';
 import { openRequestCache } from '../../src/evaluation/request-cache.node.js';
+import { evaluateText } from '../../src/evaluation/perplexity.js';
+import { textResult } from '../../src/evaluation/text-result.js';
 import { resultSchema, type Evaluation, type EvaluationResult } from '../../src/evaluation/results.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import type { Decoder } from '../../src/models/decoder.js';
@@ -62,6 +70,27 @@ describe('intervals', () => {
     expect(wilson(5, 5)).toMatchObject({ high: 1 });
   });
 
+  it('of shares of several answers stay within 0 and 1, and between those of as many items and as many answers', () => {
+    const width = ({ low, high }: { low: number; high: number }): number => high - low;
+    expect(shareInterval([0, 1, 1, 0, 1], 1)).toEqual(wilson(3, 5));
+    // Nothing right in two answers to two questions is no proof of 0.
+    expect(shareInterval([0, 0], 2)).toEqual(wilson(0, 2));
+    const half = shareInterval([0.5, 0], 2);
+    expect(half.low).toBeGreaterThan(0);
+    expect(half.high).toBeLessThan(1);
+    // Answers that agree within a question are worth one each; those that vary as coins do are worth all.
+    const alike = Array.from({ length: 40 }, (_, i) => i % 2);
+    expect(width(shareInterval(alike, 4))).toBeCloseTo(width(wilson(20, 40)), 2);
+    expect(
+      shareInterval(
+        Array.from({ length: 40 }, () => 0.5),
+        4,
+      ),
+    ).toEqual(wilson(80, 160));
+    const found = metric({ column: 'agree', values: [0.999, 0.9], better: 'higher', unit: 'share' });
+    expect([found.low, found.high]).toEqual([expect.any(Number), 1]);
+  });
+
   it('of weighted means are those of the ratio', () => {
     const equal = weightedMean([1, 2, 3, 6]);
     expect(equal.mean).toBe(3);
@@ -96,7 +125,8 @@ describe('intervals', () => {
 /** Log-likelihood of a continuation, the sequence alone and whole. */
 async function alone({ context, continuation }: LikelihoodRequest): Promise<number> {
   const ids = Int32Array.from([...context, ...continuation]);
-  const hidden = await decoder.hidden(ids);
+  // The last token is only predicted.
+  const hidden = await decoder.hidden(ids.slice(0, -1));
   const logits = await decoder.logits(hidden);
   const rows = backend.sliceRows(logits, context.length - 1, ids.length - 1);
   const { nll } = await backend.score(rows, continuation);
@@ -145,6 +175,20 @@ describe('scoreContinuations', () => {
     expect(results.map(({ greedy }) => greedy)).toEqual([true, false]);
   });
 
+  it('cuts questions that do not fit as the harness does: their last tokens stay', () => {
+    const request = { context: Int32Array.of(1, 2, 3, 4, 5), continuation: Int32Array.of(6, 7, 8) };
+    // The last token is only predicted, so seven go through the model.
+    expect(truncateLeft(request, 7)).toBe(request);
+    const { context, continuation } = truncateLeft(request, 5);
+    expect([[...context], [...continuation]]).toEqual([
+      [3, 4, 5],
+      [6, 7, 8],
+    ]);
+    expect([...truncateLeft(request, 3).context]).toEqual([5]);
+    // A continuation that fills the context by itself is left to be refused.
+    expect(truncateLeft(request, 2)).toBe(request);
+  });
+
   it('refuses what does not fit the context', async () => {
     const long = new Int32Array(2049).fill(20);
     await expect(
@@ -176,6 +220,20 @@ describe('evaluateChoices', () => {
     if (loaded.type !== 'choices') throw new Error('no choices');
     task = loaded;
     items = choiceItems(task, rows);
+  });
+
+  it('measures questions longer than the context, and counts them', async () => {
+    const long = { goal: 'open a jar '.repeat(1500), sol1: 'turn the lid', sol2: 'paint it', label: 0 };
+    const found = await evaluateChoices(decoder, tokenizer, task, choiceItems(task, [rows[0], long]));
+    expect(found.truncated).toBe(2);
+    const [, scores] = found.logLikelihoods;
+    const whole = encodePair(tokenizer, `Question: ${long.goal}\nAnswer:`, ' turn the lid');
+    const kept = Int32Array.from([...whole.context, ...whole.continuation]).slice(-(decoder.config.maxPositions + 1));
+    const length = whole.continuation.length;
+    expect(scores[0]).toBeCloseTo(
+      await alone({ context: kept.slice(0, -length), continuation: whole.continuation }),
+      3,
+    );
   });
 
   it('goes on after a run that was killed in the middle of a line, and ends with the same', async () => {
@@ -257,10 +315,11 @@ describe('compareResults', () => {
     source: { dataset: null, revision: null, split: 'validation', files: [] },
     settings,
     primary: 'acc',
-    metrics: { acc: metric({ column: 'acc', values, better: 'higher', unit: 'share', share: true }) },
+    metrics: { acc: metric({ column: 'acc', values, better: 'higher', unit: 'share', answers: 1 }) },
     items: { ids: values.map((_, i) => `q${i}`), hashes: values.map((_, i) => `h${i}`), columns: { acc: [...values] } },
     throughput: { seconds: 1, promptTokens: 1, generatedTokens: 0, tokensPerSecond: 1 },
     groups: [],
+    truncated: 0,
   });
   const result = (evaluations: Evaluation[]): EvaluationResult => ({
     kind: 'gyre.evaluation',
@@ -313,6 +372,24 @@ describe('compareResults', () => {
       metrics: [],
       missing: ['piqa', 'arc'],
     });
+  });
+
+  it('compares windows of a text by what is in them', async () => {
+    const ids = (seed: number): Int32Array => {
+      const draw = createRng(seed);
+      return Int32Array.from({ length: 160 }, () => draw.int(10, 4000));
+    };
+    const measured = async (seed: number): Promise<Evaluation> => ({
+      type: 'text',
+      name: 'text',
+      version: 1,
+      source: { dataset: null, revision: null, split: null, files: [] },
+      settings: {},
+      ...(await textResult(await evaluateText(decoder, ids(seed), { seqLen: 32 }), [{ name: 'a', text: '' }], false)),
+    });
+    const [first, again, other] = [await measured(1), await measured(1), await measured(2)];
+    expect(compare(first, again).metrics[0]).toMatchObject({ verdict: 'no difference shown', difference: { n: 5 } });
+    expect(compare(first, other).metrics[0]).toMatchObject({ verdict: 'not compared', difference: null });
   });
 
   it('reads result files, and nothing else', () => {

@@ -1,18 +1,29 @@
 // Task files and their data: every bundled definition, odd and damaged files, limits, prompts as the harness writes them.
-import { createHash } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
-import { createServer, type Server } from 'node:http';
-import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { loadRows, loadTask, taskNames } from '../../src/evaluation/data.node.js';
-import { parseTaskDefinition, type ChoicesTask, type GenerationTask } from '../../src/evaluation/definition.js';
-import { choiceItems, completionItems, fewShotCount, generationItems, taskTexts } from '../../src/evaluation/items.js';
+import {
+  parseTaskDefinition,
+  type ChoicesTask,
+  type GenerationTask,
+  type TaskDefinition,
+} from '../../src/evaluation/definition.js';
+import {
+  choiceItems,
+  completionItems,
+  drawnWindows,
+  fewShotCount,
+  generationItems,
+  taskTexts,
+  type ItemOptions,
+} from '../../src/evaluation/items.js';
 import { readRows, type Row } from '../../src/evaluation/rows.js';
 import { evalFolder } from '../support/eval-data.js';
+import { digest, fakeHub, MEMBER_TOKEN } from '../support/fake-hub.js';
 
 let folder: string;
 beforeAll(async () => {
@@ -21,6 +32,8 @@ beforeAll(async () => {
 afterAll(() => rm(folder, { recursive: true, force: true }));
 
 const names = await taskNames();
+const parquetFile = (name: string): Uint8Array =>
+  readFileSync(path.join(import.meta.dirname, `../fixtures/parquet/${name}.parquet`));
 const bytes = (text: string): Uint8Array => new TextEncoder().encode(text);
 const choices = async (name: string): Promise<ChoicesTask> => {
   const task = await loadTask(name);
@@ -108,7 +121,7 @@ describe('readRows', () => {
     ['x.raw', bytes(' = Title = \n \n text\n'), [{ text: ' = Title = \n' }, { text: '' }, { text: ' text\n' }]],
   ])('reads %s', async (name, content, wanted) => {
     expect(await readRows(content, name)).toEqual(wanted);
-    expect(await readRows(content, name, 1)).toEqual(wanted.slice(0, 1));
+    expect(await readRows(content, name, { limit: 1 })).toEqual(wanted.slice(0, 1));
   });
 
   it.each<[string, string, Uint8Array, string]>([
@@ -126,6 +139,40 @@ describe('readRows', () => {
       code: 'file-corrupt',
       message: expect.stringContaining(message) as string,
     });
+  });
+
+  it('reads Parquet as the hub holds it: nested columns, gaps, compressions, row groups', async () => {
+    const count = 25;
+    const arc = await readRows(parquetFile('arc-snappy'), 'arc.parquet');
+    expect(arc).toHaveLength(count);
+    // The 13th row is of the second row group.
+    expect(arc[13]).toEqual({
+      id: 'Made_13',
+      question: 'Which of these is 13 more than 13? Größe: ½',
+      choices: { text: ['26', '13', '13, or so'], label: ['A', 'B', 'C'] },
+      answerKey: 'A',
+    });
+    const mixed = Array.from({ length: count }, (_, i) => ({
+      ind: i,
+      label: i % 4,
+      endings: [0, 1, 2, 3].map((k) => `ends ${i}.${k}`),
+      answer: i % 2 === 0,
+      subject: i < 13 ? 'some_subject' : 'another',
+      note: i % 5 === 0 ? undefined : `n${i}`,
+      score: i / 8,
+    }));
+    for (const name of ['mixed-zstd', 'mixed-gzip']) {
+      const rows = await readRows(parquetFile(name), `${name}.parquet`);
+      expect(rows.map((row) => ({ ...row, note: row['note'] ?? undefined }))).toEqual(mixed);
+      expect(await readRows(parquetFile(name), `${name}.parquet`, { limit: 3 })).toEqual(rows.slice(0, 3));
+    }
+    const [item] = choiceItems(await choices('arc_easy'), arc);
+    expect([item.id, item.continuations, item.answer]).toEqual(['Made_0', [' 0', ' 0'], 1]);
+    const cut = parquetFile('arc-snappy').slice(0, -9);
+    await expect(readRows(cut, 'x.parquet')).rejects.toMatchObject({ code: 'file-corrupt' });
+    const flipped = Uint8Array.from(parquetFile('arc-snappy'));
+    flipped.fill(0xff, 40, 200);
+    await expect(readRows(flipped, 'x.parquet')).rejects.toMatchObject({ code: 'file-corrupt' });
   });
 
   it('knows no other formats', async () => {
@@ -188,9 +235,11 @@ describe('questions', () => {
   });
 
   it('of BoolQ and MMLU take labels and subjects', async () => {
-    const [boolq] = choiceItems(await choices('boolq'), [{ passage: 'P.', question: 'is it', answer: true }]);
+    const [boolq] = choiceItems(await choices('boolq'), [
+      { passage: 'Title -- P.', question: 'is it', idx: 3, label: 1 },
+    ]);
     expect([boolq.contexts[0], boolq.continuations, boolq.answer]).toEqual([
-      'P.\nQuestion: is it?\nAnswer:',
+      'Title -- P.\nQuestion: is it?\nAnswer:',
       [' no', ' yes'],
       1,
     ]);
@@ -226,10 +275,10 @@ describe('questions', () => {
     const rows = Array.from({ length: 40 }, () => row);
     const items = generationItems(task, rows, { seed: 3 });
     expect(new Set(items.map(({ answer }) => answer))).toEqual(new Set(['A', 'B', 'C', 'D']));
-    for (const { answer, prompt } of items) expect(prompt).toContain(`\n${answer}. right`);
+    for (const { answer, prompt } of items) expect(prompt).toContain(`\n${answer}) right`);
     expect(generationItems(task, rows, { seed: 3 })).toEqual(items);
     expect(generationItems(task, rows, { seed: 4 })).not.toEqual(items);
-    expect(items[0].prompt).toMatch(/^Why\?\n\nA\. \w+\nB\. \w+\nC\. \w+\nD\. \w+\n\nPlease/);
+    expect(items[0].prompt).toMatch(/is one of ABCD\. [^]*\n\nWhy\?\n\nA\) \w+\nB\) \w+\nC\) \w+\nD\) \w+$/);
   });
 
   it('say which row lacks a column or an answer', async () => {
@@ -243,17 +292,86 @@ describe('questions', () => {
     expect(() => fewShotCount({ ...task, fewShot: undefined }, 3)).toThrow(/no split/);
   });
 
-  it('draw examples by seed, never the question itself', async () => {
+  it('draw the examples of the harness', async () => {
     const task = await choices('piqa');
-    const rows = Array.from({ length: 9 }, (_, i) => ({ goal: `g${i}`, sol1: 'a', sol2: 'b', label: 0 }));
-    const contexts = (seed: number): string[] =>
-      choiceItems(task, rows, { fewShot: 3, examples: rows, seed }).map((item) => item.contexts[0]);
-    expect(contexts(1)).toEqual(contexts(1));
-    expect(contexts(1)).not.toEqual(contexts(2));
-    contexts(1).forEach((context, i) => {
-      expect(context.match(new RegExp(`g${i}\\n`, 'g'))).toHaveLength(1);
-      expect(context.match(/Question/g)).toHaveLength(4);
-    });
+    const row = (goal: string): Row => ({ goal, sol1: 'a', sol2: 'b', label: 0 });
+    const rows = Array.from({ length: 6 }, (_, i) => row(`g${i}`));
+    const examples = Array.from({ length: 40 }, (_, i) => row(`e${i}`));
+    const drawn = (options: ItemOptions): string[][] =>
+      choiceItems(task, rows, { fewShot: 3, examples, ...options }).map(({ contexts: [context] }) =>
+        [...context.matchAll(/Question: (\w+)/g)].map(([, goal]) => goal),
+      );
+    // By Python: rnd = random.Random(1234); for each question rnd.sample(examples, 3).
+    expect(drawn({})).toEqual([
+      ['e28', 'e7', 'e0', 'g0'],
+      ['e5', 'e37', 'e2', 'g1'],
+      ['e5', 'e6', 'e22', 'g2'],
+      ['e15', 'e1', 'e22', 'g3'],
+      ['e39', 'e30', 'e29', 'g4'],
+      ['e9', 'e5', 'e11', 'g5'],
+    ]);
+    expect(drawn({ limit: 2 })).toEqual(drawn({}).slice(0, 2));
+    expect(drawn({ seed: 1234 })).toEqual(drawn({}));
+    expect(drawn({ seed: 2 })).not.toEqual(drawn({}));
+  });
+
+  it('are never examples of themselves where both come from one split', async () => {
+    const piqa = await choices('piqa');
+    const task: ChoicesTask = {
+      ...piqa,
+      fewShot: { split: piqa.split, count: 0, sampler: 'random', separator: '\n\n' },
+    };
+    const row = (i: number): Row => ({ goal: `g${i}`, sol1: 'a', sol2: 'b', label: 0 });
+    const rows = Array.from({ length: 9 }, (_, i) => row(i));
+    // Read twice, as the loader does: equal rows, not the same objects.
+    const items = choiceItems(task, rows, { fewShot: 3, examples: Array.from({ length: 9 }, (_, i) => row(i)) });
+    for (const [i, { contexts }] of items.entries()) {
+      expect(contexts[0].match(new RegExp(`g${i}\\n`, 'g'))).toHaveLength(1);
+      expect(contexts[0].match(/Question/g)).toHaveLength(4);
+    }
+  });
+});
+
+describe('drawnWindows', () => {
+  /** A start token, then a token for each character that says which row and place it is of. */
+  const texts = Array.from({ length: 30 }, (_, row) => 'x'.repeat((row * 7) % 23) + String(row % 10));
+  const encode = (row: number): Int32Array =>
+    Int32Array.from({ length: ((row * 7) % 23) + 1 }, (_, at) => 1000 * row + at);
+  const draw = (seqLen: number, windows = 12): Int32Array => {
+    let row = -1;
+    const rows = new Map(texts.map((text, i) => [text + String(i), i]));
+    return drawnWindows(
+      texts.map((text, i) => text + String(i)),
+      { windows, seed: 0 },
+      seqLen,
+      (text) => encode((row = rows.get(text) ?? row)),
+    );
+  };
+
+  it('are those that the papers draw', () => {
+    const tokens = draw(8);
+    const places = Array.from({ length: 12 }, (_, i) => [Math.floor(tokens[8 * i] / 1000), tokens[8 * i] % 1000]);
+    // By Python: random.seed(0); randint over rows until one has more than 8 tokens, randint(0, tokens - 8 - 1).
+    expect(places).toEqual([
+      [12, 6],
+      [8, 2],
+      [15, 3],
+      [29, 4],
+      [15, 2],
+      [18, 1],
+      [16, 2],
+      [9, 2],
+      [3, 9],
+      [25, 2],
+      [29, 8],
+      [22, 2],
+    ]);
+    for (let i = 0; i < tokens.length; i++) expect(tokens[i] - tokens[i - (i % 8)]).toBe(i % 8);
+    expect([...draw(8, 3)]).toEqual([...tokens.slice(0, 24)]);
+  });
+
+  it('refuse a length that no row has', () => {
+    expect(() => draw(23)).toThrow(/none of 30 rows has more than 23 tokens/);
   });
 });
 
@@ -264,11 +382,14 @@ describe('loadRows', () => {
     await writeFile(path.join(data, 'piqa.jsonl'), '{"goal":"g","sol1":"a","sol2":"b","label":0}\n');
     await writeFile(path.join(data, 'ptb.test.txt'), ' no it was \n yes \n');
     const piqa = await loadRows(await loadTask('piqa'), 'validation', { data });
-    expect(piqa).toMatchObject({ local: true, rows: [{ goal: 'g' }], files: [{ name: 'piqa.jsonl' }] });
+    expect(piqa).toMatchObject({ revision: null, rows: [{ goal: 'g' }], files: [{ name: 'piqa.jsonl' }] });
     const ptb = await loadTask('ptb');
     if (ptb.type !== 'text') throw new Error('no text');
     expect(taskTexts(ptb, (await loadRows(ptb, 'test', { data })).rows).join(ptb.join)).toBe('no it was yes');
-    await expect(loadRows(ptb, 'test')).rejects.toMatchObject({ code: 'file-missing' });
+    await expect(loadRows(ptb, 'test', { offline: true, cacheDir: folder })).rejects.toMatchObject({
+      code: 'not-found',
+      remedy: expect.stringContaining('ptb') as string,
+    });
     await expect(loadRows(ptb, 'test', { data: path.join(folder, 'nowhere') })).rejects.toMatchObject({
       code: 'not-found',
     });
@@ -286,32 +407,25 @@ describe('loadRows', () => {
   });
 
   describe('from a hub', () => {
-    const content = '{"text": "It was a dark night"}\n';
-    let server: Server;
-    let hubUrl: string;
-    let requests = 0;
-    beforeAll(async () => {
-      server = createServer((request, response) => {
-        requests++;
-        if (request.url?.startsWith('/api/datasets/me/set/tree/')) {
-          const oid = createHash('sha256').update(content).digest('hex');
-          const file = {
-            type: 'file',
-            path: 'data/test.jsonl',
-            size: content.length,
-            oid: 'a'.repeat(40),
-            lfs: { oid, size: content.length, pointerSize: 10 },
-          };
-          response.setHeader('content-type', 'application/json').end(JSON.stringify([file]));
-        } else if (request.url === `/datasets/me/set/resolve/${'1'.repeat(40)}/data/test.jsonl`) response.end(content);
-        else response.writeHead(404).end();
-      });
-      await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-      hubUrl = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
-    });
-    afterAll(() => new Promise((resolve) => server.close(resolve)));
-
-    const task = (sha256?: string): ReturnType<typeof parseTaskDefinition> =>
+    const content = bytes('{"text": "It was a dark night"}\n');
+    const commit = '1'.repeat(40);
+    const converted = '2'.repeat(40);
+    const setUp = async (access: 'public' | 'gated' = 'public') => {
+      const hub = await fakeHub([
+        {
+          kind: 'dataset',
+          name: 'me/set',
+          commits: {
+            [commit]: { 'data/test.jsonl': content },
+            [converted]: { 'default/test/0000.parquet': parquetFile('text-plain') },
+          },
+          refs: { main: commit, 'refs/convert/parquet': converted },
+          access,
+        },
+      ]);
+      return { hub, where: { hubUrl: hub.url, cacheDir: await mkdtemp(path.join(folder, 'hub-')) } };
+    };
+    const task = (file: { path: string; sha256?: string }, revision = commit): TaskDefinition =>
       parseTaskDefinition(
         JSON.stringify({
           schemaVersion: 1,
@@ -319,11 +433,7 @@ describe('loadRows', () => {
           title: 'Mine',
           version: 0,
           type: 'text',
-          source: {
-            dataset: 'me/set',
-            revision: '1'.repeat(40),
-            splits: { test: [{ path: 'data/test.jsonl', ...(sha256 && { sha256 }) }] },
-          },
+          source: { dataset: 'me/set', revision, splits: { test: [file] }, gated: true },
           split: 'test',
           columns: ['text'],
           text: '{{ text }}',
@@ -331,33 +441,52 @@ describe('loadRows', () => {
         }),
         'mine.json',
       );
+    const lines = { path: 'data/test.jsonl' };
 
     it('fetches a pinned file once and checks it', async () => {
-      const cacheDir = path.join(folder, 'hub');
-      const found = await loadRows(task(), 'test', { hubUrl, cacheDir });
+      const { hub, where } = await setUp();
+      const found = await loadRows(task(lines), 'test', where);
       expect(found).toMatchObject({
-        local: false,
+        revision: commit,
         rows: [{ text: 'It was a dark night' }],
-        files: [{ name: 'data/test.jsonl' }],
+        files: [{ name: 'data/test.jsonl', sha256: digest('sha256', content) }],
       });
-      const before = requests;
-      expect(
-        (await loadRows(task(found.files[0].sha256), 'test', { hubUrl, cacheDir, offline: true })).rows,
-      ).toHaveLength(1);
-      expect(requests).toBe(before);
-      await expect(loadRows(task('0'.repeat(64)), 'test', { hubUrl, cacheDir })).rejects.toMatchObject({
+      const before = hub.log.length;
+      const pinned = task({ ...lines, sha256: found.files[0].sha256 });
+      expect((await loadRows(pinned, 'test', { ...where, offline: true })).rows).toHaveLength(1);
+      expect(hub.log).toHaveLength(before);
+      await expect(loadRows(task({ ...lines, sha256: '0'.repeat(64) }), 'test', where)).rejects.toMatchObject({
         code: 'file-corrupt',
       });
     });
 
+    it('reads the Parquet conversion, and says at which commit', async () => {
+      const { hub, where } = await setUp();
+      const own = task({ path: 'default/test/0000.parquet' }, 'refs/convert/parquet');
+      const found = await loadRows(own, 'test', where);
+      expect(found.revision).toBe(converted);
+      expect(found.rows).toEqual([{ text: 'one' }, { text: 'two' }]);
+      expect(hub.storageLog).toHaveLength(1);
+    });
+
     it('says how to go on without it', async () => {
-      const cacheDir = path.join(folder, 'empty');
-      await expect(loadRows(task(), 'test', { hubUrl, cacheDir, offline: true })).rejects.toMatchObject({
+      const { where } = await setUp();
+      await expect(loadRows(task(lines), 'test', { ...where, offline: true })).rejects.toMatchObject({
         code: 'not-found',
         remedy: expect.stringContaining('--data') as string,
       });
-      const other = { ...task(), source: { ...task().source, splits: { test: [{ path: 'data/other.jsonl' }] } } };
-      await expect(loadRows(other, 'test', { hubUrl, cacheDir })).rejects.toMatchObject({ code: 'file-missing' });
+      await expect(loadRows(task({ path: 'data/other.jsonl' }), 'test', where)).rejects.toMatchObject({
+        code: 'file-missing',
+      });
+    });
+
+    it('tells gated sets from missing ones', async () => {
+      const { where } = await setUp('gated');
+      await expect(loadRows(task(lines), 'test', where)).rejects.toMatchObject({
+        code: 'network',
+        remedy: expect.stringMatching(/accept its terms on the hub and set HF_TOKEN/) as string,
+      });
+      expect((await loadRows(task(lines), 'test', { ...where, token: MEMBER_TOKEN })).rows).toHaveLength(1);
     });
   });
 });
@@ -383,7 +512,7 @@ describe.skipIf(evalFolder === undefined)('real sets (need ../shared/data/eval)'
   });
 
   it('WikiText-2 has its lines and headings', async () => {
-    const task = await loadTask('wikitext2');
+    const task = await loadTask('wikitext2_tokens');
     if (task.type !== 'text') throw new Error('no text');
     if (!existsSync(path.join(data, 'wiki.test.tokens'))) return;
     const texts = taskTexts(task, (await loadRows(task, 'test', { data })).rows);

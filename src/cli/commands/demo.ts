@@ -149,7 +149,7 @@ async function runDemo(context: CommandContext, options: DemoOptions): Promise<v
       });
     const report = await quantize().catch(async (error: unknown) => {
       if (!(error instanceof GyreError) || error.code !== 'output-exists' || !(await removeOurs(out))) throw error;
-      progress.note(`${displayPath(out)} was made with another seed or version: making it again`);
+      progress.note(`${displayPath(out)} was made with another seed, device or version: making it again`);
       return quantize();
     });
     progress.note(`${method.padEnd(10)} ${report.skipped ? 'made by an earlier run' : formatDuration(report.seconds)}`);

@@ -131,6 +131,8 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
               const scope = JSON.stringify([
                 described.fingerprint,
                 backend.info.name,
+                // Another GPU sums in another order. What describes a CPU backend is its threads, which change nothing.
+                backend.info.name === 'cpu' ? '' : backend.info.description,
                 options.activations,
                 options.headBits,
               ]);
@@ -218,6 +220,13 @@ function report({ model, reference, evaluations }: EvaluationResult): string {
     { title: 'of' },
     { title: 'time' },
   ];
+  const notes = evaluations.flatMap((evaluation) =>
+    evaluation.type === 'choices' && evaluation.truncated > 0
+      ? [
+          `\n\n${evaluation.name}: ${evaluation.truncated} choices were scored without the beginning of their question, which is longer than the model's context.`,
+        ]
+      : [],
+  );
   const groups = evaluations.flatMap((evaluation) => {
     const parts = evaluation.type === 'text' ? evaluation.documents : evaluation.groups;
     if (parts.length === 0) return [];
@@ -227,5 +236,5 @@ function report({ model, reference, evaluations }: EvaluationResult): string {
     );
     return [`\n\n${table}`];
   });
-  return `${formatFields(fields)}\n\n${formatTable(columns, rows)}${groups.join('')}`;
+  return `${formatFields(fields)}\n\n${formatTable(columns, rows)}${groups.join('')}${notes.join('')}`;
 }

@@ -22,7 +22,9 @@ export function equivalent(expected: string, answer: string): boolean {
 
 function squeeze(text: string): string {
   return text
-    .replaceAll(/\\(?:left|right|[!,;: ]|displaystyle)|[\s$]/g, '')
+    .replaceAll(/\\(?:left|right|[!,;: ]|displaystyle)|\$/g, '')
+    // A space between two numbers or words is no decoration: 14 4 is not 144.
+    .replaceAll(/(?<!\w)\s+|\s+(?!\w)/g, '')
     .replaceAll(/\\[dt]frac/g, '\\frac')
     .replace(/\.$/, '');
 }
@@ -112,6 +114,10 @@ type ExpressionValue = Extract<Value, { kind: 'expression' }>;
 
 function sameExpression(a: ExpressionValue, b: ExpressionValue): boolean {
   if (a.unit !== null && b.unit !== null && plainUnit(a.unit) !== plainUnit(b.unit)) return false;
+  if (a.unit !== null && b.unit === null) {
+    const measured = measuredIn(b.node, plainUnit(a.unit));
+    if (measured) return sameNumber(a.node, measured);
+  } else if (b.unit !== null && a.unit === null) return sameExpression(b, a);
   if (a.percent && b.percent) return sameNumber(a.node, b.node);
   if (a.percent || b.percent) {
     const [share, other] = a.percent ? [a.node, b.node] : [b.node, a.node];
@@ -124,6 +130,12 @@ function sameExpression(a: ExpressionValue, b: ExpressionValue): boolean {
     return sameNumber(share, other) || sameNumber(hundredth, other);
   }
   return sameNumber(a.node, b.node);
+}
+
+/** The number of `2.5 h`, whose unit of one letter reads as a variable, where the other answer is in that unit. */
+function measuredIn(node: Expression, unit: string): Expression | undefined {
+  const product = node.kind === 'binary' && node.op === '*' && node.right.kind === 'variable';
+  return product && node.right.name === unit ? node.left : undefined;
 }
 
 /** Spellings of units: plurals, powers, abbreviations. */

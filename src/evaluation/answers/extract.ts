@@ -57,20 +57,32 @@ export function extractMath(text: string): string | undefined {
   return lastBoxed(said) ?? announced(said) ?? lastNumber(said);
 }
 
+/** What may stand between an announcement and its letter: markdown, brackets, LaTeX. */
+const WRAPPED = String.raw`(?:[*$(\[{"'\s]|\\\(|\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\s*\{)*`;
+
+/**
+ * Announcements of a choice, the most telling first. "Answer: C" is what questions ask for; "option C" alone may be one
+ * that is being weighed.
+ */
+const LETTER_MARKS = [
+  String.raw`(?:[Aa]nswer|ANSWER)\**\s*(?:is|:|=)\s*:?`,
+  String.raw`(?:[Cc]hoice|[Oo]ption)\**\s*(?:is|:|=)\s*:?`,
+  String.raw`(?:[Aa]nswer|[Cc]hoice|[Oo]ption)\s`,
+] as const;
+
 /** The letter of the final choice, upper case, or undefined. @param letters those there are, e.g. `ABCD`. */
 export function extractLetter(text: string, letters: string): string | undefined {
   const said = afterThinking(text);
   if (said === undefined) return undefined;
-  const boxed = lastBoxed(said);
-  const one = `([${letters}])`;
-  if (boxed !== undefined) {
-    // \boxed{\text{(C)}}, \boxed{C. an apple}.
-    const bare = boxed.replaceAll(/\\(?:text|textbf|mathrm|mathbf)\s*\{|[{}$()*\s]/g, '');
-    return new RegExp(`^${one}(?![A-Za-z])`, 'i').exec(bare)?.[1].toUpperCase();
+  // \boxed{\text{(C)}}, \boxed{C. an apple}.
+  const bare = lastBoxed(said)?.replaceAll(/\\(?:text|textbf|mathrm|mathbf)\s*\{|[{}$()*\s]/g, '');
+  const boxed = bare && new RegExp(`^([${letters}])(?![A-Za-z])`, 'i').exec(bare)?.[1];
+  if (boxed) return boxed.toUpperCase();
+  // A small letter counts only where nothing follows: "the answer is a large number" names no choice.
+  const letter = `(?:([${letters}])(?![A-Za-z])|([${letters.toLowerCase()}])(?=[).*$}\\]"']|\\s*$))`;
+  for (const mark of LETTER_MARKS) {
+    const found = [...said.matchAll(new RegExp(mark + WRAPPED + letter, 'gm'))].at(-1);
+    if (found) return (found[1] ?? found[2]).toUpperCase();
   }
-  const named = [
-    ...said.matchAll(new RegExp(`(?:answer|choice|option)\\s*(?:is|:)?\\s*[*$(\\s]*${one}(?![A-Za-z])`, 'gi')),
-  ].at(-1);
-  if (named) return named[1].toUpperCase();
-  return new RegExp(`(?:^|\\n)\\s*[*$(]*${one}[*$).]*\\s*$`).exec(said.trimEnd())?.[1];
+  return new RegExp(`(?:^|\\n)\\s*[*$(]*([${letters}])[*$).]*\\s*$`).exec(said.trimEnd())?.[1];
 }

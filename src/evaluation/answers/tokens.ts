@@ -68,6 +68,8 @@ const LATEX: readonly (readonly [from: RegExp, to: string])[] = [
   [/\\(?:rbrack)(?![a-zA-Z])/g, ']'],
   [/\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])/g, '\\text{degree}'],
   [/\\varnothing/g, '\\emptyset'],
+  [/\ba\.\s*m(?:\.|\b)/gi, 'AM'],
+  [/\bp\.\s*m(?:\.|\b)/gi, 'PM'],
   [/\\\$/g, '$'],
   [/\\%/g, '%'],
   [/\\#/g, ''],
@@ -173,10 +175,11 @@ export function tokenize(answer: string): Token[] | undefined {
   return tokens;
 }
 
-/** Content of \text{…}: words; numbers and signs inside are words too. */
+/** Content of \text{…}: a number, or words; numbers and signs among words are words too. */
 function pushWords(tokens: Token[], content: string): void {
   const text = content.trim();
   if (/^(?:or|and)$/i.test(text)) tokens.push({ type: 'sign', text: ',' });
+  else if (/^\d+(?:\.\d+)?$/.test(text)) tokens.push({ type: 'number', text });
   else if (text !== '') tokens.push({ type: 'words', text });
 }
 
@@ -190,4 +193,14 @@ function pushLetters(tokens: Token[], letters: string): void {
   else if (letters.length >= 3 || SHORT_UNITS.has(letters) || SHORT_WORDS.has(letters))
     tokens.push({ type: 'words', text: letters });
   else for (const letter of letters) tokens.push({ type: 'variable', text: letter });
+}
+
+/** Whether a token is this sign. */
+export function is(token: Token | undefined, text: string): boolean {
+  return token?.type === 'sign' && token.text === text;
+}
+
+/** Whether a token is this command. */
+export function isCommand(token: Token | undefined, name: string): boolean {
+  return token?.type === 'command' && token.text === name;
 }
