@@ -26,6 +26,9 @@ import type { OrtKernels } from './ort.js';
 import { refitScales } from './refit.js';
 import { CpuTensor, own, type TensorPool } from './tensor.js';
 
+/** Columns of the blocks that a Gram matrix is computed in. */
+const GRAM_BLOCK = 512;
+
 /** See {@link QuantizationOps}. */
 export class CpuQuantization implements QuantizationOps {
   readonly #pool: KernelPool;
@@ -42,7 +45,9 @@ export class CpuQuantization implements QuantizationOps {
     const { transposeA = false, transposeB = false } = options;
     const [left, right] = [own(a).matrix, own(b).matrix];
     const out = this.#tensors.make([transposeA ? left.cols : left.rows, transposeB ? right.rows : right.cols]);
-    await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
+    if (left.data === right.data && transposeA && !transposeB && left.cols >= 2 * GRAM_BLOCK)
+      await gramProduct(this.#ort, this.#tensors, left, out.data);
+    else await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
     return out;
   }
 
@@ -343,6 +348,58 @@ export class CpuQuantization implements QuantizationOps {
       damp,
     );
     return new CpuTensor([right.rows, right.cols], out);
+  }
+}
+
+/** XᵀX of X [rows, cols]: symmetric, so that the blocks below the diagonal are copies. */
+async function gramProduct(
+  ort: OrtKernels,
+  tensors: TensorPool,
+  x: { readonly data: Float32Array; readonly rows: number; readonly cols: number },
+  out: Float32Array,
+): Promise<void> {
+  const { rows, cols } = x;
+  const blocks: { tensor: CpuTensor; begin: number; data: Float32Array; rows: number; cols: number }[] = [];
+  for (let begin = 0; begin < cols; begin += GRAM_BLOCK) {
+    const width = Math.min(GRAM_BLOCK, cols - begin);
+    const tensor = tensors.make([rows, width]);
+    const { data } = tensor;
+    for (let r = 0; r < rows; r++) data.set(x.data.subarray(r * cols + begin, r * cols + begin + width), r * width);
+    blocks.push({ tensor, begin, data, rows, cols: width });
+  }
+  const product = new Float32Array(GRAM_BLOCK * GRAM_BLOCK);
+  for (const [i, left] of blocks.entries()) {
+    for (const right of blocks.slice(i)) {
+      const result = product.subarray(0, left.cols * right.cols);
+      await ort.gemm(left, true, right, false, result);
+      for (let r = 0; r < left.cols; r++)
+        out.set(result.subarray(r * right.cols, (r + 1) * right.cols), (left.begin + r) * cols + right.begin);
+      if (right !== left) mirror(result, left, right, cols, out);
+    }
+  }
+  for (const { tensor } of blocks) tensors.free(tensor);
+}
+
+/** Rows and columns of a square tile that is transposed at a time: both sides stay in the L1 cache. */
+const MIRROR_TILE = 32;
+
+/** Writes the transpose of a block (rows of `left`, columns of `right`) below the diagonal of `out` [n, n]. */
+function mirror(
+  block: Float32Array,
+  left: { readonly begin: number; readonly cols: number },
+  right: { readonly begin: number; readonly cols: number },
+  n: number,
+  out: Float32Array,
+): void {
+  for (let c0 = 0; c0 < right.cols; c0 += MIRROR_TILE) {
+    const c1 = Math.min(right.cols, c0 + MIRROR_TILE);
+    for (let r0 = 0; r0 < left.cols; r0 += MIRROR_TILE) {
+      const r1 = Math.min(left.cols, r0 + MIRROR_TILE);
+      for (let c = c0; c < c1; c++) {
+        const to = (right.begin + c) * n + left.begin;
+        for (let r = r0; r < r1; r++) out[to + r] = block[r * right.cols + c];
+      }
+    }
   }
 }
 
