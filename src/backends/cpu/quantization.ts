@@ -270,22 +270,28 @@ export class CpuQuantization implements QuantizationOps {
     );
     const values = own(rounded.values).data.slice();
     const codes = rounded.codes.slice();
-    const residual = new Float32Array(channels * columns);
-    const difference = new Float32Array(channels * columns);
-    let update = new Float32Array(0);
+    // A block's residual H·(W − Ŵ) is computed when the block is visited, from what the others are by then: fewer operations
+    // than spreading every change over all later blocks and starting each sweep anew, and rows of H as they lie.
+    const rest = new Float32Array(channels * columns);
+    addScaled(target, values, -1, rest);
+    const difference = { data: rest, rows: channels, cols: columns };
+    const blocks = gptqBlocks(channels, grid.groupSize);
+    const most = Math.max(...blocks.map(([begin, end]) => end - begin)) * columns;
+    const [residuals, moved] = [new Float32Array(most), new Float32Array(most)];
     for (let sweep = 0; sweep < sweeps; sweep++) {
-      addScaled(target, values, -1, difference);
-      await this.#ort.gemm(h, false, { data: difference, rows: channels, cols: columns }, false, residual);
-      for (const [begin, end] of gptqBlocks(channels, grid.groupSize)) {
-        const size = end - begin;
-        const changes = new Float32Array(size * columns);
+      for (const [begin, end] of blocks) {
+        const rows = end - begin;
+        const residual = residuals.subarray(0, rows * columns);
+        const changes = moved.subarray(0, rows * columns);
+        const left = { data: h.data.subarray(begin * channels, end * channels), rows, cols: channels };
+        await this.#ort.gemm(left, false, difference, false, residual);
         descentBlock(this.#pool, {
           columns,
           begin,
           end,
           groupSize: grid.groupSize,
           bits: grid.bits,
-          residual: residual.subarray(begin * columns, end * columns),
+          residual,
           values,
           codes,
           gram: diagonalBlock(h.data, channels, begin, end),
@@ -293,17 +299,8 @@ export class CpuQuantization implements QuantizationOps {
           zeros: rounded.zeros,
           changes,
         });
-        const after = channels - end;
-        if (after === 0) break;
-        if (update.length < after * columns) update = new Float32Array(after * columns);
-        const spread = rightOfBlock(h.data, channels, begin, end);
-        await this.#ort.gemm(spread, true, { data: changes, rows: size, cols: columns }, false, update);
-        addScaled(
-          residual.subarray(end * columns),
-          update.subarray(0, after * columns),
-          -1,
-          residual.subarray(end * columns),
-        );
+        const own = rest.subarray(begin * columns, end * columns);
+        addScaled(own, changes, -1, own);
       }
     }
     return { codes, zeros: rounded.zeros, scales: rounded.scales, values: new CpuTensor([channels, columns], values) };
@@ -409,17 +406,4 @@ function diagonalBlock(matrix: Float32Array, n: number, begin: number, end: numb
   const block = new Float32Array(size * size);
   for (let r = 0; r < size; r++) block.set(matrix.subarray((begin + r) * n + begin, (begin + r) * n + end), r * size);
   return block;
-}
-
-/** [begin:end, end:] of a square matrix. */
-function rightOfBlock(
-  matrix: Float32Array,
-  n: number,
-  begin: number,
-  end: number,
-): { data: Float32Array; rows: number; cols: number } {
-  const [rows, cols] = [end - begin, n - end];
-  const data = new Float32Array(rows * cols);
-  for (let r = 0; r < rows; r++) data.set(matrix.subarray((begin + r) * n + end, (begin + r + 1) * n), r * cols);
-  return { data, rows, cols };
 }
