@@ -165,25 +165,15 @@ export function foldAngles(lanes: usize, count: u32, sums: usize): void {
   }
 }
 
-/** Coefficients of a pair's rotation as a 2 × 2 matrix, rows times their scales: filled by {@link coefficients}. */
-let m00: f32 = 0, m01: f32 = 0, m10: f32 = 0, m11: f32 = 0;
-
-/** The entry's matrix, with `a` and `b` factors of rows i and j: of the inputs, or of the outputs when `after`. */
+/** cos θ of an entry: stored, or 1 − sin θ · tan(θ/2). */
 // @ts-ignore: decorator
 @inline
-function coefficients(entry: usize, first: usize, a: f32, b: f32, after: bool): void {
-  const plain = (load<u32>(entry) & PLAIN) != 0;
-  const s = load<f32>(entry, 12);
+function cosine(entry: usize): f32 {
   const w = load<f32>(entry, 8);
-  // cos θ = 1 − sin θ · tan(θ/2).
-  const c: f32 = plain ? w : 1 - s * w;
-  m00 = c * a;
-  m11 = c * b;
-  m01 = s * (after ? a : b);
-  m10 = -s * (after ? b : a);
+  return load<u32>(entry) & PLAIN ? w : 1 - load<f32>(entry, 12) * w;
 }
 
-/** 16 columns of a pair: p' ← m00·p + m01·q, q' ← m10·p + m11·q. */
+/** 16 columns of a pair: p' ← a·p + b·q, q' ← c·p + d·q. */
 // @ts-ignore: decorator
 @inline
 function combine16(p: usize, q: usize, toP: usize, toQ: usize, a: v128, b: v128, c: v128, d: v128): void {
@@ -209,8 +199,13 @@ function rotateMemory(
     const j = load<u32>(e + second) & ~PLAIN;
     const ri = i >> WIDE_SHIFT;
     const rj = j >> WIDE_SHIFT;
-    coefficients(e, first, scales ? load<f32>(scales + (<usize>ri << 2)) : 1, scales ? load<f32>(scales + (<usize>rj << 2)) : 1, !load_);
-    const a = f32x4.splat(m00), b = f32x4.splat(m01), c = f32x4.splat(m10), d = f32x4.splat(m11);
+    const fi: f32 = scales ? load<f32>(scales + (<usize>ri << 2)) : 1;
+    const fj: f32 = scales ? load<f32>(scales + (<usize>rj << 2)) : 1;
+    const cos = cosine(e);
+    const sin = load<f32>(e, 12);
+    // Rows' scales multiply what goes in, or what comes out.
+    const a = f32x4.splat(cos * fi), d = f32x4.splat(cos * fj);
+    const b = f32x4.splat(sin * (load_ ? fj : fi)), c = f32x4.splat(-sin * (load_ ? fi : fj));
     let p = rows + ri * stride;
     let q = rows + rj * stride;
     let tp = tiles + i;
@@ -280,8 +275,7 @@ function rotateGradientMemory(
     // Backwards: rows j and i.
     const i = load<u32>(e, 4);
     const j = load<u32>(e) & ~PLAIN;
-    coefficients(e, 4, 1, 1, false);
-    const c = f32x4.splat(m00), t = f32x4.splat(m01);
+    const c = f32x4.splat(cosine(e)), t = v128.load32_splat(e, 12);
     let gp = g + (i >> 1), gq = g + (j >> 1), yp = y + (i >> 1), yq = y + (j >> 1);
     let gi = gRows + (i >> WIDE_SHIFT) * stride, gj = gRows + (j >> WIDE_SHIFT) * stride;
     let yi = yRows + (i >> WIDE_SHIFT) * stride, yj = yRows + (j >> WIDE_SHIFT) * stride;
