@@ -1,6 +1,6 @@
-// Streaming read bandwidth of the machine: every core reads memory far larger than the caches at once. Stays open, so that
+// Streaming read bandwidth of the cores this process may use: each reads memory far larger than the caches at once. Stays open, so that
 // it can be measured between the runs that are compared with it (the machine may be shared).
-import { cpus } from 'node:os';
+import { availableParallelism } from 'node:os';
 import { Worker } from 'node:worker_threads';
 
 /** A WebAssembly loop would measure WebAssembly: memory is measured by native code that Node.js brings along. */
@@ -25,13 +25,13 @@ export class BandwidthMeter {
     this.#workers = workers;
   }
 
-  static async open(): Promise<BandwidthMeter> {
-    const workers = cpus().map(() => new Worker(READER, { eval: true, execArgv: [] }));
+  static async open(threads = availableParallelism()): Promise<BandwidthMeter> {
+    const workers = Array.from({ length: threads }, () => new Worker(READER, { eval: true, execArgv: [] }));
     await Promise.all(workers.map(next));
     return new BandwidthMeter(workers);
   }
 
-  /** GB/s read by all cores together, once. */
+  /** GB/s read by all threads together, once. */
   async measure(): Promise<number> {
     const answers = this.#workers.map(next);
     for (const worker of this.#workers) worker.postMessage('go');

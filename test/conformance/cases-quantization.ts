@@ -400,7 +400,23 @@ function matmulCases(): ConformanceCase[] {
     [64, 352, 33],
     [17, 2752, 5],
   ] as const;
-  return shapes.flatMap(([m, k, n]) =>
+  /** Large enough for what backends make of a product's symmetry. */
+  const gramCase: ConformanceCase = {
+    op: 'matmul',
+    name: 'a matrix of 1100 columns, transposed, with itself',
+    run: async (duo) => {
+      const x = await duo.input([7, 1100]);
+      const options = { transposeA: true };
+      const absolute = await duo.oracle.upload(hostTensor('f32', x.shape, x.host.map(Math.abs)));
+      const size = readF64(await duo.oracle.matmul(absolute, absolute, options));
+      await duo.close(
+        await duo.subject.matmul(x.subject, x.subject, options),
+        await duo.oracle.matmul(x.oracle, x.oracle, options),
+        (at) => LAMBDA * 3 * duo.allowance.roundoff * size[at],
+      );
+    },
+  };
+  const plain = shapes.flatMap(([m, k, n]) =>
     [false, true].flatMap((transposeA) =>
       [false, true].map((transposeB) => ({
         op: 'matmul' as const,
@@ -421,6 +437,7 @@ function matmulCases(): ConformanceCase[] {
       })),
     ),
   );
+  return [...plain, gramCase];
 }
 
 function elementwiseCases(): ConformanceCase[] {

@@ -54,6 +54,23 @@ describe('createSampler', () => {
     }
   });
 
+  it('draws across a large vocabulary by temperature alone, impossible ids never', () => {
+    const logits = new Float32Array(5000).fill(-Infinity);
+    const likely = [3, 1023, 1024, 2500, 4999];
+    for (const [i, id] of likely.entries()) logits[id] = 10 - 0.3 * i;
+    logits[2000] = NaN;
+    logits[4000] = -800;
+    const probabilities = expected(Float32Array.from(likely, (id) => logits[id]), { temperature: 0.7 });
+    const { sample } = createSampler({ temperature: 0.7 });
+    const rng = createRng(2);
+    const draws = 20_000;
+    const counts = new Array<number>(likely.length).fill(0);
+    for (let i = 0; i < draws; i++) counts[likely.indexOf(sample(logits, rng))]++;
+    expect(counts.reduce((sum, count) => sum + count, 0)).toBe(draws);
+    for (const [i, p] of probabilities)
+      expect(Math.abs(counts[i] / draws - p)).toBeLessThan(5 * Math.sqrt((p * (1 - p)) / draws));
+  });
+
   it('keeps exactly the set of a full sort, ties and all', () => {
     for (let seed = 0; seed < 60; seed++) {
       const rng = createRng(seed);

@@ -16,7 +16,7 @@ export {
 export { ObjectiveKernel, type ObjectiveSpec } from './wasm/objective-kernel.js';
 export { gptqBlock, gptqBlocks, type GptqBlockArguments } from './wasm/gptq-kernel.js';
 export { descentBlock, type DescentBlockArguments } from './wasm/descent-kernel.js';
-export { cholesky, solveLowerTransposed, invertLower } from './wasm/linalg-kernels.js';
+export { cholesky, invertLower } from './wasm/linalg-kernels.js';
 export { encodeRows, QuantizedKvCache, quantizeRows, RowHadamard } from './wasm/activation-kernels.js';
 export {
   attention,

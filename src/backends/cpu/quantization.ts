@@ -28,6 +28,9 @@ import type { OrtKernels } from './ort.js';
 import { refitScales } from './refit.js';
 import { CpuTensor, own, type TensorPool } from './tensor.js';
 
+/** Columns of the blocks that a Gram matrix is computed in. */
+const GRAM_BLOCK = 512;
+
 /** See {@link QuantizationOps}. */
 export class CpuQuantization implements QuantizationOps {
   readonly #pool: KernelPool;
@@ -44,7 +47,9 @@ export class CpuQuantization implements QuantizationOps {
     const { transposeA = false, transposeB = false } = options;
     const [left, right] = [own(a).matrix, own(b).matrix];
     const out = this.#tensors.make([transposeA ? left.cols : left.rows, transposeB ? right.rows : right.cols]);
-    await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
+    if (left.data === right.data && transposeA && !transposeB && left.cols >= 2 * GRAM_BLOCK)
+      await gramProduct(this.#ort, this.#tensors, left, out.data);
+    else await this.#ort.gemm(left, transposeA, right, transposeB, out.data);
     return out;
   }
 
@@ -277,22 +282,28 @@ export class CpuQuantization implements QuantizationOps {
     );
     const values = own(rounded.values).data.slice();
     const codes = rounded.codes.slice();
-    const residual = new Float32Array(channels * columns);
-    const difference = new Float32Array(channels * columns);
-    let update = new Float32Array(0);
+    // A block's residual H·(W − Ŵ) is computed when the block is visited, from what the others are by then: fewer operations
+    // than spreading every change over all later blocks and starting each sweep anew, and rows of H as they lie.
+    const rest = new Float32Array(channels * columns);
+    addScaled(target, values, -1, rest);
+    const difference = { data: rest, rows: channels, cols: columns };
+    const blocks = gptqBlocks(channels, grid.groupSize);
+    const most = Math.max(...blocks.map(([begin, end]) => end - begin)) * columns;
+    const [residuals, moved] = [new Float32Array(most), new Float32Array(most)];
     for (let sweep = 0; sweep < sweeps; sweep++) {
-      addScaled(target, values, -1, difference);
-      await this.#ort.gemm(h, false, { data: difference, rows: channels, cols: columns }, false, residual);
-      for (const [begin, end] of gptqBlocks(channels, grid.groupSize)) {
-        const size = end - begin;
-        const changes = new Float32Array(size * columns);
+      for (const [begin, end] of blocks) {
+        const rows = end - begin;
+        const residual = residuals.subarray(0, rows * columns);
+        const changes = moved.subarray(0, rows * columns);
+        const left = { data: h.data.subarray(begin * channels, end * channels), rows, cols: channels };
+        await this.#ort.gemm(left, false, difference, false, residual);
         descentBlock(this.#pool, {
           columns,
           begin,
           end,
           groupSize: grid.groupSize,
           bits: grid.bits,
-          residual: residual.subarray(begin * columns, end * columns),
+          residual,
           values,
           codes,
           gram: diagonalBlock(h.data, channels, begin, end),
@@ -300,17 +311,8 @@ export class CpuQuantization implements QuantizationOps {
           zeros: rounded.zeros,
           changes,
         });
-        const after = channels - end;
-        if (after === 0) break;
-        if (update.length < after * columns) update = new Float32Array(after * columns);
-        const spread = rightOfBlock(h.data, channels, begin, end);
-        await this.#ort.gemm(spread, true, { data: changes, rows: size, cols: columns }, false, update);
-        addScaled(
-          residual.subarray(end * columns),
-          update.subarray(0, after * columns),
-          -1,
-          residual.subarray(end * columns),
-        );
+        const own = rest.subarray(begin * columns, end * columns);
+        addScaled(own, changes, -1, own);
       }
     }
     return { codes, zeros: rounded.zeros, scales: rounded.scales, values: new CpuTensor([channels, columns], values) };
@@ -358,25 +360,64 @@ export class CpuQuantization implements QuantizationOps {
   }
 }
 
+/** XᵀX of X [rows, cols]: symmetric, so that the blocks below the diagonal are copies. */
+async function gramProduct(
+  ort: OrtKernels,
+  tensors: TensorPool,
+  x: { readonly data: Float32Array; readonly rows: number; readonly cols: number },
+  out: Float32Array,
+): Promise<void> {
+  const { rows, cols } = x;
+  const blocks: { tensor: CpuTensor; begin: number; data: Float32Array; rows: number; cols: number }[] = [];
+  for (let begin = 0; begin < cols; begin += GRAM_BLOCK) {
+    const width = Math.min(GRAM_BLOCK, cols - begin);
+    const tensor = tensors.make([rows, width]);
+    const { data } = tensor;
+    for (let r = 0; r < rows; r++) data.set(x.data.subarray(r * cols + begin, r * cols + begin + width), r * width);
+    blocks.push({ tensor, begin, data, rows, cols: width });
+  }
+  const product = new Float32Array(GRAM_BLOCK * GRAM_BLOCK);
+  for (const [i, left] of blocks.entries()) {
+    for (const right of blocks.slice(i)) {
+      const result = product.subarray(0, left.cols * right.cols);
+      await ort.gemm(left, true, right, false, result);
+      for (let r = 0; r < left.cols; r++)
+        out.set(result.subarray(r * right.cols, (r + 1) * right.cols), (left.begin + r) * cols + right.begin);
+      if (right !== left) mirror(result, left, right, cols, out);
+    }
+  }
+  for (const { tensor } of blocks) tensors.free(tensor);
+}
+
+/** Rows and columns of a square tile that is transposed at a time: both sides stay in the L1 cache. */
+const MIRROR_TILE = 32;
+
+/** Writes the transpose of a block (rows of `left`, columns of `right`) below the diagonal of `out` [n, n]. */
+function mirror(
+  block: Float32Array,
+  left: { readonly begin: number; readonly cols: number },
+  right: { readonly begin: number; readonly cols: number },
+  n: number,
+  out: Float32Array,
+): void {
+  for (let c0 = 0; c0 < right.cols; c0 += MIRROR_TILE) {
+    const c1 = Math.min(right.cols, c0 + MIRROR_TILE);
+    for (let r0 = 0; r0 < left.cols; r0 += MIRROR_TILE) {
+      const r1 = Math.min(left.cols, r0 + MIRROR_TILE);
+      for (let c = c0; c < c1; c++) {
+        const to = (right.begin + c) * n + left.begin;
+        for (let r = r0; r < r1; r++) out[to + r] = block[r * right.cols + c];
+      }
+    }
+  }
+}
+
 /** [begin:end, begin:end] of a square matrix. */
 function diagonalBlock(matrix: Float32Array, n: number, begin: number, end: number): Float32Array {
   const size = end - begin;
   const block = new Float32Array(size * size);
   for (let r = 0; r < size; r++) block.set(matrix.subarray((begin + r) * n + begin, (begin + r) * n + end), r * size);
   return block;
-}
-
-/** [begin:end, end:] of a square matrix. */
-function rightOfBlock(
-  matrix: Float32Array,
-  n: number,
-  begin: number,
-  end: number,
-): { data: Float32Array; rows: number; cols: number } {
-  const [rows, cols] = [end - begin, n - end];
-  const data = new Float32Array(rows * cols);
-  for (let r = 0; r < rows; r++) data.set(matrix.subarray((begin + r) * n + end, (begin + r + 1) * n), r * cols);
-  return { data, rows, cols };
 }
 
 /** Parameters of a transform, wherever they are. */

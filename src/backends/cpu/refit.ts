@@ -38,40 +38,42 @@ export async function refitScales(
   const { codes, zeros } = start;
   const scales = start.scales.slice();
   const values = start.values.slice();
-  const residual = new Float32Array(channels * columns);
-  const difference = new Float32Array(channels * columns);
-  const inner = new Float32Array(groupSize * columns);
-  const product = new Float32Array(channels * columns);
+  // As in descent, a group's residual is computed when it is visited.
+  const rest = new Float32Array(channels * columns);
+  addScaled(target, values, -1, rest);
+  const difference = { data: rest, rows: channels, cols: columns };
+  const size = groupSize * columns;
+  const [inner, residual, product] = [new Float32Array(size), new Float32Array(size), new Float32Array(size)];
   for (let pass = 0; pass < passes; pass++) {
-    addScaled(target, values, -1, difference);
-    const h = { data: gram, rows: channels, cols: channels };
-    await ort.gemm(h, false, { data: difference, rows: channels, cols: columns }, false, residual);
     for (let begin = 0; begin < channels; begin += groupSize) {
+      const first = begin * columns;
       const slot = (begin / groupSize) * columns;
-      for (let i = 0, at = begin * columns; i < groupSize; i++)
-        for (let c = 0; c < columns; c++, at++) inner[i * columns + c] = codes[at] - zeros[slot + c];
-      // H[begin:, group]·u: the group's own rows give the curvature, the rows after see the group's change.
-      const rows = channels - begin;
-      const left = { data: lowerColumns(gram, channels, begin, groupSize), rows, cols: groupSize };
-      const out = product.subarray(0, rows * columns);
-      await ort.gemm(left, false, { data: inner, rows: groupSize, cols: columns }, false, out);
-      const moves = moveScales(scales.subarray(slot, slot + columns), inner, residual.subarray(begin * columns), out);
-      for (let i = 0, at = 0; i < groupSize; i++)
-        for (let c = 0; c < columns; c++, at++) values[begin * columns + at] = inner[at] * scales[slot + c];
-      for (let at = groupSize * columns; at < out.length;)
-        for (let c = 0; c < columns; c++, at++) residual[begin * columns + at] -= moves[c] * out[at];
+      for (let i = 0, at = first; i < groupSize; i++)
+        for (let c = 0; c < columns; c++, at++) inner[at - first] = codes[at] - zeros[slot + c];
+      const rows = gram.subarray(begin * channels, (begin + groupSize) * channels);
+      await ort.gemm({ data: rows, rows: groupSize, cols: channels }, false, difference, false, residual);
+      const own = { data: ownBlock(rows, channels, begin, groupSize), rows: groupSize, cols: groupSize };
+      await ort.gemm(own, false, { data: inner, rows: groupSize, cols: columns }, false, product);
+      moveScales(scales.subarray(slot, slot + columns), inner, residual, product);
+      for (let i = 0, at = 0; i < groupSize; i++) {
+        for (let c = 0; c < columns; c++, at++) {
+          const value = inner[at] * scales[slot + c];
+          values[first + at] = value;
+          rest[first + at] = target[first + at] - value;
+        }
+      }
     }
   }
   return { codes: codes.slice(), zeros, scales, values };
 }
 
-/** Moves one group's scales [columns] to their optima, in place; returns the moves. */
+/** Moves one group's scales [columns] to their optima, in place. */
 function moveScales(
   scales: Float32Array,
   inner: Float32Array,
   residual: Float32Array,
   product: Float32Array,
-): Float64Array {
+): void {
   const columns = scales.length;
   const numerator = new Float64Array(columns);
   const denominator = new Float64Array(columns);
@@ -81,7 +83,6 @@ function moveScales(
       denominator[c] += inner[at] * product[at];
     }
   }
-  const moves = new Float64Array(columns);
   for (let c = 0; c < columns; c++) {
     if (!(denominator[c] > 0)) continue;
     const scale = scales[c];
@@ -91,14 +92,12 @@ function moveScales(
     // The error changes by this much; after rounding to f16 it may be none.
     if (move * (denominator[c] * move - 2 * numerator[c]) >= 0) continue;
     scales[c] = moved;
-    moves[c] = move;
   }
-  return moves;
 }
 
-/** [begin:, begin:begin+count] of a square matrix. */
-function lowerColumns(matrix: Float32Array, n: number, begin: number, count: number): Float32Array {
-  const out = new Float32Array((n - begin) * count);
-  for (let r = begin; r < n; r++) out.set(matrix.subarray(r * n + begin, r * n + begin + count), (r - begin) * count);
+/** Columns [begin, begin + count) of rows [count, n]. */
+function ownBlock(rows: Float32Array, n: number, begin: number, count: number): Float32Array {
+  const out = new Float32Array(count * count);
+  for (let r = 0; r < count; r++) out.set(rows.subarray(r * n + begin, r * n + begin + count), r * count);
   return out;
 }

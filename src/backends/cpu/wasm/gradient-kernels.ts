@@ -5,7 +5,7 @@ import type { AdamWStep, ElementLoss } from '../../../ops/gradients.js';
 import type { KernelPool } from '../pool.js';
 import type { Pointer } from './arena.js';
 import type { RopeTable, RowTransform } from './forward-kernels.js';
-import { checkGrid, checkLength, CHUNK } from './transform-kernels.js';
+import { checkGrid, checkLength, CHUNK, panelBytes, panelColumns } from './transform-kernels.js';
 
 /** Rows whose contributions to a weight's gradient are summed together, as in the kernels. */
 const ROW_CHUNK = 64;
@@ -229,7 +229,7 @@ export function rotateGradient(
   const half = groupSize / 2;
   const groups = channels / groupSize;
   const { arena } = pool;
-  pool.ensureScratch(krot * half * 16 + 2 * groupSize * CHUNK * 4);
+  pool.ensureScratch(krot * half * 16 + panelBytes(groupSize, 2 * CHUNK));
   const angleSums = new Float64Array(theta.length);
   const scaleSums = new Float64Array(channels);
   eachBand(rows, bandRows(channels * 16), (begin, end) =>
@@ -242,8 +242,8 @@ export function rotateGradient(
       pool.run('transpose', Math.ceil(count / 32), [source, xT, count, channels]);
       pool.run('transpose', Math.ceil(count / 32), [gradient, gT, count, channels]);
       if (krot > 0) {
-        const panel = 32 * Math.max(1, Math.min(8, Math.floor(1024 / groupSize)));
-        pool.ensureScratch(groupSize * panel * 4);
+        const panel = panelColumns(groupSize);
+        pool.ensureScratch(panelBytes(groupSize, panel));
         const units = groups * Math.ceil(count / panel);
         pool.run('transformChannels', units, [xT, yT, count, groupSize, krot, table, factors, 0, panel]);
         const chunks = Math.ceil(count / CHUNK);

@@ -1,4 +1,4 @@
-// Wrappers of the float64 kernels that blocked Cholesky is built from. Matrices are dense row-major, triangles lower.
+// Wrappers of the float64 kernels that inverse Cholesky factors are built from. Matrices are dense row-major, triangles lower.
 import type { KernelPool } from '../pool.js';
 import type { Pointer } from './arena.js';
 import { checkLength } from './transform-kernels.js';
@@ -24,24 +24,6 @@ export function cholesky(pool: KernelPool, a: Float64Array, n: number): number {
     const failed = pool.call('cholesky', pointer, n);
     read(pool, pointer, a);
     return failed;
-  });
-}
-
-/** Solves X · Lᵀ = B in place: B [rows, n], L lower [n, n]. */
-export function solveLowerTransposed(
-  pool: KernelPool,
-  b: Float64Array,
-  rows: number,
-  l: Float64Array,
-  n: number,
-): void {
-  checkLength('right-hand side', b, rows * n);
-  checkLength('triangle', l, n * n);
-  pool.arena.scoped(() => {
-    const right = push(pool, b);
-    const triangle = push(pool, l);
-    pool.run('solveLowerTransposed', rows, [right, triangle, n], Math.ceil(40_000 / (n * n)));
-    read(pool, right, b);
   });
 }
 

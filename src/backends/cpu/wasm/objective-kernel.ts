@@ -7,6 +7,7 @@ import {
   checkLength,
   checkRotation,
   CHUNK,
+  panelBytes,
   panelColumns,
   reciprocals,
   rotationTableBytes,
@@ -93,7 +94,7 @@ export class ObjectiveKernel {
     }
     arena.f32.set(spec.weight, this.#pointers.w >>> 2);
     writePairs(pool, this.#pointers.table, this.#spec);
-    const panels = Math.max(panelColumns(groupSize), 2 * CHUNK) * groupSize * 4;
+    const panels = panelBytes(groupSize, Math.max(panelColumns(groupSize), 2 * CHUNK));
     pool.ensureScratch(SCRATCH_HEAD + panels + Math.max(16, krot * (groupSize / 2) * 16));
   }
 

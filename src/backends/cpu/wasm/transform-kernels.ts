@@ -3,8 +3,9 @@ import { ensure } from '../../../core/errors.js';
 import type { KernelPool } from '../pool.js';
 import type { Pointer } from './arena.js';
 
-/** Columns of a wide tile in the kernels. */
+/** Columns of a wide tile in the kernels, and of a narrow one. */
 export const TILE = 32;
+const NARROW_TILE = 16;
 /** Matrices are staged in bands of about this many bytes: enough to share out, small enough for the L3 cache. */
 const BAND_BYTES = 8 * 1024 * 1024;
 
@@ -15,6 +16,14 @@ export const CHUNK = 128;
 export function panelColumns(groupSize: number): number {
   return TILE * Math.max(1, Math.min(8, Math.floor(1024 / groupSize)));
 }
+
+/** Bytes of scratch for a panel of `columns` columns of a group: its tiles, and what lies between them. */
+export function panelBytes(groupSize: number, columns: number): number {
+  return groupSize * columns * 4 + Math.ceil(columns / NARROW_TILE) * 128;
+}
+
+/** Least cosine of an angle that is done by shears: tan(θ/2) ≤ 3. */
+const SHEAR_COS = -0.8;
 
 /** Where rotations act: `pairs` [krot, channels] read two by two, local to groups of `groupSize` channels. */
 export interface RotationSpec {
@@ -69,18 +78,25 @@ export function writePairs(pool: KernelPool, table: Pointer, spec: RotationSpec)
   }
 }
 
-/** Writes cos and sin (computed in f64) of theta [krot, channels / 2] into a rotation table. */
+/** Writes theta [krot, channels / 2] (functions computed in f64) into a rotation table, see rotation.ts for its two forms. */
 export function writeAngles(pool: KernelPool, table: Pointer, spec: RotationSpec, theta: Float32Array): void {
   const { channels, groupSize, krot } = spec;
   const floats = pool.arena.f32;
+  const words = pool.arena.u32;
   const half = groupSize >> 1;
   let at = (table >>> 2) + 2;
   for (let group = 0; group < (krot && channels / groupSize); group++) {
     for (let k = 0; k < krot; k++) {
       let from = k * (channels >> 1) + group * half;
       for (let p = 0; p < half; p++, at += 4, from++) {
-        floats[at] = Math.cos(theta[from]);
-        floats[at + 1] = Math.sin(theta[from]);
+        const angle = theta[from];
+        const cos = Math.cos(angle);
+        const sin = Math.sin(angle);
+        const plain = !(cos >= SHEAR_COS);
+        // tan(θ/2)
+        floats[at] = plain ? cos : sin / (1 + cos);
+        floats[at + 1] = sin;
+        words[at - 2] = (words[at - 2] & ~1) | (plain ? 1 : 0);
       }
     }
   }
@@ -118,7 +134,7 @@ export function transformChannels(
   const inverse = direction === 'inverse';
   const { arena } = pool;
   const panel = panelColumns(groupSize);
-  pool.ensureScratch(groupSize * panel * 4);
+  pool.ensureScratch(panelBytes(groupSize, panel));
   arena.scoped(() => {
     const table = arena.scratch(rotationTableBytes(spec));
     writePairs(pool, table, spec);

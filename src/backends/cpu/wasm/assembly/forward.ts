@@ -1,6 +1,6 @@
 // The forward pass's small kernels on row-major activations: norms, rotations of rows, SiLU·up, heads with RoPE.
 import { exp4, sumLanes, transpose4 } from './math';
-import { ENTRY_SHIFT, rotateAllWide } from './rotation';
+import { ENTRY_SHIFT, rotateAllWide, rotateThin } from './rotation';
 
 /** Σ x² of n floats. */
 function sumSquares(x: usize, n: u32): f32 {
@@ -65,21 +65,6 @@ export function siluMul(begin: u32, end: u32, scratch: usize, gateUp: usize, out
       const g = v128.load32_splat(gate + at);
       store<f32>(to + at, f32x4.extract_lane(f32x4.div(g, f32x4.add(one, exp4(f32x4.neg(g)))), 0) * load<f32>(up + at));
     }
-  }
-}
-
-/** One rotation of a tile of 4 columns (rows of 16 bytes); table offsets are those of a wide tile. */
-function rotateThin(tile: usize, table: usize, pairs: u32): void {
-  const end = table + (<usize>pairs << ENTRY_SHIFT);
-  for (let e = table; e < end; e += 16) {
-    const p = tile + (load<u32>(e) >> 3);
-    const q = tile + (load<u32>(e, 4) >> 3);
-    const c = v128.load32_splat(e, 8);
-    const s = v128.load32_splat(e, 12);
-    const x = v128.load(p);
-    const y = v128.load(q);
-    v128.store(p, f32x4.add(f32x4.mul(x, c), f32x4.mul(y, s)));
-    v128.store(q, f32x4.sub(f32x4.mul(y, c), f32x4.mul(x, s)));
   }
 }
 

@@ -6,7 +6,7 @@ export { fakeQuantize } from './grid';
 export { objectiveForward, objectiveBackward, reduceChunks } from './objective';
 export { gptqBlock } from './gptq';
 export { descentBlock } from './descent';
-export { cholesky, solveLowerTransposed, invertLower, transpose } from './linalg';
+export { cholesky, invertLower, transpose } from './linalg';
 export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
 export { attention, appendCache } from './attention';
 export { hadamardRows } from './hadamard';

@@ -37,19 +37,6 @@ export function cholesky(a: usize, n: u32): i32 {
   return -1;
 }
 
-/** Solves X·Lᵀ = B in place, row by row: B [rows, n], L lower [n, n]; units are rows. */
-export function solveLowerTransposed(begin: u32, end: u32, scratch: usize, b: usize, l: usize, n: u32): void {
-  const step = <usize>n << 3;
-  for (let r = begin; r < end; r++) {
-    const row = b + r * step;
-    for (let j: u32 = 0; j < n; j++) {
-      const other = l + j * step;
-      const at = <usize>j << 3;
-      store<f64>(row + at, (load<f64>(row + at) - dotDouble(row, other, j)) / load<f64>(other + at));
-    }
-  }
-}
-
 /** Inverse of a lower triangle [n, n] into `out` (zero above the diagonal). */
 export function invertLower(l: usize, out: usize, n: u32): void {
   const step = <usize>n << 3;

@@ -3,7 +3,7 @@
 //
 // A block is what has to be seen before anything in it can be rounded: one rotation group with the grid groups in it, or
 // one grid group with the rotation groups in it (one of the two sizes divides the other; "split" is the latter).
-import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, loadWide, storeWide, loadNarrow, storeNarrow, move16 } from './tile';
+import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, loadWide, storeWide, loadNarrow, storeNarrow, move16 } from './tile';
 import { CHUNK, ENTRY_SHIFT, foldAngles, rotateAllWide, rotateGradient } from './rotation';
 import {
   GRID_BYTES, MINIMUM, MAXIMUM, startRange, widenRange, finishGrid, roundStrip, scaleGradient, spreadScaleGradient,
@@ -41,7 +41,7 @@ export function objectiveForward(
   const block = max(size, gridSize);
   const split = gridSize > size;
   const span = min(size, gridSize);
-  const apart = <usize>size << WIDE_SHIFT;
+  const apart = tileBytes(size, WIDE_SHIFT);
   const tiles = scratch + HEAD;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / panels;
@@ -146,7 +146,7 @@ export function objectiveBackward(
   const split = gridSize > size;
   const span = min(size, gridSize);
   const half = channels >> 1;
-  const apart = <usize>size << NARROW_SHIFT;
+  const apart = tileBytes(size, NARROW_SHIFT);
   const lanes = scratch + HEAD;
   const h = lanes + tableBytes;
   const z = h + apart * (CHUNK / NARROW);

@@ -1,56 +1,82 @@
 // Pairwise rotations of channel-major matrices, and their gradients.
 //
 // A rotation table holds, per group and rotation, one 16-byte entry per pair: byte offsets of rows i and j in a wide
-// tile (u32 each), cos and sin (f32). Rotating by −θ is rotating by θ with i and j exchanged, so the inverse reads the
-// same table with the two offsets swapped (`first` = 4 instead of 0).
-import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, loadWide, storeWide, loadNarrow, storeNarrow } from './tile';
+// tile (u32 each), and two f32. Most angles are done as three shears,
+//   x ← x + t·y,  y ← y − s·x,  x ← x + t·y   with t = tan(θ/2), s = sin θ,
+// three multiplications and three additions where the matrix takes four and two: processors have as many units for the one as
+// for the other. The few angles near a half turn, where t grows without bound (and rounding errors by t²), have bit 0 of their
+// first offset set and hold cos and sin.
+// Rotating by −θ is rotating by θ with i and j exchanged, so the inverse reads the same table with the two offsets
+// swapped (`first` = 4 instead of 0).
+import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, loadWide, storeWide, loadNarrow, storeNarrow } from './tile';
 
 /** Bytes of one pair in a rotation table. */
 export const ENTRY_SHIFT: u32 = 4;
 /** Columns whose gradients are summed together, a fixed number so that sums do not depend on threads. */
 export const CHUNK: u32 = 128;
 
+/** Bit of the first offset that marks an entry with cos and sin. */
+const PLAIN: u32 = 1;
+
+/** Four columns of a pair, in place. */
+// @ts-ignore: decorator
+@inline
+function shear(p: usize, q: usize, t: v128, s: v128): void {
+  let x = v128.load(p);
+  let y = v128.load(q);
+  x = f32x4.add(x, f32x4.mul(y, t));
+  y = f32x4.sub(y, f32x4.mul(x, s));
+  v128.store(q, y);
+  v128.store(p, f32x4.add(x, f32x4.mul(y, t)));
+}
+
+// @ts-ignore: decorator
+@inline
+function turn(p: usize, q: usize, c: v128, s: v128): void {
+  const x = v128.load(p);
+  const y = v128.load(q);
+  v128.store(p, f32x4.add(f32x4.mul(x, c), f32x4.mul(y, s)));
+  v128.store(q, f32x4.sub(f32x4.mul(y, c), f32x4.mul(x, s)));
+}
+
 /** One rotation of a wide tile. */
 export function rotateWide(tile: usize, table: usize, pairs: u32, first: usize): void {
   const second: usize = 4 - first;
   const end = table + (<usize>pairs << ENTRY_SHIFT);
   for (let e = table; e < end; e += 16) {
-    const p = tile + load<u32>(e + first);
-    const q = tile + load<u32>(e + second);
-    const c = v128.load32_splat(e, 8);
+    const i = load<u32>(e + first);
+    const j = load<u32>(e + second);
+    const t = v128.load32_splat(e, 8);
     const s = v128.load32_splat(e, 12);
-    let x0 = v128.load(p);
-    let y0 = v128.load(q);
-    let x1 = v128.load(p, 16);
-    let y1 = v128.load(q, 16);
-    v128.store(p, f32x4.add(f32x4.mul(x0, c), f32x4.mul(y0, s)));
-    v128.store(q, f32x4.sub(f32x4.mul(y0, c), f32x4.mul(x0, s)));
-    v128.store(p, f32x4.add(f32x4.mul(x1, c), f32x4.mul(y1, s)), 16);
-    v128.store(q, f32x4.sub(f32x4.mul(y1, c), f32x4.mul(x1, s)), 16);
-    x0 = v128.load(p, 32);
-    y0 = v128.load(q, 32);
-    x1 = v128.load(p, 48);
-    y1 = v128.load(q, 48);
-    v128.store(p, f32x4.add(f32x4.mul(x0, c), f32x4.mul(y0, s)), 32);
-    v128.store(q, f32x4.sub(f32x4.mul(y0, c), f32x4.mul(x0, s)), 32);
-    v128.store(p, f32x4.add(f32x4.mul(x1, c), f32x4.mul(y1, s)), 48);
-    v128.store(q, f32x4.sub(f32x4.mul(y1, c), f32x4.mul(x1, s)), 48);
-    x0 = v128.load(p, 64);
-    y0 = v128.load(q, 64);
-    x1 = v128.load(p, 80);
-    y1 = v128.load(q, 80);
-    v128.store(p, f32x4.add(f32x4.mul(x0, c), f32x4.mul(y0, s)), 64);
-    v128.store(q, f32x4.sub(f32x4.mul(y0, c), f32x4.mul(x0, s)), 64);
-    v128.store(p, f32x4.add(f32x4.mul(x1, c), f32x4.mul(y1, s)), 80);
-    v128.store(q, f32x4.sub(f32x4.mul(y1, c), f32x4.mul(x1, s)), 80);
-    x0 = v128.load(p, 96);
-    y0 = v128.load(q, 96);
-    x1 = v128.load(p, 112);
-    y1 = v128.load(q, 112);
-    v128.store(p, f32x4.add(f32x4.mul(x0, c), f32x4.mul(y0, s)), 96);
-    v128.store(q, f32x4.sub(f32x4.mul(y0, c), f32x4.mul(x0, s)), 96);
-    v128.store(p, f32x4.add(f32x4.mul(x1, c), f32x4.mul(y1, s)), 112);
-    v128.store(q, f32x4.sub(f32x4.mul(y1, c), f32x4.mul(x1, s)), 112);
+    if ((i | j) & PLAIN) {
+      const p = tile + (i & ~PLAIN);
+      const q = tile + (j & ~PLAIN);
+      for (let at: usize = 0; at < 128; at += 16) turn(p + at, q + at, t, s);
+    } else {
+      const p = tile + i;
+      const q = tile + j;
+      shear(p, q, t, s);
+      shear(p + 16, q + 16, t, s);
+      shear(p + 32, q + 32, t, s);
+      shear(p + 48, q + 48, t, s);
+      shear(p + 64, q + 64, t, s);
+      shear(p + 80, q + 80, t, s);
+      shear(p + 96, q + 96, t, s);
+      shear(p + 112, q + 112, t, s);
+    }
+  }
+}
+
+/** One rotation of a tile of 4 columns (rows of 16 bytes). */
+export function rotateThin(tile: usize, table: usize, pairs: u32): void {
+  const end = table + (<usize>pairs << ENTRY_SHIFT);
+  for (let e = table; e < end; e += 16) {
+    const i = load<u32>(e);
+    const q = tile + (load<u32>(e, 4) >> 3);
+    const t = v128.load32_splat(e, 8);
+    const s = v128.load32_splat(e, 12);
+    if (i & PLAIN) turn(tile + (i >> 3), q, t, s);
+    else shear(tile + (i >> 3), q, t, s);
   }
 }
 
@@ -64,6 +90,35 @@ export function rotateAllWide(tile: usize, table: usize, pairs: u32, rotations: 
   }
 }
 
+/** The cross product g_i·y_j − g_j·y_i of four columns, which are then rotated. */
+// @ts-ignore: decorator
+@inline
+function shearBoth(gp: usize, gq: usize, yp: usize, yq: usize, t: v128, s: v128): v128 {
+  let a = v128.load(gp);
+  let b = v128.load(gq);
+  let u = v128.load(yp);
+  let v = v128.load(yq);
+  const cross = f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u));
+  a = f32x4.add(a, f32x4.mul(b, t));
+  u = f32x4.add(u, f32x4.mul(v, t));
+  b = f32x4.sub(b, f32x4.mul(a, s));
+  v = f32x4.sub(v, f32x4.mul(u, s));
+  v128.store(gq, b);
+  v128.store(yq, v);
+  v128.store(gp, f32x4.add(a, f32x4.mul(b, t)));
+  v128.store(yp, f32x4.add(u, f32x4.mul(v, t)));
+  return cross;
+}
+
+// @ts-ignore: decorator
+@inline
+function turnBoth(gp: usize, gq: usize, yp: usize, yq: usize, c: v128, s: v128): v128 {
+  const cross = f32x4.sub(f32x4.mul(v128.load(gp), v128.load(yq)), f32x4.mul(v128.load(gq), v128.load(yp)));
+  turn(gp, gq, c, s);
+  turn(yp, yq, c, s);
+  return cross;
+}
+
 /**
  * One rotation of two narrow tiles, the gradient g and the value y it belongs to. Subtracts each pair's cross product
  * g_i·y_j − g_j·y_i from sums[pair], lane by lane (f32x4; folded by foldAngles after a chunk of columns). The cross
@@ -73,51 +128,26 @@ export function rotateGradient(g: usize, y: usize, table: usize, pairs: u32, fir
   const second: usize = 4 - first;
   const end = table + (<usize>pairs << ENTRY_SHIFT);
   for (let e = table; e < end; e += 16) {
-    const i = load<u32>(e + first) >> 1;
-    const j = load<u32>(e + second) >> 1;
-    const c = v128.load32_splat(e, 8);
+    const i = load<u32>(e + first);
+    const j = load<u32>(e + second);
+    const t = v128.load32_splat(e, 8);
     const s = v128.load32_splat(e, 12);
-    const gp = g + i;
-    const gq = g + j;
-    const yp = y + i;
-    const yq = y + j;
-    let a = v128.load(gp);
-    let b = v128.load(gq);
-    let u = v128.load(yp);
-    let v = v128.load(yq);
-    let cross = f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u));
-    v128.store(gp, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, s)));
-    v128.store(gq, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, s)));
-    v128.store(yp, f32x4.add(f32x4.mul(u, c), f32x4.mul(v, s)));
-    v128.store(yq, f32x4.sub(f32x4.mul(v, c), f32x4.mul(u, s)));
-    a = v128.load(gp, 16);
-    b = v128.load(gq, 16);
-    u = v128.load(yp, 16);
-    v = v128.load(yq, 16);
-    cross = f32x4.add(cross, f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u)));
-    v128.store(gp, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, s)), 16);
-    v128.store(gq, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, s)), 16);
-    v128.store(yp, f32x4.add(f32x4.mul(u, c), f32x4.mul(v, s)), 16);
-    v128.store(yq, f32x4.sub(f32x4.mul(v, c), f32x4.mul(u, s)), 16);
-    a = v128.load(gp, 32);
-    b = v128.load(gq, 32);
-    u = v128.load(yp, 32);
-    v = v128.load(yq, 32);
-    let cross2 = f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u));
-    v128.store(gp, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, s)), 32);
-    v128.store(gq, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, s)), 32);
-    v128.store(yp, f32x4.add(f32x4.mul(u, c), f32x4.mul(v, s)), 32);
-    v128.store(yq, f32x4.sub(f32x4.mul(v, c), f32x4.mul(u, s)), 32);
-    a = v128.load(gp, 48);
-    b = v128.load(gq, 48);
-    u = v128.load(yp, 48);
-    v = v128.load(yq, 48);
-    cross2 = f32x4.add(cross2, f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u)));
-    v128.store(gp, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, s)), 48);
-    v128.store(gq, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, s)), 48);
-    v128.store(yp, f32x4.add(f32x4.mul(u, c), f32x4.mul(v, s)), 48);
-    v128.store(yq, f32x4.sub(f32x4.mul(v, c), f32x4.mul(u, s)), 48);
-    v128.store(sums, f32x4.sub(v128.load(sums), f32x4.add(cross, cross2)));
+    // Rows of a narrow tile are half as long; the mark falls off.
+    const gp = g + (i >> 1);
+    const gq = g + (j >> 1);
+    const yp = y + (i >> 1);
+    const yq = y + (j >> 1);
+    let cross = v128.load(sums);
+    if ((i | j) & PLAIN) {
+      for (let at: usize = 0; at < 64; at += 16) cross = f32x4.sub(cross, turnBoth(gp + at, gq + at, yp + at, yq + at, t, s));
+    } else {
+      const c0 = shearBoth(gp, gq, yp, yq, t, s);
+      const c1 = shearBoth(gp + 16, gq + 16, yp + 16, yq + 16, t, s);
+      const c2 = shearBoth(gp + 32, gq + 32, yp + 32, yq + 32, t, s);
+      const c3 = shearBoth(gp + 48, gq + 48, yp + 48, yq + 48, t, s);
+      cross = f32x4.sub(cross, f32x4.add(f32x4.add(c0, c1), f32x4.add(c2, c3)));
+    }
+    v128.store(sums, cross);
     sums += 16;
   }
 }
@@ -135,6 +165,63 @@ export function foldAngles(lanes: usize, count: u32, sums: usize): void {
   }
 }
 
+/** cos θ of an entry: stored, or 1 − sin θ · tan(θ/2). */
+// @ts-ignore: decorator
+@inline
+function cosine(entry: usize): f32 {
+  const w = load<f32>(entry, 8);
+  return load<u32>(entry) & PLAIN ? w : 1 - load<f32>(entry, 12) * w;
+}
+
+/** 16 columns of a pair: p' ← a·p + b·q, q' ← c·p + d·q. */
+// @ts-ignore: decorator
+@inline
+function combine16(p: usize, q: usize, toP: usize, toQ: usize, a: v128, b: v128, c: v128, d: v128): void {
+  for (let at: usize = 0; at < 64; at += 16) {
+    const x = v128.load(p + at);
+    const y = v128.load(q + at);
+    v128.store(toP + at, f32x4.add(f32x4.mul(x, a), f32x4.mul(y, b)));
+    v128.store(toQ + at, f32x4.add(f32x4.mul(x, c), f32x4.mul(y, d)));
+  }
+}
+
+/**
+ * The first rotation of a panel straight from memory into its tiles (`load`), or the last one straight back: filling and
+ * emptying tiles costs as many stores as a rotation. `rows` is the group's first row in memory; width a multiple of WIDE.
+ */
+function rotateMemory(
+  rows: usize, stride: usize, width: u32, tiles: usize, apart: usize, table: usize, pairs: u32, first: usize, scales: usize, load_: bool,
+): void {
+  const second: usize = 4 - first;
+  const end = table + (<usize>pairs << ENTRY_SHIFT);
+  for (let e = table; e < end; e += 16) {
+    const i = load<u32>(e + first) & ~PLAIN;
+    const j = load<u32>(e + second) & ~PLAIN;
+    const ri = i >> WIDE_SHIFT;
+    const rj = j >> WIDE_SHIFT;
+    const fi: f32 = scales ? load<f32>(scales + (<usize>ri << 2)) : 1;
+    const fj: f32 = scales ? load<f32>(scales + (<usize>rj << 2)) : 1;
+    const cos = cosine(e);
+    const sin = load<f32>(e, 12);
+    // Rows' scales multiply what goes in, or what comes out.
+    const a = f32x4.splat(cos * fi), d = f32x4.splat(cos * fj);
+    const b = f32x4.splat(sin * (load_ ? fj : fi)), c = f32x4.splat(-sin * (load_ ? fi : fj));
+    let p = rows + ri * stride;
+    let q = rows + rj * stride;
+    let tp = tiles + i;
+    let tq = tiles + j;
+    for (const stop = p + (<usize>width << 2); p < stop; p += 128, q += 128, tp += apart, tq += apart) {
+      if (load_) {
+        combine16(p, q, tp, tq, a, b, c, d);
+        combine16(p + 64, q + 64, tp + 64, tq + 64, a, b, c, d);
+      } else {
+        combine16(tp, tq, p, q, a, b, c, d);
+        combine16(tp + 64, tq + 64, p + 64, q + 64, a, b, c, d);
+      }
+    }
+  }
+}
+
 /**
  * T or T⁻¹ of a matrix [groups·size, columns]: units are (group, panel of `panel` columns, a multiple of 32), panel
  * fastest. `scales` multiply rows before the rotations, or after them when `inverse`.
@@ -146,18 +233,30 @@ export function transformChannels(
   const panels = (columns + panel - 1) / panel;
   const stride = <usize>columns << 2;
   const pairs = size >> 1;
-  const tableBytes = (<usize>(pairs * rotations)) << ENTRY_SHIFT;
-  const apart = <usize>size << WIDE_SHIFT;
+  const rotationBytes = <usize>pairs << ENTRY_SHIFT;
+  const tableBytes = rotationBytes * rotations;
+  const apart = tileBytes(size, WIDE_SHIFT);
+  const first: usize = inverse ? 4 : 0;
   for (let unit = begin; unit < end; unit++) {
     const group = unit / panels;
     const column = (unit - group * panels) * panel;
     const width = min(columns - column, panel);
     const at = <usize>group * size * stride + (<usize>column << 2);
     const s = scales ? scales + (<usize>(group * size) << 2) : 0;
+    const entries = table + group * tableBytes;
+    if (rotations > 1 && width % WIDE == 0) {
+      const last = entries + (rotations - 1) * rotationBytes;
+      rotateMemory(src + at, stride, width, scratch, apart, inverse ? last : entries, pairs, first, inverse ? 0 : s, true);
+      for (let tile = scratch; tile < scratch + (width >> 5) * apart; tile += apart) {
+        rotateAllWide(tile, entries + rotationBytes, pairs, rotations - 2, inverse != 0);
+      }
+      rotateMemory(dst + at, stride, width, scratch, apart, inverse ? entries : last, pairs, first, inverse ? s : 0, false);
+      continue;
+    }
     loadWide(src + at, stride, size, width, scratch, apart, inverse ? 0 : s);
     let tile = scratch;
     for (let c: u32 = 0; c < width; c += WIDE) {
-      rotateAllWide(tile, table + group * tableBytes, pairs, rotations, inverse != 0);
+      rotateAllWide(tile, entries, pairs, rotations, inverse != 0);
       tile += apart;
     }
     storeWide(scratch, apart, size, width, dst + at, stride, inverse ? s : 0);
@@ -165,7 +264,46 @@ export function transformChannels(
 }
 
 /**
- * Gradient of plain rotations, for the benchmark: from values y after all rotations and ∂L/∂y, ∂L/∂x into `dst` and the
+ * As rotateMemory for the last rotation's gradient, read from memory (`load_`), or the first one's, of which only ∂L/∂x is
+ * written: rows of g and y in memory, narrow tiles of both. A pair's sums stay in a register over the whole chunk.
+ */
+function rotateGradientMemory(
+  gRows: usize, yRows: usize, stride: usize, width: u32, g: usize, y: usize, apart: usize, table: usize, pairs: u32, sums: usize, load_: bool,
+): void {
+  const end = table + (<usize>pairs << ENTRY_SHIFT);
+  for (let e = table; e < end; e += 16, sums += 16) {
+    // Backwards: rows j and i.
+    const i = load<u32>(e, 4);
+    const j = load<u32>(e) & ~PLAIN;
+    const c = f32x4.splat(cosine(e)), t = v128.load32_splat(e, 12);
+    let gp = g + (i >> 1), gq = g + (j >> 1), yp = y + (i >> 1), yq = y + (j >> 1);
+    let gi = gRows + (i >> WIDE_SHIFT) * stride, gj = gRows + (j >> WIDE_SHIFT) * stride;
+    let yi = yRows + (i >> WIDE_SHIFT) * stride, yj = yRows + (j >> WIDE_SHIFT) * stride;
+    let sum = v128.load(sums);
+    for (const stop = gi + (<usize>width << 2); gi < stop; gi += 64, gj += 64, yi += 64, yj += 64) {
+      for (let at: usize = 0; at < 64; at += 16) {
+        if (load_) {
+          const a = v128.load(gi + at), b = v128.load(gj + at), u = v128.load(yi + at), v = v128.load(yj + at);
+          sum = f32x4.sub(sum, f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u)));
+          v128.store(gp + at, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, t)));
+          v128.store(gq + at, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, t)));
+          v128.store(yp + at, f32x4.add(f32x4.mul(u, c), f32x4.mul(v, t)));
+          v128.store(yq + at, f32x4.sub(f32x4.mul(v, c), f32x4.mul(u, t)));
+        } else {
+          const a = v128.load(gp + at), b = v128.load(gq + at), u = v128.load(yp + at), v = v128.load(yq + at);
+          sum = f32x4.sub(sum, f32x4.sub(f32x4.mul(a, v), f32x4.mul(b, u)));
+          v128.store(gi + at, f32x4.add(f32x4.mul(a, c), f32x4.mul(b, t)));
+          v128.store(gj + at, f32x4.sub(f32x4.mul(b, c), f32x4.mul(a, t)));
+        }
+      }
+      gp += apart; gq += apart; yp += apart; yq += apart;
+    }
+    v128.store(sums, sum);
+  }
+}
+
+/**
+ * Gradient of plain rotations: from values y after all rotations and ∂L/∂y, ∂L/∂x into `dst` (may be the gradient) and the
  * angle gradients into sums (f64, [chunk][group][rotation][pair], zeroed here). Units are (group, chunk of CHUNK columns).
  */
 export function rotationGradient(
@@ -175,8 +313,9 @@ export function rotationGradient(
   const chunks = (columns + CHUNK - 1) / CHUNK;
   const stride = <usize>columns << 2;
   const pairs = size >> 1;
-  const tableBytes = (<usize>(pairs * rotations)) << ENTRY_SHIFT;
-  const apart = <usize>size << NARROW_SHIFT;
+  const rotationBytes = <usize>pairs << ENTRY_SHIFT;
+  const tableBytes = rotationBytes * rotations;
+  const apart = tileBytes(size, NARROW_SHIFT);
   const lanes = scratch;
   const g = lanes + tableBytes;
   const values = g + apart * (CHUNK / NARROW);
@@ -187,15 +326,24 @@ export function rotationGradient(
     const column = chunk * CHUNK;
     const width = min(columns - column, CHUNK);
     const at = <usize>group * size * stride + (<usize>column << 2);
-    loadNarrow(gradient + at, stride, size, width, g, apart, 0);
-    loadNarrow(y + at, stride, size, width, values, apart, 0);
+    const entries = table + group * tableBytes;
+    const fused = rotations > 1 && width % NARROW == 0;
+    const last = rotationBytes * (rotations - 1);
+    if (fused) {
+      rotateGradientMemory(gradient + at, y + at, stride, width, g, values, apart, entries + last, pairs, lanes + last, true);
+    } else {
+      loadNarrow(gradient + at, stride, size, width, g, apart, 0);
+      loadNarrow(y + at, stride, size, width, values, apart, 0);
+    }
+    const least = fused ? rotationBytes : 0;
     for (let c: usize = 0; c < <usize>((width + NARROW - 1) / NARROW) * apart; c += apart) {
-      for (let k = rotations; k > 0; k--) {
-        const here = <usize>((k - 1) * pairs) << ENTRY_SHIFT;
-        rotateGradient(g + c, values + c, table + group * tableBytes + here, pairs, 4, lanes + here);
+      for (let here = fused ? last : tableBytes; here > least; ) {
+        here -= rotationBytes;
+        rotateGradient(g + c, values + c, entries + here, pairs, 4, lanes + here);
       }
     }
-    storeNarrow(g, apart, size, width, dst + at, stride);
+    if (fused) rotateGradientMemory(dst + at, 0, stride, width, g, values, apart, entries, pairs, lanes, false);
+    else storeNarrow(g, apart, size, width, dst + at, stride);
     const out = sums + ((<usize>(chunk * groups + group) * (pairs * rotations)) << 3);
     memory.fill(out, 0, <usize>(pairs * rotations) << 3);
     foldAngles(lanes, pairs * rotations, out);

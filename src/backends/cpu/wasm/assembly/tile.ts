@@ -12,6 +12,13 @@ export const WIDE_SHIFT: u32 = 7;
 export const NARROW: u32 = 16;
 export const NARROW_SHIFT: u32 = 6;
 
+/** Bytes between tiles of a panel: two cache lines more than a tile, or the same row of all of them would fall into one cache set. */
+// @ts-ignore: decorator
+@inline
+export function tileBytes(rows: u32, shift: u32): usize {
+  return (<usize>rows << shift) + 128;
+}
+
 /** Copies `columns` floats to `to`, each times s, then zeros up to `width`. */
 function copyPadded(from: usize, to: usize, columns: u32, width: u32, s: v128): void {
   let c: u32 = 0;
