@@ -2,6 +2,7 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { activationKernel } from '../../../src/backends/webgpu/fast/activations.js';
 import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
+import { wholeAttentionKernel } from '../../../src/backends/webgpu/fast/attention-whole.js';
 import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
 import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
 import { gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
@@ -22,20 +23,26 @@ const kernels: Kernel[] = [
       ...[1, 2, 4].map((split) =>
         gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true }),
       ),
+      ...bools.map((bias) =>
+        gemvKernel({
+          f16,
+          shuffle,
+          rows: 4,
+          teams: 4,
+          split: 2,
+          batch: 1,
+          groupSize: 64,
+          residual: false,
+          bias,
+          products: 3,
+        }),
+      ),
       ...(['f16', 'bf16'] as const).map((weights) =>
         denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2, weights }),
       ),
       ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
-        [32, 64, 128].flatMap((groupSize) =>
-          (
-            [
-              ['any', 0],
-              ['any', 8],
-              ['xor', 8],
-            ] as const
-          ).map(([pairing, krot]) =>
-            activationKernel({ f16, shuffle, source, krot, pairing, groupSize, splits: 4, headDim: 128 }),
-          ),
+        [0, 4].flatMap((stages) =>
+          [128, 256].map((threads) => activationKernel({ shuffle, source, stages, threads, splits: 5, headDim: 64 })),
         ),
       ),
       ...[16, 64, 128, 256].map((headDim) =>
@@ -48,7 +55,25 @@ const kernels: Kernel[] = [
           qkNorm: true,
           splits: 4,
           window: 0,
+          together: 4,
+          teams: 4,
+          unroll: 4,
         }),
+      ),
+      ...[8, 32].flatMap((teams) =>
+        bools.map((qkNorm) =>
+          wholeAttentionKernel({
+            shuffle,
+            heads: 8,
+            kvHeads: 2,
+            rotaryDim: 128,
+            qkNorm,
+            window: 0,
+            teams,
+            unroll: 2,
+            stages: qkNorm ? 4 : 0,
+          }),
+        ),
       ),
       rotateRowsKernel({ f16, krot: 8, groupSize: 128, unroll: 8 }),
     ]),

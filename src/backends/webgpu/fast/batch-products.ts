@@ -1,5 +1,5 @@
 // Which kernel multiplies by a weight when a plan decodes several sequences, and in what shape.
-import type { GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
+import type { BufferSlice, GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
 import { batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
 import { variants } from '../kernel.js';
 import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
@@ -52,7 +52,9 @@ export interface BatchProduct {
   readonly bias: boolean;
   /** Where the activations come from. */
   readonly source: keyof typeof SHIFT;
-  readonly buffers: Readonly<Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer>>;
+  readonly buffers: Readonly<
+    Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer | BufferSlice>
+  >;
   readonly params: Readonly<Record<'chunks' | 'outFeatures' | 'stride' | 'column' | 'first', number>>;
 }
 

@@ -12,7 +12,6 @@ import {
   DecodePlan,
   PLAN_GROUPS,
   PLAN_HEADS,
-  plainGroup,
   type PlanBlock,
   type PlanGroup,
   type PlanModel,
@@ -123,23 +122,9 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
       for (let c = 0; c < channels; c++)
         gain[i * channels + c] = (normWeight?.[c] ?? 1) * (transform?.channelScales[c] ?? 1);
     const [transform] = transforms;
-    if (!transform || transform.krot === 0)
-      return { weights, krot: 0, rotationGroup: plainGroup(channels), gain: upload(gain) };
+    if (!transform || transform.krot === 0) return { weights, krot: 0, gain: upload(gain) };
     const tables = transforms.flatMap((t) => (t ? [rotationTable(t)] : []));
-    // One kernel serves all products: with pairs of any kind among them, all take the general tables.
-    const pairing = tables.every((t) => t.pairing === 'xor') ? 'xor' : 'any';
-    const same = transforms.flatMap((t) => (t ? [rotationTable(t, pairing)] : []));
-    return {
-      weights,
-      krot: transform.krot,
-      rotationGroup: transform.groupSize,
-      gain: upload(gain),
-      rotations: {
-        pairing,
-        table: upload(concat(same.map((t) => t.table))),
-        ...(pairing === 'xor' && { masks: upload(concat(same.map((t) => t.masks))) }),
-      },
-    };
+    return { weights, krot: transform.krot, gain: upload(gain), table: upload(concat(tables)) };
   };
   const make = async (): Promise<Omit<PlanBlock, 'keys' | 'values'>[]> => {
     const blocks: Omit<PlanBlock, 'keys' | 'values'>[] = [];
