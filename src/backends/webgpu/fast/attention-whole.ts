@@ -7,7 +7,7 @@
 // results meet in workgroup memory; the head is a slice of 128 channels, whose rotations run as in activations.ts, their tables
 // on their way from the very start.
 import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
-import { SLICE, memory, pack, turns } from './activations.js';
+import { SLICE, entries, memory, pack, turns } from './activations.js';
 
 const TEAM = 32;
 /** Channels per head that the kernel takes: a slice. */
@@ -41,14 +41,11 @@ type Buffers =
 /** Results that meet in workgroup memory. */
 const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle ? teams : teams * PER_TEAM);
 
-/** Entries of the table that a thread asks for: all of its channel's would take registers from the walk over the keys. */
-const loadsOf = ({ stages, teams }: WholeAttentionVariant): number => Math.ceil((stages * D) / (teams * TEAM));
-
 /** Bytes of workgroup memory of a variant. */
 export function wholeMemory(v: WholeAttentionVariant): number {
   const threads = v.teams * TEAM;
   const words =
-    5 * D + slotsOf(v) * (D + 2) + 4 * loadsOf(v) * threads + 2 * D + (v.qkNorm ? (v.shuffle ? 8 : 2 * D) : 0);
+    5 * D + slotsOf(v) * (D + 2) + 2 * D + (v.qkNorm ? (v.shuffle ? 8 : 2 * D) : 0);
   return 4 * (words + (v.shuffle ? 0 : threads + D));
 }
 
@@ -65,7 +62,6 @@ export function wholeAttentionKernel(
   const { shuffle, rotaryDim, teams, unroll, stages } = v;
   const threads = teams * TEAM;
   const slots = slotsOf(v);
-  const loads = loadsOf(v);
   const step = teams * PER_TEAM * unroll;
   const slice = { shuffle, stages, threads };
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
@@ -106,7 +102,6 @@ var<workgroup> totals: array<f32, ${slots}>;
 ${v.qkNorm ? `var<workgroup> squares: array<f32, ${shuffle ? 8 : 2 * D}>;` : ''}
 ${shuffle ? '' : `var<workgroup> dots: array<f32, ${threads}>;`}
 ${memory(slice)}
-${stages > 0 ? `var<workgroup> entries: array<vec4<u32>, ${loads * threads}>;` : ''}
 
 fn half8(w: vec4<u32>) -> array<vec4<f32>, 2> {
   return array<vec4<f32>, 2>(vec4(unpack2x16float(w.x), unpack2x16float(w.y)), vec4(unpack2x16float(w.z), unpack2x16float(w.w)));
@@ -136,7 +131,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
 ${list(unroll, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;\n  { let i = (cache + min(begin + slot + ${u * teams * PER_TEAM}u, position)) * LANES + part; kw${u} = keys[i]; vw${u} = values[i]; }`)}
   let angle = rope[position * ${rotaryDim / 2}u + lane % ${rotaryDim / 2}u];
 ${v.qkNorm ? '  let norm = select(qNorm[lane], kNorm[lane], mineK);' : ''}
-${list(loads, (i) => `  let entry${i} = table[min(local / D + ${(i * threads) / D}u, ${stages - 1}u) * params.channels + at];`)}
+${entries(slice, '0u')}
   let own = gain[at];
 ${
   v.qkNorm
@@ -213,9 +208,7 @@ ${
     : `  { let i = slot * ${D / 4}u + part * 2u; parts[i] = oa; parts[i + 1u] = ob; }
   if (part == 0u) { totals[slot] = l; }`
 }
-${list(loads, (i) => `  entries[local + ${i * threads}u] = entry${i};`)}
   workgroupBarrier();
-${list(stages, (i) => `  let t${i} = entries[${i * D}u + lane];`)}
   var v = 0.0;
   if (inside) {
     var total = 0.0;
