@@ -44,8 +44,7 @@ const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle 
 /** Bytes of workgroup memory of a variant. */
 export function wholeMemory(v: WholeAttentionVariant): number {
   const threads = v.teams * TEAM;
-  const words =
-    5 * D + slotsOf(v) * (D + 2) + 2 * D + (v.qkNorm ? (v.shuffle ? 8 : 2 * D) : 0);
+  const words = 5 * D + slotsOf(v) * (D + 2) + 2 * D + (v.qkNorm ? (v.shuffle ? 8 : 2 * D) : 0);
   return 4 * (words + (v.shuffle ? 0 : threads + D));
 }
 
