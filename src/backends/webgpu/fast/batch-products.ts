@@ -7,7 +7,7 @@ import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
 /** Most sequences that the kernels take. */
 export const MOST_SEQUENCES = 32;
 /** Fewest sequences from which the weights are worth matrix units, and fewest for the tiled product; see docs/log-kernels.md. */
-const [MATRIX_BATCH, TILED_BATCH] = [2, 5];
+const [MATRIX_BATCH, TILED_BATCH] = [5, 5];
 
 /** How products of several sequences are computed: on matrix units, or in tiles on GPUs without. */
 export type BatchProductKind = 'matrix' | 'tiled';
