@@ -88,6 +88,7 @@ const kernels: Kernel[] = [
           tileK: 256,
           depth,
           stagger: true,
+          guard: depth > 1,
           columns,
           weights,
           groupSize: 128,

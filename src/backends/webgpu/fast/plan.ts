@@ -181,7 +181,7 @@ export class DecodePlan implements DecodeProgram {
       hidden,
     );
     const several = batchProductKind(gpu, batch);
-    const splits = splitsFor(capacity, kvHeads * batch);
+    const splits = splitsFor(capacity, kvHeads * batch, batch >= 16 ? 512 : 256);
     // The largest of the buffers below, before any is made.
     for (const [what, bytes] of Object.entries({
       logits: batch * vocab * 4,
@@ -548,8 +548,8 @@ export function attentionShape(group: number): { together: number; teams: number
 }
 
 /** Ranges of keys: enough workgroups for short contexts to be quick, ranges of at least 64 keys. */
-export function splitsFor(capacity: number, workgroups: number): number {
-  const wanted = Math.ceil(256 / workgroups);
+export function splitsFor(capacity: number, workgroups: number, fill = 256): number {
+  const wanted = Math.ceil(fill / workgroups);
   return Math.max(1, Math.min(wanted, Math.ceil(capacity / 64), 48));
 }
 
