@@ -95,12 +95,14 @@ async function measure(): Promise<void> {
         summary: summarize(rows),
       });
     let model: string | undefined;
-    for (const name of (options.methods ?? Object.keys(METHODS).join(',')).split(',')) {
-      const { seeds: seeded, ...settings } = METHODS[name];
-      for (const seed of options.seeds.split(',').map(Number)) {
+    const seeds = options.seeds.split(',').map(Number);
+    // Seeds outermost: a run that is stopped has every method at least once.
+    for (const seed of seeds) {
+      for (const name of (options.methods ?? Object.keys(METHODS).join(',')).split(',')) {
+        const { seeds: seeded, ...settings } = METHODS[name];
         if (rows.some((row) => row.method === name && row.seed === seed)) continue;
         // What draws nothing at random is measured once.
-        if (!seeded && seed !== Number(options.seeds.split(',')[0])) continue;
+        if (!seeded && seed !== seeds[0]) continue;
         model ??= await planted(variant, folder);
         rows.push(await row(model, variant, name, settings, seed));
         save();
