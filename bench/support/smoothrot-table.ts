@@ -17,6 +17,7 @@ export interface Row {
   perplexity: number;
   referencePerplexity: number;
   top1Agreement: number;
+  /** Null: not measured with this seed. */
   taskAccuracy: number | null;
   /** What smoothing was chosen, by block. */
   smoothed: (string | null)[];
@@ -93,7 +94,7 @@ export function summarize(rows: readonly Row[]): Summary[] {
     const own = rowsOf(rows, variant, method);
     const quarot = rowsOf(rows, variant, method.endsWith('rtn') ? 'quarot-rtn' : 'quarot-gptq');
     const kls = own.map((r) => r.kl);
-    const accuracies = own.map((r) => r.taskAccuracy);
+    const accuracies = own.flatMap((r) => r.taskAccuracy ?? []);
     return {
       variant,
       method,
@@ -102,7 +103,7 @@ export function summarize(rows: readonly Row[]): Summary[] {
       spread: round(Math.max(...kls) - Math.min(...kls)),
       perplexity: round(mean(own.map((r) => r.perplexity))),
       referencePerplexity: own[0].referencePerplexity,
-      taskAccuracy: accuracies.includes(null) ? null : round(mean(accuracies as number[])),
+      taskAccuracy: accuracies.length === 0 ? null : round(mean(accuracies)),
       ...(quarot.length > 0 ? { ofQuarot: ratio(own, quarot) } : {}),
     };
   });
