@@ -42,8 +42,10 @@ export interface QuantizeSettings {
   readonly block?: BlockSettings;
   /** Bits of activations; 16 when undefined. */
   readonly actBits?: NarrowBits;
-  /** Share of a token's range that the grid of activations keeps; by their bits when undefined. */
+  /** Share of the range that a grid of activations keeps; by their bits when undefined. */
   readonly actClip?: number;
+  /** Channels per grid of activations, −1: the token; which it is when undefined. */
+  readonly actGroupSize?: number;
   /** Bits of keys and values; 16 when undefined. */
   readonly kvBits?: NarrowBits;
   /** Fold Hadamard rotations into the model first (QuaRot). */
@@ -224,7 +226,10 @@ interface RecipeBase {
   ) => Promise<RoundedWeight>;
   /** Settings where they differ from the common ones. */
   readonly defaults?: Partial<
-    Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'actClip' | 'kvBits'>
+    Pick<
+      QuantizeSettings,
+      'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'actClip' | 'actGroupSize' | 'kvBits'
+    >
   >;
 }
 

@@ -47,6 +47,7 @@ const schema = z.object({
   pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
   actBits: oneOf([4, 8, 16]).optional(),
   actClip: decimalNumber({ above: 0, max: 1 }).optional(),
+  actGroupSize: oneOf([32, 64, 128, -1]).optional(),
   kvBits: oneOf([4, 8, 16]).optional(),
   rotate: z.boolean().optional(),
   smooth: oneOf(['none', 'down', 'all']).optional(),
@@ -82,7 +83,11 @@ export function quantizeCommand(context: CommandContext): Command {
       '--act-bits <n>',
       "bits of the linears' inputs, rounded token by token: 4, 8 or 16 (default: the method's own)",
     )
-    .option('--act-clip <x>', "share of a token's range that its grid keeps (default: the method's own)")
+    .option('--act-clip <x>', "share of the range that a grid of inputs keeps (default: the method's own)")
+    .option(
+      '--act-group-size <n>',
+      "channels per grid of inputs: 32, 64, 128, or -1 per token (default: the method's own)",
+    )
     .option('--kv-bits <n>', "bits of the key/value cache: 4, 8 or 16 (default: the method's own)")
     .option('--rotate', 'fold Hadamard rotations into the model first (quarot and smoothrot do)')
     .option('--no-rotate', 'no Hadamard rotations')
