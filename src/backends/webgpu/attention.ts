@@ -13,7 +13,9 @@ import type {
 } from '../../ops/backend.js';
 import { checkCopies, startsOf } from '../../ops/sequences.js';
 import { gridRun } from './activation-grid.js';
+import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
+import { flashKernel, flashRows, flashTakes } from './fast/flash.js';
 import { applyHadamard, GpuHadamard } from './hadamard.js';
 import { appendGridKernel, gridCacheWords } from './kernels/activation-grid.js';
 import {
@@ -27,7 +29,19 @@ import {
   type AttentionVariant,
 } from './kernels/attention.js';
 import { splitHeadsKernel } from './kernels/rope.js';
-import { elementGroups, makeTensor, own, spread, type GpuTensor } from './tensor.js';
+import {
+  elementGroups,
+  freeTensor,
+  HalfTensor,
+  isHalfWidth,
+  makeHalf,
+  makeTensor,
+  narrow,
+  own,
+  ownAny,
+  spread,
+  type GpuTensor,
+} from './tensor.js';
 
 /** RoPE tables [positions, rotaryDim / 2]. */
 export class GpuRope implements RopeHandle {
@@ -157,12 +171,13 @@ export function copySequences(
   }
 }
 
-/** See InferenceOps.splitHeads. */
+/** See InferenceOps.splitHeads. The heads are f16 with `half`, where they are whole rows of 16 bytes. */
 export function splitHeads(
   gpu: GpuDevice,
   qkv: GpuTensor,
   options: SplitHeadsOptions,
-): { q: GpuTensor; k: GpuTensor; v: GpuTensor } {
+  half: boolean,
+): { q: Tensor; k: Tensor; v: Tensor } {
   const { heads, kvHeads, headDim, batch, rope, qNorm, kNorm, eps } = options;
   if (!(rope instanceof GpuRope)) throw foreign();
   const { rows, cols } = qkv.matrix;
@@ -183,13 +198,20 @@ export function splitHeads(
     'tensor-shape',
     () => `rotary dimension ${rope.rotaryDim} exceeds head dimension ${headDim}`,
   );
-  const q = makeTensor(gpu, [rows, heads * headDim]);
-  const k = makeTensor(gpu, [rows, kvHeads * headDim]);
-  const v = makeTensor(gpu, [rows, kvHeads * headDim]);
+  // Transforms of heads turn f32.
+  const narrowed = half && isHalfWidth(headDim) && !options.headTransform;
+  const make = (cols: number): GpuTensor | HalfTensor =>
+    narrowed ? makeHalf(gpu, rows, cols) : makeTensor(gpu, [rows, cols]);
+  const [q, k, v] = [make(heads * headDim), make(kvHeads * headDim), make(kvHeads * headDim)];
   const norms = { qNorm: qNorm !== undefined, kNorm: kNorm !== undefined };
   const items = rows * (heads + 2 * kvHeads);
   gpu.dispatch(
-    splitHeadsKernel({ headDim, rotaryDim: rope.rotaryDim, ...norms }),
+    splitHeadsKernel({
+      headDim,
+      rotaryDim: rope.rotaryDim,
+      ...norms,
+      ...(narrowed && { half: { f16: gpu.capabilities.f16 } }),
+    }),
     {
       qkv,
       cosines: rope.cos,
@@ -212,22 +234,25 @@ export function splitHeads(
       'tensor-shape',
       () => `splitHeads takes a Hadamard transform of ${headDim} channels, found ${headTransform.channels}`,
     );
-    for (const part of [q, k]) applyHadamard(gpu, part, headTransform, { inPlace: true });
+    for (const part of [q, k]) applyHadamard(gpu, own(part), headTransform, { inPlace: true });
   }
   return { q, k, v };
 }
 
 /** Workgroups that fill a large GPU; fewer rows than that and the keys are split. */
 const FILL = 512;
+/** Rows from which matrix units are worth their tiles; below, keys are split over workgroups. */
+const FLASH_ROWS = 64;
 /** Keys of a split at least. */
 const SPLIT_KEYS = 128;
 
-/** See InferenceOps.attention. */
-export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, options: AttentionOptions): GpuTensor {
+/** See InferenceOps.attention. The result is f16 when q is. */
+export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Tensor {
   const { heads, kvHeads, headDim, batch, scale, cache } = options;
-  const { rows, cols } = q.matrix;
+  const given = ownAny(query);
+  const { rows, cols } = given.matrix;
   const tokens = tokensOf(rows, batch);
-  const [keys, values] = [own(k), own(v)];
+  const [keys, values] = [ownAny(k), ownAny(v)];
   const width = kvHeads * headDim;
   ensure(
     cols === heads * headDim &&
@@ -236,21 +261,47 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
       values.elements === keys.elements,
     'tensor-shape',
     () =>
-      `q [${q.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
+      `q [${given.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
   );
   const starts = startsOn(gpu, options.start, batch);
   const { start, ragged, longest } = starts;
   if (cache) append(gpu, cache, keys, values, options, tokens, starts);
   else ensure(longest === 0, 'tensor-shape', 'attention without a cache starts at 0');
-  const source = cache
-    ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
-    : { k: keys, v: values, stride: tokens };
-
   const rowCount = tokens * (heads / kvHeads);
-  const tile = chooseTile(gpu, headDim, rowCount);
-  const tiles = Math.ceil(rowCount / tile.rows);
   // Without a window every earlier token is seen.
   const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
+  if (
+    given instanceof HalfTensor &&
+    (cache ? !(cache as GpuKvCache).grid : keys instanceof HalfTensor && values instanceof HalfTensor) &&
+    hasMatrixUnits(gpu.capabilities) &&
+    flashTakes(headDim) &&
+    rowCount >= FLASH_ROWS
+  ) {
+    const out = makeHalf(gpu, rows, cols);
+    const warps = 4;
+    const source = cache
+      ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+      : { k: keys, v: values, stride: tokens };
+    gpu.dispatch(
+      flashKernel({ headDim, source: cache ? 'cache' : 'rows', warps }),
+      { q: given, k: source.k, v: source.v, starts: starts.buffer ?? given, out },
+      { tokens, heads, kvHeads, start, ragged, window, stride: source.stride, scale },
+      [Math.ceil(rowCount / flashRows({ warps })), 1, batch * kvHeads],
+    );
+    return out;
+  }
+  const q = own(given);
+  const source = cache
+    ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+    : { k: own(keys), v: own(values), stride: tokens };
+  const finish = (out: GpuTensor): Tensor => {
+    if (!(given instanceof HalfTensor)) return out;
+    const narrowed = narrow(gpu, out);
+    freeTensor(gpu, out);
+    return narrowed;
+  };
+  const tile = chooseTile(gpu, headDim, rowCount);
+  const tiles = Math.ceil(rowCount / tile.rows);
   const reach = Math.min(longest + tokens, window + tokens - 1);
   const wanted = Math.floor(FILL / (tiles * batch * kvHeads));
   const splits = Math.max(1, Math.min(wanted, Math.ceil(reach / SPLIT_KEYS)));
@@ -262,7 +313,7 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   const bound = starts.buffer ?? q;
   if (splits === 1) {
     gpu.dispatch(attentionKernel(variant), { q, k: source.k, v: source.v, starts: bound, out }, params, groups);
-    return out;
+    return finish(out);
   }
   const slots = batch * kvHeads * splits * rowCount;
   const sums = gpu.buffer(4 * slots * headDim, 'partial sums of attention');
@@ -282,7 +333,7 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   );
   gpu.release(sums);
   gpu.release(softmax);
-  return out;
+  return finish(out);
 }
 
 function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
@@ -295,8 +346,8 @@ function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
 function append(
   gpu: GpuDevice,
   cache: KvCacheHandle,
-  keys: GpuTensor,
-  values: GpuTensor,
+  keys: GpuTensor | HalfTensor,
+  values: GpuTensor | HalfTensor,
   { batch, kvHeads, headDim }: AttentionOptions,
   tokens: number,
   { start, ragged, buffer, longest }: Starts,
@@ -319,14 +370,19 @@ function append(
     const runs = batch * tokens * kvHeads;
     const params = { runs, size: headDim, clip, tokens, kvHeads, start, ragged, capacity };
     const kernel = appendGridKernel(headDim, bits);
-    gpu.dispatch(kernel, { x: keys, starts, cache: cache.keys }, params, spread(runs));
-    gpu.dispatch(kernel, { x: values, starts, cache: cache.values }, params, spread(runs));
+    gpu.dispatch(kernel, { x: own(keys), starts, cache: cache.keys }, params, spread(runs));
+    gpu.dispatch(kernel, { x: own(values), starts, cache: cache.values }, params, spread(runs));
     return;
   }
   const count = batch * tokens * kvHeads * cacheWords(headDim);
   const params = { count, tokens, kvHeads, start, ragged, capacity };
-  gpu.dispatch(appendKernel(headDim), { x: keys, starts, cache: cache.keys }, params, elementGroups(count));
-  gpu.dispatch(appendKernel(headDim), { x: values, starts, cache: cache.values }, params, elementGroups(count));
+  for (const [x, into] of [
+    [keys, cache.keys],
+    [values, cache.values],
+  ] as const) {
+    const kernel = appendKernel(headDim, x instanceof HalfTensor);
+    gpu.dispatch(kernel, { x, starts, cache: into }, params, elementGroups(count));
+  }
 }
 
 /** The largest tile that workgroup memory holds, no more rows than there are. */

@@ -6,11 +6,16 @@ import { prepareDecode } from './fast/prepare.js';
 import { WebGpuGradients } from './gradients.js';
 import { WebGpuInference } from './inference.js';
 import { WebGpuQuantization } from './quantization.js';
+import type { Precision } from './tensor.js';
 
 export { GpuDevice, type GpuDeviceOptions } from './device.js';
+export type { Precision } from './tensor.js';
 
 /** Options of {@link openWebGpuBackend}. */
-export type WebGpuOptions = GpuDeviceOptions;
+export interface WebGpuOptions extends GpuDeviceOptions {
+  /** Of the forward pass over many rows; default f32. */
+  readonly precision?: Precision;
+}
 
 /** The WebGPU backend, with its device for code that knows it runs on one. */
 export interface WebGpuBackend extends Backend {
@@ -20,7 +25,8 @@ export interface WebGpuBackend extends Backend {
 /** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
 export async function openWebGpuBackend(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
   const gpu = await GpuDevice.open(options);
-  return compose(gpu, new WebGpuInference(gpu), new WebGpuQuantization(gpu), new WebGpuGradients(gpu), describe(gpu));
+  const inference = new WebGpuInference(gpu, options.precision ?? 'f32');
+  return compose(gpu, inference, new WebGpuQuantization(gpu), new WebGpuGradients(gpu), describe(gpu));
 }
 
 function describe(gpu: GpuDevice): BackendInfo {

@@ -282,12 +282,12 @@ fn main(
 
 /**
  * Writes new keys or values [batch·tokens, kvHeads·headDim] as f16 into a cache [batch, kvHeads, capacity, headDim], two
- * to a word; `count` words.
+ * to a word; `count` words. With `half` they are f16 already.
  */
-export const appendKernel = variants((headDim: number) =>
+export const appendKernel = variants((headDim: number, half: boolean) =>
   defineKernel({
-    name: `cacheAppend.${headDim}`,
-    buffers: { x: read('f32'), starts: read('u32'), cache: write('u32') },
+    name: `cacheAppend.${headDim}${half ? '.half' : ''}`,
+    buffers: { x: read(half ? 'u32' : 'f32'), starts: read('u32'), cache: write('u32') },
     params: { count: 'u32', tokens: 'u32', kvHeads: 'u32', start: 'u32', ragged: 'u32', capacity: 'u32' },
     body: /* wgsl */ `
 ${HALF_BITS}
@@ -301,13 +301,18 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     let vector = i / WORDS;
     let head = vector % params.kvHeads;
     let row = vector / params.kvHeads;
-    let at = vector * D + 2u * word;
+${
+  half
+    ? '    let packed = x[i];'
+    : `    let at = vector * D + 2u * word;
     var second = 0.0;
     if (2u * word + 1u < D) { second = x[at + 1u]; }
+    let packed = packHalves(x[at], second);`
+}
     let sequence = row / params.tokens;
     var position = params.start + row % params.tokens;
     if (params.ragged != 0u) { position = starts[sequence] + row % params.tokens; }
-    cache[((sequence * params.kvHeads + head) * params.capacity + position) * WORDS + word] = packHalves(x[at], second);
+    cache[((sequence * params.kvHeads + head) * params.capacity + position) * WORDS + word] = packed;
   }
 }`,
   }),
