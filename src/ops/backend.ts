@@ -458,6 +458,15 @@ export interface BackendInfo {
   /** e.g. "onnxruntime-node 1.30.0 + WebAssembly SIMD, 2 threads". */
   readonly description: string;
   readonly threads: number;
+  /** Of the forward pass over many rows, where a backend has a choice: f16 rounds activations inside blocks. */
+  readonly precision?: 'f32' | 'f16';
+  /** What keeps the machine busy, where that is more than callers would ask of a processor. */
+  readonly pass?: {
+    /** Rows of a forward pass. */
+    readonly rows: number;
+    /** Bytes of logits held at a time. */
+    readonly logitsBytes: number;
+  };
 }
 
 /** A machine gyre can run on. */
