@@ -29,6 +29,7 @@ import {
   type AttentionVariant,
 } from './kernels/attention.js';
 import { splitHeadsKernel } from './kernels/rope.js';
+import { copySequencesKernel } from './kernels/sequences.js';
 import {
   elementGroups,
   freeTensor,
@@ -116,23 +117,29 @@ interface Starts {
   readonly longest: number;
 }
 
-/** The starts uploaded last: all layers of a pass share them. */
-const uploaded = new WeakMap<GpuDevice, { readonly starts: Int32Array; readonly buffer: GPUBuffer }>();
+/** The tables uploaded last, starts of sequences and copies of them: all layers of a pass share them. */
+const uploaded = new WeakMap<GpuDevice, { readonly table: Uint32Array; readonly buffer: GPUBuffer }[]>();
+const TABLES_KEPT = 4;
+
+/** A small table on the GPU, valid for commands recorded now. */
+function tableOn(gpu: GpuDevice, table: Uint32Array): GPUBuffer {
+  const known = uploaded.get(gpu) ?? [];
+  uploaded.set(gpu, known);
+  const same = known.find((one) => one.table.length === table.length && one.table.every((x, i) => x === table[i]));
+  if (same) return same.buffer;
+  const buffer = gpu.buffer(table.byteLength, 'positions of sequences');
+  gpu.upload(buffer, table);
+  known.unshift({ table, buffer });
+  for (const old of known.splice(TABLES_KEPT)) gpu.release(old.buffer);
+  return buffer;
+}
 
 function startsOn(gpu: GpuDevice, start: PerSequence, batch: number): Starts {
   if (typeof start === 'number') return { start, ragged: 0, buffer: undefined, longest: start };
   const starts = startsOf(start, batch);
   const longest = Math.max(...starts);
   if (starts.every((own) => own === longest)) return { start: longest, ragged: 0, buffer: undefined, longest };
-  const last = uploaded.get(gpu);
-  if (last?.starts.length === starts.length && last.starts.every((own, i) => own === starts[i])) {
-    return { start: 0, ragged: 1, buffer: last.buffer, longest };
-  }
-  if (last) gpu.release(last.buffer);
-  const buffer = gpu.buffer(starts.byteLength, 'positions of sequences');
-  gpu.upload(buffer, starts);
-  uploaded.set(gpu, { starts: starts.slice(), buffer });
-  return { start: 0, ragged: 1, buffer, longest };
+  return { start: 0, ragged: 1, buffer: tableOn(gpu, Uint32Array.from(starts)), longest };
 }
 
 /** See InferenceOps.copySequences. */
@@ -149,25 +156,21 @@ export function copySequences(
     'sequences can only be copied between caches of the same heads and grids',
   );
   checkCopies(from, to, copies);
-  const { words } = from;
-  for (const copy of copies) {
-    const bytes = 4 * copy.tokens * words;
-    if (bytes === 0) continue;
-    for (let head = 0; head < from.kvHeads; head++) {
-      const source = 4 * (copy.from * from.kvHeads + head) * from.capacity * words;
-      const target = 4 * (copy.to * to.kvHeads + head) * to.capacity * words;
-      for (const part of ['keys', 'values'] as const) {
-        if (from !== to) {
-          gpu.copy(from[part], source, to[part], target, bytes);
-          continue;
-        }
-        // A buffer can't be copied into itself.
-        const between = gpu.buffer(bytes, 'a sequence on its way');
-        gpu.copy(from[part], source, between, 0, bytes);
-        gpu.copy(between, 0, to[part], target, bytes);
-        gpu.release(between);
-      }
-    }
+  const longest = Math.max(0, ...copies.map(({ tokens }) => tokens));
+  if (longest === 0) return;
+  const { kvHeads, words } = from;
+  // In workgroups of 256 threads that copy a few words each; z and y hold 65535 at most.
+  const x = Math.min(64, Math.ceil((longest * words) / 1024));
+  const most = Math.floor(65535 / kvHeads);
+  for (let begin = 0; begin < copies.length; begin += most) {
+    const part = copies.slice(begin, begin + most);
+    const table = Uint32Array.from(part.flatMap((copy) => [copy.from, copy.to, copy.tokens]));
+    gpu.dispatch(
+      copySequencesKernel(from === to),
+      { keys: from.keys, values: from.values, toKeys: to.keys, toValues: to.values, copies: tableOn(gpu, table) },
+      { kvHeads, words, capacity: from.capacity, toCapacity: to.capacity },
+      [x, part.length * kvHeads],
+    );
   }
 }
 
