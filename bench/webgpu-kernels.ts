@@ -10,6 +10,7 @@ import {
   type GemmTile,
   type GemmVariant,
 } from '../src/backends/webgpu/fast/gemm.js';
+import { hasMatrixUnits } from '../src/backends/webgpu/capabilities.js';
 import { gemvKernel, gemvRowsPerGroup, type GemvVariant } from '../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from '../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateDenseKernel } from '../src/backends/webgpu/fast/rotate-dense.js';
@@ -99,7 +100,7 @@ async function timed(
 }
 
 // Rotation of many rows.
-async function rotation(rows: number, channels: number): Promise<void> {
+async function rotation(rows: number, channels: number, blocks: readonly number[]): Promise<void> {
   const [groupSize, krot] = [128, 8];
   const transform = {
     channels,
@@ -124,7 +125,7 @@ async function rotation(rows: number, channels: number): Promise<void> {
       const groups = [channels / groupSize, Math.ceil(rows / ROTATE_ROWS)] as const;
       return { kernel, dispatch: gpu.prepare(kernel, { x, y, scale, table }, { rows, channels }, groups) };
     })(),
-    ...[1024, 2048].flatMap((block) =>
+    ...blocks.flatMap((block) =>
       [32, 64].map((tile) => {
         const kernel = rotateDenseKernel({ rows: block, tile });
         const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
@@ -359,8 +360,13 @@ const sweep = (rows: number[], teams: number[], splits: number[], batch = 1) =>
     teams.flatMap((t) => splits.filter((s) => s <= t).map((s) => ({ rows: r, teams: t, split: s, batch }))),
   );
 if (wants('rotate')) {
-  await rotation(16384, 4096);
-  await rotation(16384, 14336);
+  await rotation(16384, 4096, [1024, 2048]);
+  await rotation(16384, 14336, [1024, 2048]);
+}
+if (wants('rotate-prefill')) {
+  await rotation(2048, 4096, [64, 128, 256, 512]);
+  await rotation(2048, 14336, [128, 256, 512]);
+  await rotation(2048, 1024, [64, 128]);
 }
 if (wants('activations')) {
   await activation(4096);
@@ -373,28 +379,37 @@ if (wants('gemv')) {
   await gemv(6144, 4096, sweep([2, 4], [4], [1, 2, 4]));
   await dense(128256, 4096);
 }
-if (wants('gemm') && capabilities.subgroupMatrices.length > 0) {
+if ((wants('gemm') || wants('gemm-small')) && hasMatrixUnits(capabilities)) {
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
   const tiles: GemmTile[] = [
     ...GEMM_TILES,
     { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2 },
     { tileM: 128, tileN: 256, tileK: 32, warpsM: 2, warpsN: 4 },
+    { tileM: 128, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 32, warpsM: 4, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 64, warpsM: 2, warpsN: 2 },
   ];
   const of = (weights: GemmVariant['weights']): GemmVariant[] =>
     tiles
       .filter((tile) => gemmMemory(tile) <= memory)
       .map((tile) => ({ ...tile, weights, groupSize: 128, bias: false, residual: false }));
-  await gemm(4096, 4096, 4096, of('f16'));
+  if (wants('gemm')) {
+    await gemm(4096, 4096, 4096, of('f16'));
+    for (const [n, k] of [
+      [14336, 4096],
+      [6144, 4096],
+      [4096, 4096],
+      [28672, 4096],
+      [4096, 14336],
+    ])
+      await gemm(2048, n, k, of('int4'));
+  }
   for (const [n, k] of [
-    [14336, 4096],
-    [6144, 4096],
-    [4096, 4096],
-    [28672, 4096],
-    [4096, 14336],
-    [4096, 1024],
     [1024, 2048],
-    [6144, 1024],
     [1024, 3072],
+    [4096, 1024],
+    [6144, 1024],
   ])
     await gemm(2048, n, k, of('int4'));
 }

@@ -34,6 +34,7 @@ if (all || values.check) {
       const worst = await check.run(backend);
       passed++;
       results.push({ check: check.name, ofTolerance: round(worst) });
+      console.log(`ok     ${check.name}: ${worst.toFixed(3)} of the tolerance`);
     } catch (error) {
       failed++;
       console.log(`FAILED ${check.name}: ${(error as Error).message}`);
@@ -103,7 +104,14 @@ async function attention(tokens: number, context: number): Promise<void> {
   const flops = 4 * heads * headDim * (tokens * start + (tokens * (tokens + 1)) / 2);
   for (const { name, error } of list) {
     const seconds = times.get(name) ?? NaN;
-    results.push({ attention: name, tokens, context, microseconds: round(seconds * 1e6), teraflops: round(flops / seconds / 1e12), relativeError: error });
+    results.push({
+      attention: name,
+      tokens,
+      context,
+      microseconds: round(seconds * 1e6),
+      teraflops: round(flops / seconds / 1e12),
+      relativeError: error,
+    });
     console.log(
       `attention ${tokens} of ${context}: ${name.padEnd(28)} ${(seconds * 1e6).toFixed(0).padStart(7)} us ${(flops / seconds / 1e12).toFixed(1)} TFLOP/s, error ${error.toExponential(1)}`,
     );
@@ -137,7 +145,9 @@ async function prefill(decoder: Decoder, ids: Int32Array, rows: number): Promise
   return seconds;
 }
 
-for (const shape of SHAPES.filter(({ name }) => (values.model ?? (all ? ['Llama-3.1-8B', 'Qwen3-0.6B'] : [])).includes(name))) {
+for (const shape of SHAPES.filter(({ name }) =>
+  (values.model ?? (all ? ['Llama-3.1-8B', 'Qwen3-0.6B'] : [])).includes(name),
+)) {
   const rng = createRng(9);
   const ids = Int32Array.from({ length: 2048 }, () => rng.int(0, shape.vocab));
   const times = new Map<DecoderKind, number[]>();
@@ -183,7 +193,14 @@ for (const shape of SHAPES.filter(({ name }) => (values.model ?? (all ? ['Llama-
       console.log(
         `${shape.name} paroquant 32768 tokens in passes of 2048: ${(long.length / seconds).toFixed(0)} tokens/s; ${(gpu.allocatedBytes / 1e9).toFixed(1)} GB allocated, all models together`,
       );
-      results.push({ model: shape.name, kind: 'paroquant', rows: 2048, context: 32768, tokensPerSecond: round(long.length / seconds), allocatedBytes: gpu.allocatedBytes });
+      results.push({
+        model: shape.name,
+        kind: 'paroquant',
+        rows: 2048,
+        context: 32768,
+        tokensPerSecond: round(long.length / seconds),
+        allocatedBytes: gpu.allocatedBytes,
+      });
     }
   }
   for (const decoder of decoders.values()) decoder.release();

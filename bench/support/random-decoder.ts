@@ -36,7 +36,12 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
 });
 
 /** Makes decoders that share the device. */
-export function randomDecoder(backend: WebGpuBackend, shape: DecoderShape, kind: DecoderKind, context: number): Promise<Decoder> {
+export function randomDecoder(
+  backend: WebGpuBackend,
+  shape: DecoderShape,
+  kind: DecoderKind,
+  context: number,
+): Promise<Decoder> {
   const { gpu } = backend;
   let seed = 1;
   const fill = (buffer: GPUBuffer, bytes: number, kept: number, added: number): void =>

@@ -1,6 +1,12 @@
 // What every command gets: where to print, how to show progress, when to stop; and models opened the same way everywhere.
 import { arch, cpus, platform, totalmem } from 'node:os';
-import { chooseDevice, openBackend, type ChosenDevice, type DeviceName, type PrecisionName } from '../backends/registry.js';
+import {
+  chooseDevice,
+  openBackend,
+  type ChosenDevice,
+  type DeviceName,
+  type PrecisionName,
+} from '../backends/registry.js';
 import { byteLength } from '../core/tensor.js';
 import { resolveModel } from '../formats/hub.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../models/load.js';

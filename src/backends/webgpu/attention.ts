@@ -28,7 +28,7 @@ import {
   type AttentionSource,
   type AttentionVariant,
 } from './kernels/attention.js';
-import { splitHeadsKernel } from './kernels/rope.js';
+import { HEADS_PER_GROUP, splitHeadsKernel } from './kernels/rope.js';
 import { copySequencesKernel } from './kernels/sequences.js';
 import {
   elementGroups,
@@ -228,7 +228,7 @@ export function splitHeads(
       v,
     },
     { items, heads, kvHeads, tokens, start, ragged, eps },
-    spread(items),
+    spread(Math.ceil(items / HEADS_PER_GROUP)),
   );
   const { headTransform } = options;
   if (headTransform) {
@@ -379,13 +379,19 @@ function append(
   }
   const count = batch * tokens * kvHeads * cacheWords(headDim);
   const params = { count, tokens, kvHeads, start, ragged, capacity };
-  for (const [x, into] of [
-    [keys, cache.keys],
-    [values, cache.values],
-  ] as const) {
-    const kernel = appendKernel(headDim, x instanceof HalfTensor);
-    gpu.dispatch(kernel, { x, starts, cache: into }, params, elementGroups(count));
-  }
+  const half = keys instanceof HalfTensor && values instanceof HalfTensor;
+  gpu.dispatch(
+    appendKernel(headDim, half),
+    {
+      newKeys: half ? keys : own(keys),
+      newValues: half ? values : own(values),
+      starts,
+      keys: cache.keys,
+      values: cache.values,
+    },
+    params,
+    elementGroups(count),
+  );
 }
 
 /** The largest tile that workgroup memory holds, no more rows than there are. */

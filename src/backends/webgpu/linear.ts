@@ -259,7 +259,14 @@ function product(
       residual: add !== undefined,
     };
     // Kernels have no binding for what is absent.
-    const buffers = { x, weights, grids: linear.grids ?? weights, bias: linear.bias ?? weights, residual: add ?? out, out };
+    const buffers = {
+      x,
+      weights,
+      grids: linear.grids ?? weights,
+      bias: linear.bias ?? weights,
+      residual: add ?? out,
+      out,
+    };
     gpu.dispatch(
       matrixKernel(variant),
       buffers,

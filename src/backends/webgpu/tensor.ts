@@ -55,7 +55,11 @@ export class HalfTensor implements Tensor, BufferSlice {
     buffer: GPUBuffer,
     options: { offset?: number; owned?: boolean } = {},
   ) {
-    ensure(isHalfWidth(shape[1]), 'backend', () => `a tensor of f16 has whole rows of 16 bytes, found ${shape[1]} columns`);
+    ensure(
+      isHalfWidth(shape[1]),
+      'backend',
+      () => `a tensor of f16 has whole rows of 16 bytes, found ${shape[1]} columns`,
+    );
     this.#gpu = gpu;
     this.shape = shape;
     this.buffer = buffer;

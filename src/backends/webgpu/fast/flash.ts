@@ -5,8 +5,8 @@
 // all heads that share keys share their loads. Keys pass in tiles through workgroup memory, the next on its way from memory
 // meanwhile: 16 × 32 scores per subgroup leave the units through workgroup memory, two lanes per row make weights 2^(score − top) of
 // them, which go back as f16 to be multiplied with the values; the sums stay in the units' registers. Registers can't be scaled row
-// by row, so `top` only follows the row's largest score when that grows beyond 2^8 times the weights (f16 holds 2^15), which happens
-// in the first tiles, and all sums then pass through workgroup memory once.
+// by row, so `top` only follows the row's largest score when that exceeds it by more than 2^14 (f16 holds 2^16), which hardly happens
+// after the first tile, and all sums then pass through workgroup memory once.
 // Operations 4·rows·keys·headDim; bytes of keys and values once per tile of rows, mostly from L2.
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { narrowWgsl } from './half.js';
@@ -44,7 +44,8 @@ export const flashKernel = variants(({ headDim, source, warps }: FlashVariant) =
   const parts = headDim / 16;
   const stride = vectors + 1;
   const loads = Math.ceil((KEYS * vectors) / threads);
-  const guard = (i: number): string => ((i + 1) * threads <= KEYS * vectors ? '' : `if (local + ${i * threads}u < ${KEYS * vectors}u) `);
+  const guard = (i: number): string =>
+    (i + 1) * threads <= KEYS * vectors ? '' : `if (local + ${i * threads}u < ${KEYS * vectors}u) `;
   const load = each(
     loads,
     (i) => `${guard(i)}{
@@ -57,10 +58,14 @@ export const flashKernel = variants(({ headDim, source, warps }: FlashVariant) =
   );
   const put = each(
     loads,
-    (i) => `    ${guard(i)}{ let i = local + ${i * threads}u; let at = (i / ${vectors}u) * ${stride}u + i % ${vectors}u; tileK[at] = rk${i}; tileV[at] = rv${i}; }`,
+    (i) =>
+      `    ${guard(i)}{ let i = local + ${i * threads}u; let at = (i / ${vectors}u) * ${stride}u + i % ${vectors}u; tileK[at] = rk${i}; tileV[at] = rv${i}; }`,
   );
   // Queries pass through the subgroup's rows of scores, 64 channels at a time.
-  const portions = Array.from({ length: Math.ceil(headDim / 64) }, (_, p) => ({ begin: 64 * p, width: Math.min(64, headDim - 64 * p) }));
+  const portions = Array.from({ length: Math.ceil(headDim / 64) }, (_, p) => ({
+    begin: 64 * p,
+    width: Math.min(64, headDim - 64 * p),
+  }));
   return defineKernel({
     name: `flash.${headDim}.${source}.${rows}rows`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
@@ -85,7 +90,7 @@ export const flashKernel = variants(({ headDim, source, warps }: FlashVariant) =
 ${narrowWgsl({ f16: true })}
 const LOWEST = -1e30;
 // Beyond this, in powers of two, weights are scaled anew.
-const GROWTH = 8.0;
+const GROWTH = 14.0;
 var<workgroup> tileK: array<vec4<u32>, ${Math.max(KEYS * stride, warps * 64)}>;
 var<workgroup> tileV: array<vec4<u32>, ${KEYS * stride}>;
 var<workgroup> scores: array<vec4<u32>, ${warps * 16 * ROW}>;

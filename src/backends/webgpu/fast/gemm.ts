@@ -89,7 +89,8 @@ export const gemmKernel = variants((v: GemmVariant): Kernel<GemmBuffers, 'm' | '
   ensure(
     subN % 2 === 0 && Number.isInteger(xLoads) && Number.isInteger(wLoads),
     'backend',
-    () => `a matrix product can't be cut into tiles of ${tileM} × ${tileN} × ${tileK} for ${warpsM} × ${warpsN} subgroups`,
+    () =>
+      `a matrix product can't be cut into tiles of ${tileM} × ${tileN} × ${tileK} for ${warpsM} × ${warpsN} subgroups`,
   );
   const load = `${each(xLoads, (i) => `    rx${i} = x[ox${i} + k / 8u];`)}
 ${each(wLoads, (i) => `    rw${i} = weights[ow${i} + k / 8u];${int4 ? ` rg${i} = grids[og${i} + k / ${v.groupSize}u];` : ''}`)}`;
