@@ -20,12 +20,12 @@ import {
 import {
   elementGroups,
   freeTensor,
-  HalfTensor,
   makeHalf,
   makeTensor,
   narrow,
   spread,
   type GpuTensor,
+  type HalfTensor,
 } from './tensor.js';
 
 /** Rows from which the workgroup kernel is given several at a time, rather than a subgroup one. */

@@ -1,7 +1,9 @@
 // Ops of many rows with activations in f16, beyond what conformance reaches: edges of tiles, attention over f16 heads; views and
-// ops that don't know f16; a whole model against f32.
+// ops that don't know f16; which precision is taken.
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
+import { openBackend } from '../../../src/backends/registry.js';
+import type { GpuCapabilities } from '../../../src/backends/webgpu/capabilities.js';
+import { choosePrecision, type WebGpuBackend } from '../../../src/backends/webgpu/index.js';
 import { HalfTensor } from '../../../src/backends/webgpu/tensor.js';
 import { createRng } from '../../../src/core/rng.js';
 import { hostTensor } from '../../../src/core/tensor.js';
@@ -25,6 +27,25 @@ describe.skipIf(webgpuMissing)('WebGPU, activations in f16', () => {
     return hostTensor('f32', [rows, cols], values);
   };
   const ones = (n: number) => hostTensor('f32', [n], new Float32Array(n).fill(1));
+
+  it('takes f16 by itself only where there are matrix units, and says what it took', async () => {
+    expect(gpu.info).toMatchObject({ precision: 'f16' });
+    const matrices = (['f32', 'f16'] as const).map((result) => ({ m: 16, n: 16, k: 16, component: 'f16', result }));
+    const able: GpuCapabilities = {
+      ...gpu.gpu.capabilities,
+      f16: true,
+      subgroups: { min: 32, max: 32 },
+      subgroupMatrices: matrices,
+    };
+    expect(choosePrecision(able, 'auto')).toBe('f16');
+    expect(choosePrecision(able)).toBe('f32');
+    for (const lacking of [{ f16: false }, { subgroups: { min: 8, max: 32 } }, { subgroupMatrices: matrices.slice(1) }])
+      expect(choosePrecision({ ...able, ...lacking }, 'auto')).toBe('f32');
+    const auto = await openTestWebGpu({ precision: 'auto' });
+    expect(auto.info.precision).toBe(choosePrecision(auto.gpu.capabilities, 'auto'));
+    await auto.dispose();
+    await expect(openBackend('cpu', { precision: 'f16' })).rejects.toThrow(/CPU backend computes in f32/);
+  });
 
   it('keeps f16 to many rows, and shows other ops f32', async () => {
     const weight = await gpu.upload(ones(64));
