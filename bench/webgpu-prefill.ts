@@ -1,6 +1,6 @@
 // Prefill on the GPU: tokens per second of whole decoders at true shapes with random weights, ParoQuant against AWQ against 16 bits,
 // the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check] [--attention]
-// [--model NAME]… [--long]; without flags all of it.
+// [--model NAME]… [--long] [--f32]; without flags all of it. --f32 runs the models on the tiled kernels instead.
 import { parseArgs } from 'node:util';
 import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.js';
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
@@ -23,7 +23,7 @@ const { values } = parseArgs({
   },
 });
 const all = !values.check && !values.attention && !values.model && !values.long;
-const backend = await openWebGpuBackend({ precision: 'f16' });
+const backend = await openWebGpuBackend({ precision: values.f32 ? 'f32' : 'f16' });
 const { gpu } = backend;
 const results: Record<string, unknown>[] = [];
 
@@ -151,13 +151,13 @@ for (const shape of SHAPES.filter(({ name }) =>
   const rng = createRng(9);
   const ids = Int32Array.from({ length: 2048 }, () => rng.int(0, shape.vocab));
   const times = new Map<DecoderKind, number[]>();
-  const kinds: readonly DecoderKind[] = ['awq', 'paroquant', 'f16'];
+  const kinds: readonly DecoderKind[] = values.f32 ? ['paroquant'] : ['awq', 'paroquant', 'f16'];
   const decoders = new Map<DecoderKind, Decoder>();
   for (const kind of kinds) {
     decoders.set(kind, await randomDecoder(backend, shape, kind, 40960));
     times.set(kind, []);
   }
-  for (let round = 0; round < 7; round++)
+  for (let round = 0; round < (values.f32 ? 4 : 7); round++)
     for (const [kind, decoder] of decoders) {
       const seconds = await prefill(decoder, ids, ids.length);
       if (round > 1) times.get(kind)?.push(seconds);

@@ -13,7 +13,7 @@ import type { Tokenizer } from '../tokenizer/index.js';
 const ROWS_PER_PASS = 1024;
 /** Share of these rows from which a pass is worth less padding rather than more rows. */
 const SMALL_PASS = 3 / 16;
-/** Bytes of keys and values held at a time. */
+/** Bytes of keys and values held at a time, unless the backend asks for more. */
 const CACHE_BYTES = 768 * 1024 * 1024;
 /** Bytes of logits held at a time, unless the backend asks for more. */
 const LOGITS_BYTES = 64 * 1024 * 1024;
@@ -181,9 +181,15 @@ function cacheBytesPerToken(decoder: Decoder): number {
   return layers * kvHeads * headDim * 2 * 4;
 }
 
+/** Tokens that the cache of contexts holds, and the one of their continuations. */
+function cacheRoom(decoder: Decoder): number {
+  const bytes = decoder.backend.info.pass?.cacheBytes ?? CACHE_BYTES;
+  return Math.max(1, Math.floor(bytes / 2 / cacheBytesPerToken(decoder)));
+}
+
 /** As many groups as fit the cache of contexts. */
 function* batches(decoder: Decoder, groups: readonly Group[]): Generator<Group[], void, void> {
-  const room = Math.max(1, Math.floor(CACHE_BYTES / 2 / cacheBytesPerToken(decoder)));
+  const room = cacheRoom(decoder);
   let batch: Group[] = [];
   for (const group of groups) {
     const width = batch[0]?.context.length ?? group.context.length;
@@ -257,7 +263,7 @@ class Passes {
       const jobs = batch
         .flatMap((group, sequence) => group.jobs.map((job) => ({ ...job, sequence })))
         .sort((a, b) => b.continuation.length - a.continuation.length || a.index - b.index);
-      const room = Math.max(1, Math.floor(CACHE_BYTES / 2 / cacheBytesPerToken(decoder)));
+      const room = cacheRoom(decoder);
       for (let begin = 0; begin < jobs.length;) {
         const width = jobs[begin].continuation.length;
         const most = Math.min(Math.floor(this.#rows / width), Math.floor(room / (longest + width)));

@@ -466,6 +466,8 @@ export interface BackendInfo {
     readonly rows: number;
     /** Bytes of logits held at a time. */
     readonly logitsBytes: number;
+    /** Bytes of keys and values held at a time, counted as f32. */
+    readonly cacheBytes: number;
   };
 }
 

@@ -37,8 +37,8 @@ export function choosePrecision(capabilities: GpuCapabilities, wanted: WebGpuOpt
   return hasMatrixUnits(capabilities) ? 'f16' : 'f32';
 }
 
-/** Enough rows that a pass over a block outlasts its encoding. */
-const PASS = { rows: 2048, logitsBytes: 2 ** 30 };
+/** For GPUs with matrix units: enough rows that a block's pass outlasts its encoding, on small models too. */
+const PASS = { rows: 2048, logitsBytes: 2 ** 29, cacheBytes: 3 * 2 ** 30 };
 
 function describe(gpu: GpuDevice, precision: Precision): BackendInfo {
   const { capabilities } = gpu;
@@ -55,7 +55,7 @@ function describe(gpu: GpuDevice, precision: Precision): BackendInfo {
     description: `${capabilities.description} (${features.join(', ')})`,
     threads: 1,
     precision,
-    ...(!capabilities.software && { pass: PASS }),
+    ...(hasMatrixUnits(capabilities) && { pass: PASS }),
   };
 }
 
