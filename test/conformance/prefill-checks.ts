@@ -158,8 +158,8 @@ function transformCheck([rows, channels, groupSize, krot]: (typeof TRANSFORMS)[n
       const expected = readF64(
         await oracle.rotate(await uploadTo(oracle, [rows, channels], x), await oracle.loadTransform(transform)),
       );
-      // A rounding per rotation or per 16 products, of what is never larger than the group.
-      const steps = Math.max(krot, 8) + 1;
+      // Two roundings per rotation, or one per 16 products, of what is never larger than the group.
+      const steps = Math.max(2 * krot, 8) + 1;
       const tolerance = (at: number): number =>
         LAMBDA * C * Math.sqrt(steps / groupSize) * norm(expected, Math.floor(at / groupSize) * groupSize, groupSize) +
         2 * C * Math.abs(expected[at]);

@@ -23,14 +23,14 @@ export const rotateDenseTakes = (channels: number, groupSize: number): boolean =
   channels % ROTATE_BLOCK === 0 && ROTATE_BLOCK % groupSize === 0;
 
 /** Workgroups below which a large GPU has idle cores. */
-const BUSY = 1024;
+const BUSY = 128;
 
 /** Long blocks of rows where there are enough of them: each loads R once. */
 export function chooseRotateDense(rows: number, channels: number): RotateDenseVariant {
   const blocks = channels / ROTATE_BLOCK;
   let each = 2048;
-  while (each > 64 && Math.ceil(rows / each) * blocks < BUSY) each /= 2;
-  return { rows: each, tile: 32 };
+  while (each > 64 && (each > rows / 4 || Math.ceil(rows / each) * blocks < BUSY)) each /= 2;
+  return { rows: each, tile: 64 };
 }
 
 /**
