@@ -406,9 +406,7 @@ if ((wants('gemm') || wants('gemm-small')) && hasMatrixUnits(capabilities)) {
       await gemm(2048, n, k, of('int4'));
   }
   for (const [n, k] of [
-    [1024, 2048],
     [1024, 3072],
-    [4096, 1024],
     [6144, 1024],
   ])
     await gemm(2048, n, k, of('int4'));

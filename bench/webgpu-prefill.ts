@@ -1,5 +1,5 @@
 // Prefill on the GPU: tokens per second of whole decoders at true shapes with random weights, ParoQuant against AWQ against 16 bits,
-// the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check] [--attention]
+// the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check [--only TEXT]] [--attention]
 // [--model NAME]… [--long] [--f32]; without flags all of it. --f32 runs the models on the tiled kernels instead.
 import { parseArgs } from 'node:util';
 import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.js';
@@ -20,6 +20,7 @@ const { values } = parseArgs({
     model: { type: 'string', multiple: true },
     long: { type: 'boolean' },
     f32: { type: 'boolean' },
+    only: { type: 'string' },
   },
 });
 const all = !values.check && !values.attention && !values.model && !values.long;
@@ -29,7 +30,8 @@ const results: Record<string, unknown>[] = [];
 
 if (all || values.check) {
   let [passed, failed] = [0, 0];
-  for (const check of [...prefillChecks, ...matrixChecks(gpu)])
+  for (const check of [...matrixChecks(gpu), ...prefillChecks]) {
+    if (values.only !== undefined && !check.name.includes(values.only)) continue;
     try {
       const worst = await check.run(backend);
       passed++;
@@ -39,6 +41,7 @@ if (all || values.check) {
       failed++;
       console.log(`FAILED ${check.name}: ${(error as Error).message}`);
     }
+  }
   console.log(`checks against the oracle: ${passed} passed, ${failed} failed`);
   if (failed > 0) process.exitCode = 1;
 }
