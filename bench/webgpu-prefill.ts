@@ -1,5 +1,5 @@
 // Prefill on the GPU: tokens per second of whole decoders at true shapes with random weights, ParoQuant against AWQ against 16 bits,
-// the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check [--only TEXT]] [--attention]
+// the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check [--only PATTERN]] [--attention]
 // [--model NAME]… [--long] [--f32]; without flags all of it. --f32 runs the models on the tiled kernels instead.
 import { parseArgs } from 'node:util';
 import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.js';
@@ -27,11 +27,12 @@ const all = !values.check && !values.attention && !values.model && !values.long;
 const backend = await openWebGpuBackend({ precision: values.f32 ? 'f32' : 'f16' });
 const { gpu } = backend;
 const results: Record<string, unknown>[] = [];
+const only = new RegExp(values.only ?? '');
 
 if (all || values.check) {
   let [passed, failed] = [0, 0];
   for (const check of [...matrixChecks(gpu), ...prefillChecks]) {
-    if (values.only !== undefined && !check.name.includes(values.only)) continue;
+    if (!only.test(check.name)) continue;
     try {
       const worst = await check.run(backend);
       passed++;
