@@ -50,8 +50,8 @@ const large = backend.info.pass !== undefined;
 const { rows: passRows = 2 * WINDOW } = backend.info.pass ?? {};
 const text = draw(large ? 8 * passRows : 4 * WINDOW);
 // Like ARC: questions of 20 to 60 tokens with 4 choices of 2 to 12 tokens; where passes are large, as many as its test set has.
-const requests: LikelihoodRequest[] = Array.from({ length: large ? 1000 : 40 }, () => draw(rng.int(20, 61))).flatMap((context) =>
-  Array.from({ length: 4 }, () => ({ context, continuation: draw(rng.int(2, 13)) })),
+const requests: LikelihoodRequest[] = Array.from({ length: large ? 1000 : 40 }, () => draw(rng.int(20, 61))).flatMap(
+  (context) => Array.from({ length: 4 }, () => ({ context, continuation: draw(rng.int(2, 13)) })),
 );
 
 /** Full passes; the host waits for the last one. Tokens that went through. */
@@ -127,7 +127,13 @@ const rows = [...found].map(([name, { speeds, ratios }]) => {
 });
 if (values.out !== undefined) {
   const { description } = backend.info;
-  const result = { benchmark: 'eval-throughput', model: shape?.name ?? values.model, backend: description, rounds, rows };
+  const result = {
+    benchmark: 'eval-throughput',
+    model: shape?.name ?? values.model,
+    backend: description,
+    rounds,
+    rows,
+  };
   writeFileSync(values.out, `${JSON.stringify(result, null, 1)}\n`);
 }
 await source?.checkpoint.close();
