@@ -5,13 +5,14 @@ import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attenti
 import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
 import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
 import { flashKernel } from '../../../src/backends/webgpu/fast/flash.js';
-import { GEMM_TILES, gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
+import { GEMM_TILES, gemmKernel, scaledGemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
 import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
 import { rotateDenseKernel } from '../../../src/backends/webgpu/fast/rotate-dense.js';
 import { embedTokensKernel, samplePickKernel, sampleSpansKernel } from '../../../src/backends/webgpu/fast/sample.js';
 import { narrowKernel } from '../../../src/backends/webgpu/kernels/convert.js';
+import { packColumnsKernel, packRowsKernel } from '../../../src/backends/webgpu/kernels/half-operands.js';
 import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js';
 import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
@@ -20,6 +21,11 @@ import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
 const bools = [false, true];
 const kernels: Kernel[] = [
   ...(['f16', 'bf16', 'f32'] as const).map(embedTokensKernel),
+  packRowsKernel,
+  packColumnsKernel(),
+  ...GEMM_TILES.map((tile) =>
+    scaledGemmKernel({ ...tile, weights: 'f16', groupSize: 0, bias: false, residual: false }),
+  ),
   sampleSpansKernel,
   samplePickKernel,
   ...bools.flatMap((f16) =>
