@@ -1,8 +1,10 @@
 // GPU buffers used again by size: allocating is slow, and a decoder asks for the same few sizes for ever.
 import { GyreError } from '../../core/errors.js';
 
-/** Most bytes of idle buffers kept. */
+/** Bytes of idle buffers that are always kept. */
 const IDLE_BYTES = 4 * 2 ** 30;
+/** Beyond that, idle bytes kept per byte in use: a training step wants again all that it gave back, and allocating is slow. */
+const IDLE_SHARE = 2;
 
 /** See {@link BufferPool.take}. */
 export class BufferPool {
@@ -44,7 +46,8 @@ export class BufferPool {
   /** Takes a buffer back. Giving one back twice does nothing. */
   give(buffer: GPUBuffer): void {
     if (!this.#live.delete(buffer)) return;
-    if (this.#idleBytes + buffer.size > IDLE_BYTES) {
+    const inUse = this.allocatedBytes - this.#idleBytes - buffer.size;
+    if (this.#idleBytes + buffer.size > Math.max(IDLE_BYTES, IDLE_SHARE * inUse)) {
       this.#doom(buffer);
       return;
     }
