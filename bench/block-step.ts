@@ -2,7 +2,7 @@
 // stage and projected hours for the whole model with the published settings (2048 training sequences of 2048 tokens, batches
 // of 16, 10 epochs per stage); memory of the host and of the GPU; with --profile the time of each kernel in a step.
 // Run: npx tsx bench/block-step.ts [--shapes gyre-14m|qwen3-0.6b|qwen3-1.7b|llama-3.1-8b] [--length 512] [--batch 8]
-//      [--steps 3] [--device cpu|webgpu] [--precision f32|f16] [--stages both] [--profile] [--threads N] [--name block-step]
+//      [--steps 3, at least 2] [--device cpu|webgpu] [--precision f32|f16] [--stages both] [--profile] [--threads N] [--name block-step]
 import path from 'node:path';
 import { readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
@@ -150,7 +150,8 @@ for (const k of kernels?.slice(0, 24) ?? [])
 const tokens = batch * length;
 const stages = Object.fromEntries(
   [...stamps].map(([stage, times]) => {
-    const between = (of: 'wall' | 'cpu') => median(times.slice(1).map((t, i) => t[of] - times[i][of]));
+    // A step is told of when the next is submitted, the last one at once: the interval before it is none.
+    const between = (of: 'wall' | 'cpu') => median(times.slice(1, -1).map((t, i) => t[of] - times[i][of]));
     const [seconds, cpuSeconds] = [between('wall'), between('cpu')];
     // Forward, gradient of inputs, gradient of weights; attention and transforms are not counted.
     const operations = 6 * weights * tokens;

@@ -131,6 +131,77 @@ export class StagingPool {
   }
 }
 
+/** Most bytes of idle upload buffers kept. */
+const IDLE_UPLOAD_BYTES = 2 ** 30;
+
+/** Mapped buffers through which data go to the GPU, used again when the copies out of them are done. */
+export class UploadPool {
+  readonly #device: GPUDevice;
+  readonly #idle = new Map<number, GPUBuffer[]>();
+  #idleBytes = 0;
+  /** Filled since the last submission. */
+  #filled: GPUBuffer[] = [];
+  #disposed = false;
+
+  constructor(device: GPUDevice) {
+    this.#device = device;
+  }
+
+  /** Bytes filled since the last submission. */
+  get filledBytes(): number {
+    return this.#filled.reduce((sum, buffer) => sum + buffer.size, 0);
+  }
+
+  /** A buffer with these bytes at its start, to be copied from in the next submission. */
+  fill(data: ArrayBufferView): GPUBuffer {
+    const size = sizeClass(data.byteLength);
+    let buffer = this.#idle.get(size)?.pop();
+    if (buffer) this.#idleBytes -= size;
+    else
+      buffer = this.#device.createBuffer({
+        label: 'upload',
+        size,
+        usage: GPUBufferUsage.MAP_WRITE | GPUBufferUsage.COPY_SRC,
+        mappedAtCreation: true,
+      });
+    const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    new Uint8Array(buffer.getMappedRange(0, data.byteLength)).set(bytes);
+    buffer.unmap();
+    this.#filled.push(buffer);
+    return buffer;
+  }
+
+  /** Called after each submission. */
+  submitted(): void {
+    const filled = this.#filled;
+    this.#filled = [];
+    for (const buffer of filled)
+      buffer.mapAsync(GPUMapMode.WRITE).then(
+        () => this.#take(buffer),
+        // A lost device, which is reported where somebody waits.
+        () => buffer.destroy(),
+      );
+  }
+
+  dispose(): void {
+    this.#disposed = true;
+    for (const list of this.#idle.values()) for (const buffer of list) buffer.destroy();
+    for (const buffer of this.#filled) buffer.destroy();
+    this.#idle.clear();
+  }
+
+  #take(buffer: GPUBuffer): void {
+    if (this.#disposed || this.#idleBytes + buffer.size > IDLE_UPLOAD_BYTES) {
+      buffer.destroy();
+      return;
+    }
+    const list = this.#idle.get(buffer.size);
+    if (list) list.push(buffer);
+    else this.#idle.set(buffer.size, [buffer]);
+    this.#idleBytes += buffer.size;
+  }
+}
+
 /** Sizes are rounded up to an eighth of their power of two, so that similar ones share buffers and little is wasted. */
 function sizeClass(bytes: number): number {
   const size = Math.max(256, bytes);

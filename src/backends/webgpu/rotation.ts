@@ -17,6 +17,8 @@ import {
   rotationMemory,
   scaleChannelsKernel,
 } from './kernels/rotation-rows.js';
+import type {
+  HalfTensor} from './tensor.js';
 import {
   elementGroups,
   freeTensor,
