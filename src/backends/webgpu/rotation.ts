@@ -17,8 +17,6 @@ import {
   rotationMemory,
   scaleChannelsKernel,
 } from './kernels/rotation-rows.js';
-import type {
-  HalfTensor} from './tensor.js';
 import {
   elementGroups,
   freeTensor,
