@@ -2,10 +2,18 @@
 // measured in the same run, each checked before it is timed. Usage: tsx bench/webgpu-kernels.ts [--only name]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import type { PreparedDispatch } from '../src/backends/webgpu/device.js';
-import { gemmGroups, gemmKernel, gemmMemory, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
+import {
+  GEMM_TILES,
+  gemmGroups,
+  gemmKernel,
+  gemmMemory,
+  type GemmTile,
+  type GemmVariant,
+} from '../src/backends/webgpu/fast/gemm.js';
+import { hasMatrixUnits } from '../src/backends/webgpu/capabilities.js';
 import { gemvKernel, gemvRowsPerGroup, type GemvVariant } from '../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from '../src/backends/webgpu/fast/gemv-dense.js';
-import { rotateDenseKernel, rotationMatrices } from '../src/backends/webgpu/fast/rotate-dense.js';
+import { rotateDenseKernel } from '../src/backends/webgpu/fast/rotate-dense.js';
 import { ROTATE_ROWS, pairTable, rotateRowsKernel } from '../src/backends/webgpu/fast/rotate-rows.js';
 import {
   activationGroups,
@@ -13,6 +21,7 @@ import {
   rotationTable,
   stagesOf,
 } from '../src/backends/webgpu/fast/activations.js';
+import { GpuTransform } from '../src/backends/webgpu/rotation.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
 import { randomPairs } from '../src/transforms/index.js';
@@ -96,7 +105,7 @@ async function timed(
 }
 
 // Rotation of many rows.
-async function rotation(rows: number, channels: number): Promise<void> {
+async function rotation(rows: number, channels: number, blocks: readonly number[]): Promise<void> {
   const [groupSize, krot] = [128, 8];
   const transform = {
     channels,
@@ -113,17 +122,17 @@ async function rotation(rows: number, channels: number): Promise<void> {
   gpu.upload(table, pairTable(transform));
   const s = await halves(scale, 0, channels);
   const list: (GpuCandidate & { bytes: number; error: number })[] = [];
-  const r = gpu.buffer(channels * 256);
-  gpu.upload(r, rotationMatrices({ ...transform, channelScales: s }));
+  const dense = new GpuTransform(gpu, { ...transform, channelScales: s });
+  const r = dense.matrices(gpu);
   const candidates = [
-    ...[8, 16].map((unroll) => {
-      const kernel = rotateRowsKernel({ f16, krot, groupSize, unroll });
+    (() => {
+      const kernel = rotateRowsKernel({ f16, krot, groupSize });
       const groups = [channels / groupSize, Math.ceil(rows / ROTATE_ROWS)] as const;
       return { kernel, dispatch: gpu.prepare(kernel, { x, y, scale, table }, { rows, channels }, groups) };
-    }),
-    ...[1024, 2048].flatMap((block) =>
+    })(),
+    ...blocks.flatMap((block) =>
       [32, 64].map((tile) => {
-        const kernel = rotateDenseKernel({ rows: block, tile, stageIn: true, stageOut: true });
+        const kernel = rotateDenseKernel({ rows: block, tile });
         const groups = [channels / groupSize, Math.ceil(rows / block)] as const;
         return { kernel, dispatch: gpu.prepare(kernel, { x, y, r }, { rows, channels }, groups) };
       }),
@@ -150,7 +159,8 @@ async function rotation(rows: number, channels: number): Promise<void> {
     list.push({ name: kernel.name, dispatches: [dispatch], bytes: rows * channels * 4, error });
   }
   await timed(`rotate ${rows}x${channels}`, list);
-  for (const b of [x, y, scale, table, r]) gpu.release(b);
+  dense.free(gpu);
+  for (const b of [x, y, scale, table]) gpu.release(b);
 }
 
 // int4 products with few rows of x. Weights rotate among copies so that caches don't hold them.
@@ -258,17 +268,18 @@ async function dense(out: number, inFeatures: number): Promise<void> {
 
 async function gemm(m: number, n: number, k: number, variants: GemmVariant[]): Promise<void> {
   const groupSize = 128;
-  const a = randomBuffer(gpu, m * k * 2, halfPair);
-  const bs = { f16: randomBuffer(gpu, n * k * 2, halfPair), int4: randomBuffer(gpu, (n * k) / 2, anyWord) };
-  const grid = randomBuffer(gpu, (n * k * 4) / groupSize, gridWord);
-  const c = gpu.buffer(m * n * 4);
+  const x = randomBuffer(gpu, m * k * 2, halfPair);
+  const weights = { f16: randomBuffer(gpu, n * k * 2, halfPair), int4: randomBuffer(gpu, (n * k) / 2, anyWord) };
+  const grids = randomBuffer(gpu, (n * k * 4) / groupSize, gridWord);
+  const out = gpu.buffer(m * n * 4);
   const list: (GpuCandidate & { flops: number; error: number })[] = [];
   const order = [0, 4, 1, 5, 2, 6, 3, 7];
   for (const v of variants) {
     const kernel = gemmKernel(v);
+    const type = v.weights === 'int4' ? 'int4' : 'f16';
     const dispatch: PreparedDispatch = gpu.prepare(
       kernel,
-      { a, b: bs[v.b], grid, c },
+      { x, weights: weights[type], grids, bias: grids, residual: grids, out },
       { m, n, k },
       gemmGroups(v, m, n),
     );
@@ -280,14 +291,14 @@ async function gemm(m: number, n: number, k: number, variants: GemmVariant[]): P
       [137, 1013],
       [m - 65, 31],
     ]) {
-      const row = await halves(a, i * k * 2, k);
+      const row = await halves(x, i * k * 2, k);
       let sum = 0;
-      if (v.b === 'f16') {
-        const col = await halves(bs.f16, j * k * 2, k);
+      if (type === 'f16') {
+        const col = await halves(weights.f16, j * k * 2, k);
         for (let e = 0; e < k; e++) sum += row[e] * col[e];
       } else {
-        const words = new Uint32Array(await gpu.read(bs.int4, (j * k) / 2, k / 2));
-        const g = new Uint32Array(await gpu.read(grid, (j * k * 4) / groupSize, (k * 4) / groupSize));
+        const words = new Uint32Array(await gpu.read(weights.int4, (j * k) / 2, k / 2));
+        const g = new Uint32Array(await gpu.read(grids, (j * k * 4) / groupSize, (k * 4) / groupSize));
         for (let e = 0; e < k; e++) {
           const word = g[Math.floor(e / groupSize)];
           const code = (words[e >> 3] >>> (4 * order[e & 7])) & 15;
@@ -295,12 +306,12 @@ async function gemm(m: number, n: number, k: number, variants: GemmVariant[]): P
         }
       }
       want.push(sum);
-      got.push((await floats(c, (i * n + j) * 4, 1))[0]);
+      got.push((await floats(out, (i * n + j) * 4, 1))[0]);
     }
     list.push({ name: kernel.name, dispatches: [dispatch], flops: 2 * m * n * k, error: relative(got, want) });
   }
   await timed(`gemm ${m}x${n}x${k}`, list);
-  for (const b of [a, bs.f16, bs.int4, grid, c]) gpu.release(b);
+  for (const b of [x, weights.f16, weights.int4, grids, out]) gpu.release(b);
 }
 
 async function activation(channels: number): Promise<void> {
@@ -341,8 +352,13 @@ const sweep = (rows: number[], teams: number[], splits: number[], batch = 1) =>
     teams.flatMap((t) => splits.filter((s) => s <= t).map((s) => ({ rows: r, teams: t, split: s, batch }))),
   );
 if (wants('rotate')) {
-  await rotation(16384, 4096);
-  await rotation(16384, 14336);
+  await rotation(16384, 4096, [1024, 2048]);
+  await rotation(16384, 14336, [1024, 2048]);
+}
+if (wants('rotate-prefill')) {
+  await rotation(2048, 4096, [64, 128, 256, 512]);
+  await rotation(2048, 14336, [128, 256, 512]);
+  await rotation(2048, 1024, [64, 128]);
 }
 if (wants('activations')) {
   await activation(4096);
@@ -355,31 +371,37 @@ if (wants('gemv')) {
   await gemv(6144, 4096, sweep([2, 4], [4], [1, 2, 4]));
   await dense(128256, 4096);
 }
-if (wants('gemm') && capabilities.subgroupMatrices.length > 0) {
+if ((wants('gemm') || wants('gemm-small')) && hasMatrixUnits(capabilities)) {
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
-  const shapes: Omit<GemmVariant, 'b' | 'groupSize'>[] = [
-    { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, double: false },
-    { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, double: true },
-    { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2, double: false },
-    { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 4, double: false },
-    { tileM: 128, tileN: 256, tileK: 32, warpsM: 2, warpsN: 4, double: false },
-    { tileM: 256, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2, double: false },
-    { tileM: 256, tileN: 128, tileK: 64, warpsM: 4, warpsN: 2, double: false },
-    { tileM: 128, tileN: 256, tileK: 16, warpsM: 2, warpsN: 4, double: true },
+  const tiles: GemmTile[] = [
+    ...GEMM_TILES,
+    { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2 },
+    { tileM: 128, tileN: 256, tileK: 32, warpsM: 2, warpsN: 4 },
+    { tileM: 128, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 32, warpsM: 4, warpsN: 2 },
+    { tileM: 128, tileN: 64, tileK: 64, warpsM: 2, warpsN: 2 },
   ];
-  const fitting = shapes.filter((v) => gemmMemory(v as GemmVariant) <= memory);
-  await gemm(
-    4096,
-    4096,
-    4096,
-    fitting.map((v) => ({ ...v, b: 'f16', groupSize: 128 })),
-  );
-  await gemm(
-    2048,
-    14336,
-    4096,
-    fitting.map((v) => ({ ...v, b: 'int4', groupSize: 128 })),
-  );
+  const of = (weights: GemmVariant['weights']): GemmVariant[] =>
+    tiles
+      .filter((tile) => gemmMemory(tile) <= memory)
+      .map((tile) => ({ ...tile, weights, groupSize: 128, bias: false, residual: false }));
+  if (wants('gemm')) {
+    await gemm(4096, 4096, 4096, of('f16'));
+    for (const [n, k] of [
+      [14336, 4096],
+      [6144, 4096],
+      [4096, 4096],
+      [28672, 4096],
+      [4096, 14336],
+    ])
+      await gemm(2048, n, k, of('int4'));
+  }
+  for (const [n, k] of [
+    [1024, 3072],
+    [6144, 1024],
+  ])
+    await gemm(2048, n, k, of('int4'));
 }
 writeResult('webgpu-kernels', { gpu: backend.info.description, copyBytesPerSecond: bandwidth, results });
 await backend.dispose();

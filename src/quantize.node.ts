@@ -23,7 +23,7 @@ import { modelFingerprint, summarizeModel } from './evaluation/index.js';
 import { GROUP_NAMES } from './models/block.js';
 import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
-import type { WeightBits } from './ops/backend.js';
+import type { Backend, WeightBits } from './ops/backend.js';
 import { requireGradients } from './ops/gradients.js';
 import {
   CALIBRATION_SEQUENCES,
@@ -107,6 +107,8 @@ export interface QuantizeOptions {
   /** Default: the machine's cores. */
   readonly threads?: number;
   readonly device?: BackendName;
+  /** An open backend to run on, in place of one of `device` opened for the call; it stays open. */
+  readonly backend?: Backend;
   /** Continue an interrupted run. */
   readonly resume?: boolean;
   /** Plan only. */
@@ -250,7 +252,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     await checkDisk(options.out, plan);
 
     const threads = options.threads ?? availableParallelism();
-    const backend = await openBackend(device, { threads });
+    const backend = options.backend ?? (await openBackend(device, { threads }));
     try {
       if (isBlockRecipe(recipe)) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
@@ -331,7 +333,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         await folder.close();
       }
     } finally {
-      await backend.dispose();
+      if (!options.backend) await backend.dispose();
     }
   } finally {
     await source.checkpoint.close();

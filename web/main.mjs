@@ -8,7 +8,7 @@ const [status, form, prompt, run, answer] = ['status', 'form', 'prompt', 'run', 
 
 /** Opens the GPU and loads the model that lies beside the page. */
 async function open() {
-  const backend = await openBackend('webgpu');
+  const backend = await openBackend('webgpu', { precision: 'auto' });
   const names = await (await fetch('files.json')).json();
   const files = urlFiles(new URL('model/', location.href).href, names);
   const decoder = await loadDecoder(backend, await openModel(files), {

@@ -42,7 +42,7 @@ async function inspectCpu(): Promise<BackendFinding> {
 }
 
 async function inspectWebGpu(): Promise<BackendFinding> {
-  const { measureGpuCopy, probeWebGpu } = await import('./webgpu/probe.js');
+  const { measureGpuCopy, probeWebGpu, hasMatrixUnits } = await import('./webgpu/probe.js');
   const found = await probeWebGpu();
   if (!found.available)
     return { name: 'webgpu', available: false, details: {}, reason: found.reason, remedy: found.remedy };
@@ -60,6 +60,10 @@ async function inspectWebGpu(): Promise<BackendFinding> {
       'shader-f16': capabilities.f16 ? 'yes' : 'no',
       subgroups: subgroups ? `${[...new Set([subgroups.min, subgroups.max])].join(' to ')} lanes` : 'no',
       'subgroup matrices': subgroupMatrices.map((m) => `${m.m}×${m.n}×${m.k} ${m.component} → ${m.result}`),
+      // What --precision auto comes to, and what runs either way.
+      'many rows': hasMatrixUnits(capabilities)
+        ? 'f16 on matrix units: products, rotations, attention; tiled f32 with --precision f32'
+        : 'tiled f32 (no matrix units for f16 in subgroups of 32); f16 activations with --precision f16',
       timestamps: capabilities.timestamps ? 'yes' : 'no',
       features,
       ...limits,

@@ -52,12 +52,28 @@ export interface BackendOptions {
    * with activations rounded to 15 or 16 bits per group, the default) or `int8` (rounded to 8 bits: faster, some quality lost).
    */
   activations?: 'exact' | 'int8';
+  /**
+   * Of the forward pass over many rows (prefill, evaluation) on WebGPU: `f16` rounds activations inside blocks to f16 and
+   * multiplies on matrix units where there are any, `auto` is f16 on GPUs that have them and f32 on others. Default f32.
+   * The CPU computes in f32, which `auto` is there.
+   */
+  precision?: PrecisionName;
 }
+
+/** What `--precision` takes. */
+export const PRECISIONS = ['auto', 'f32', 'f16'] as const;
+export type PrecisionName = (typeof PRECISIONS)[number];
 
 /** Opens a backend by name. @throws GyreError `unsupported` for an unknown name. */
 export async function openBackend(name: BackendName, options: BackendOptions = {}): Promise<Backend> {
   switch (name) {
     case 'cpu':
+      ensure(
+        options.precision !== 'f16',
+        'usage',
+        'the CPU backend computes in f32; f16 is a choice of WebGPU',
+        'leave out --precision, or use --device webgpu',
+      );
       return (await import('./cpu/index.js')).openCpuBackend(options);
     case 'webgpu':
       ensure(
@@ -66,7 +82,7 @@ export async function openBackend(name: BackendName, options: BackendOptions = {
         '8-bit activations are a choice of the CPU backend; WebGPU has none',
         'leave out --activations, or use --device cpu',
       );
-      return (await import('./webgpu/index.js')).openWebGpuBackend();
+      return (await import('./webgpu/index.js')).openWebGpuBackend({ precision: options.precision });
     case 'reference':
       return (await import('../ops/reference/backend.js')).createReferenceBackend();
     default:

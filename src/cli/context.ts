@@ -1,6 +1,12 @@
 // What every command gets: where to print, how to show progress, when to stop; and models opened the same way everywhere.
 import { arch, cpus, platform, totalmem } from 'node:os';
-import { chooseDevice, openBackend, type ChosenDevice, type DeviceName } from '../backends/registry.js';
+import {
+  chooseDevice,
+  openBackend,
+  type ChosenDevice,
+  type DeviceName,
+  type PrecisionName,
+} from '../backends/registry.js';
 import { byteLength } from '../core/tensor.js';
 import { resolveModel } from '../formats/hub.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../models/load.js';
@@ -71,6 +77,8 @@ export interface RuntimeChoice {
   readonly device: DeviceName;
   readonly threads?: number;
   readonly activations?: 'exact' | 'int8';
+  /** Default auto. */
+  readonly precision?: PrecisionName;
 }
 
 /** Decides where a command runs a model, and says so. */
@@ -99,10 +107,10 @@ export async function withBackend<T>(
 /** Opens a device's backend; `use` gets it, and it is disposed of afterwards. */
 export async function onDevice<T>(
   device: ChosenDevice['name'],
-  { threads, activations }: Omit<RuntimeChoice, 'device'>,
+  { threads, activations, precision = 'auto' }: Omit<RuntimeChoice, 'device'>,
   use: (backend: Backend) => Promise<T>,
 ): Promise<T> {
-  const backend = await openBackend(device, { threads, activations });
+  const backend = await openBackend(device, { threads, activations, precision });
   try {
     return await use(backend);
   } finally {

@@ -1,7 +1,7 @@
 // Options of the commands: texts from the command line checked by zod, errors that name the flag as it was typed.
 import { Option } from 'commander';
 import { z } from 'zod';
-import { DEVICES } from '../backends/registry.js';
+import { DEVICES, PRECISIONS } from '../backends/registry.js';
 import { GyreError } from '../core/errors.js';
 
 /** A whole number in a range. */
@@ -90,6 +90,10 @@ export const runtimeOptions = (): Option[] => [
     '--head-bits <n>',
     'width of the output head: 16 as stored, or 8 (half the bytes per token, some quality lost)',
   ).default('16'),
+  new Option(
+    '--precision <name>',
+    'of passes over many rows on WebGPU: f32, f16 (activations rounded, on matrix units), or auto (f16 where the GPU has matrix units)',
+  ).default('auto'),
 ];
 
 /** The schema of {@link modelOptions}. */
@@ -101,4 +105,5 @@ export const runtimeSchema = {
   threads: wholeNumber(1, 1024).optional(),
   activations: oneOf(['exact', 'int8']),
   headBits: oneOf([8, 16]),
+  precision: oneOf(PRECISIONS),
 };

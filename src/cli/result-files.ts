@@ -40,7 +40,7 @@ export async function textResultFile(
     createdAt: new Date().toISOString(),
     ...run,
     machine: machineInfo(),
-    settings: { activations: 'exact', headBits: 16 },
+    settings: { activations: 'exact', headBits: 16, precision: run.backend.precision ?? 'f32' },
     evaluations: [
       {
         type: 'text',

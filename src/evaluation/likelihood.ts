@@ -9,13 +9,13 @@ import { contextLength, createBreath } from '../generate/index.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
 import type { Tokenizer } from '../tokenizer/index.js';
 
-/** Rows of one forward pass. */
+/** Rows of one forward pass, unless the backend asks for more. */
 const ROWS_PER_PASS = 1024;
-/** Rows from which a pass is worth less padding rather than more rows. */
-const SMALL_PASS = 192;
-/** Bytes of keys and values held at a time. */
+/** Share of these rows from which a pass is worth less padding rather than more rows. */
+const SMALL_PASS = 3 / 16;
+/** Bytes of keys and values held at a time, unless the backend asks for more. */
 const CACHE_BYTES = 768 * 1024 * 1024;
-/** Bytes of logits held at a time. */
+/** Bytes of logits held at a time, unless the backend asks for more. */
 const LOGITS_BYTES = 64 * 1024 * 1024;
 /** A beginning that all sequences of a batch share is computed apart from this length on. */
 const MIN_HEADER = 16;
@@ -181,9 +181,15 @@ function cacheBytesPerToken(decoder: Decoder): number {
   return layers * kvHeads * headDim * 2 * 4;
 }
 
+/** Tokens that the cache of contexts holds, and the one of their continuations. */
+function cacheRoom(decoder: Decoder): number {
+  const bytes = decoder.backend.info.pass?.cacheBytes ?? CACHE_BYTES;
+  return Math.max(1, Math.floor(bytes / 2 / cacheBytesPerToken(decoder)));
+}
+
 /** As many groups as fit the cache of contexts. */
 function* batches(decoder: Decoder, groups: readonly Group[]): Generator<Group[], void, void> {
-  const room = Math.max(1, Math.floor(CACHE_BYTES / 2 / cacheBytesPerToken(decoder)));
+  const room = cacheRoom(decoder);
   let batch: Group[] = [];
   for (const group of groups) {
     const width = batch[0]?.context.length ?? group.context.length;
@@ -201,14 +207,14 @@ function* batches(decoder: Decoder, groups: readonly Group[]): Generator<Group[]
  * How many sequences, longest first, make a pass: at most so many, and once the pass is large enough, while padding stays
  * below a tenth.
  */
-function countTogether(length: (i: number) => number, most: number): number {
+function countTogether(length: (i: number) => number, most: number, small: number): number {
   const width = length(0);
   let tokens = width;
   let count = 1;
   for (; count < most && length(count) > 0; count++) {
     tokens += length(count);
     const rows = width * (count + 1);
-    if (rows > SMALL_PASS && tokens < 0.9 * rows) break;
+    if (rows > small && tokens < 0.9 * rows) break;
   }
   return count;
 }
@@ -229,11 +235,16 @@ function commonPrefix(sequences: readonly Int32Array[]): number {
 class Passes {
   readonly #decoder: Decoder;
   readonly #check: () => Promise<void>;
+  readonly #rows: number;
+  readonly #logitsBytes: number;
   tokens = 0;
 
   constructor(decoder: Decoder, check: () => Promise<void>) {
     this.#decoder = decoder;
     this.#check = check;
+    const { rows = ROWS_PER_PASS, logitsBytes = LOGITS_BYTES } = decoder.backend.info.pass ?? {};
+    this.#rows = rows;
+    this.#logitsBytes = logitsBytes;
   }
 
   async run(
@@ -252,11 +263,11 @@ class Passes {
       const jobs = batch
         .flatMap((group, sequence) => group.jobs.map((job) => ({ ...job, sequence })))
         .sort((a, b) => b.continuation.length - a.continuation.length || a.index - b.index);
-      const room = Math.max(1, Math.floor(CACHE_BYTES / 2 / cacheBytesPerToken(decoder)));
+      const room = cacheRoom(decoder);
       for (let begin = 0; begin < jobs.length;) {
         const width = jobs[begin].continuation.length;
-        const most = Math.min(Math.floor(ROWS_PER_PASS / width), Math.floor(room / (longest + width)));
-        const count = countTogether((i) => jobs[begin + i]?.continuation.length ?? 0, most);
+        const most = Math.min(Math.floor(this.#rows / width), Math.floor(room / (longest + width)));
+        const count = countTogether((i) => jobs[begin + i]?.continuation.length ?? 0, most, SMALL_PASS * this.#rows);
         // Padding must not reach beyond the model's context: a long question waits for a pass of short continuations.
         const fits = (sequence: number): boolean => shared[sequence].length + width <= limit;
         const late = jobs.slice(begin, begin + count).findIndex(({ sequence }) => !fits(sequence));
@@ -310,7 +321,8 @@ class Passes {
       const width = contexts[begin].length - header;
       const count = countTogether(
         (i) => (contexts[begin + i]?.length ?? 0) - header,
-        Math.floor(ROWS_PER_PASS / width),
+        Math.floor(this.#rows / width),
+        SMALL_PASS * this.#rows,
       );
       const rests = contexts.slice(begin, begin + count).map((context) => context.subarray(header));
       if (count === contexts.length) {
@@ -337,7 +349,7 @@ class Passes {
   async #feed(sequences: readonly Int32Array[], start: number, cache: DecoderCache): Promise<void> {
     const decoder = this.#decoder;
     const width = Math.max(...sequences.map((s) => s.length));
-    const chunk = Math.max(1, Math.floor(ROWS_PER_PASS / sequences.length));
+    const chunk = Math.max(1, Math.floor(this.#rows / sequences.length));
     for (let begin = 0; begin < width; begin += chunk) {
       await this.#check();
       const tokens = Math.min(chunk, width - begin);
@@ -370,7 +382,7 @@ class Passes {
     const rows = ids.length;
     const nll = new Float64Array(rows);
     const best = new Uint8Array(greedy ? rows : 0);
-    const step = Math.max(1, Math.floor(LOGITS_BYTES / (4 * config.vocabSize)));
+    const step = Math.max(1, Math.floor(this.#logitsBytes / (4 * config.vocabSize)));
     for (let begin = 0; begin < rows; begin += step) {
       const end = Math.min(begin + step, rows);
       const logits = await this.#decoder.logits(backend.sliceRows(hidden, begin, end));

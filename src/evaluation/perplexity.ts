@@ -12,10 +12,10 @@ import { cutWindows, type ProtocolOptions, type TextWindow } from './windows.js'
 import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';
 
-/** Rows of one forward pass; short windows are run together up to this many. */
+/** Rows of one forward pass, unless the backend asks for more; short windows are run together up to this many. */
 const ROWS_PER_PASS = 1024;
 
-/** Bytes of logits held at a time (per model), unless told how many rows. */
+/** Bytes of logits held at a time (per model), unless told how many rows or asked for more by the backend. */
 const LOGITS_BYTES = 64 * 1024 * 1024;
 
 /** What is evaluated: a {@link Decoder}, or something that answers like one. */
@@ -117,7 +117,8 @@ export async function evaluateText(
     cutWindows(tokens, { ...options, seqLen }).map((window) => ({ ...window, document })),
   );
   ensure(windows.length > 0, 'usage', 'there is no text to evaluate on', 'Give at least one document.');
-  const rowsPerLogits = options.rowsPerLogits ?? Math.max(1, Math.floor(LOGITS_BYTES / (4 * decoder.config.vocabSize)));
+  const { rows = ROWS_PER_PASS, logitsBytes = LOGITS_BYTES } = decoder.backend.info.pass ?? {};
+  const rowsPerLogits = options.rowsPerLogits ?? Math.max(1, Math.floor(logitsBytes / (4 * decoder.config.vocabSize)));
   const scores: WindowScore[] = [];
   const breathe = createBreath();
   let running = 0;
@@ -129,7 +130,7 @@ export async function evaluateText(
     // Neighbours of one length run together; only a text's last window differs.
     const { length } = windows[begin].ids;
     let end = begin + 1;
-    const most = Math.max(1, Math.floor(ROWS_PER_PASS / length));
+    const most = Math.max(1, Math.floor(rows / length));
     while (end < windows.length && end - begin < most && windows[end].ids.length === length) end++;
     const batch = windows.slice(begin, end);
     // A window's last token is only predicted. It is fed all the same where it fits, as papers have it: dynamic RoPE

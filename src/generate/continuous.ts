@@ -9,10 +9,9 @@ import type { Decoder, DecoderCache } from '../models/decoder.js';
 import type { SequenceCopy, TokenChoice } from '../ops/backend.js';
 import { createBreath } from './breathe.js';
 import { FusedBatch, type FusedSequence } from './fused-batch.js';
+import { prefillRows } from './prefill-rows.js';
 import { createSampler, type SamplingOptions } from './sampler.js';
 
-/** Rows of a prefill pass. */
-const PREFILL_ROWS = 512;
 /** Bytes of keys and values held, unless told otherwise: in the machine's memory, and in that of a GPU that decodes many at once. */
 const CACHE_BYTES = 2 ** 30;
 const FUSED_CACHE_BYTES = 4 * 2 ** 30;
@@ -302,6 +301,7 @@ class Batch {
   /** All tokens of new writers but the last into the cache; equal ones once. */
   async #prefill(taken: readonly Writer[]): Promise<void> {
     const decoder = this.#decoder;
+    const rows = prefillRows(decoder);
     const cache = this.#cache as DecoderCache;
     const groups = new Map<string, Writer[]>();
     for (const writer of taken) {
@@ -311,11 +311,11 @@ class Batch {
     const pending = [...groups.values()].sort((a, b) => b[0].position - a[0].position);
     while (pending.length > 0) {
       const width = pending[0][0].position;
-      const part = pending.splice(0, Math.max(1, Math.floor(PREFILL_ROWS / width)));
+      const part = pending.splice(0, Math.max(1, Math.floor(rows / width)));
       const piece = await decoder.createCache(part.length, width);
       try {
-        for (let begin = 0; begin < width; begin += PREFILL_ROWS) {
-          const tokens = Math.min(PREFILL_ROWS, width - begin);
+        for (let begin = 0; begin < width; begin += rows) {
+          const tokens = Math.min(rows, width - begin);
           const ids = new Int32Array(part.length * tokens);
           for (const [i, [{ ids: own, position }]] of part.entries())
             ids.set(own.slice(begin, Math.min(begin + tokens, position)), i * tokens);

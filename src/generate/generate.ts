@@ -5,10 +5,8 @@ import { contextLength, type ModelConfig } from '../models/config.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
 import { createBreath } from './breathe.js';
 import { FusedDecoding } from './fused.js';
+import { prefillRows } from './prefill-rows.js';
 import { createSampler, type SamplingOptions } from './sampler.js';
-
-/** Rows of a prefill pass: enough to fill the machine, few enough that activations stay small. */
-const PREFILL_ROWS = 512;
 
 /** Options of {@link generate}. */
 export interface GenerateOptions extends SamplingOptions {
@@ -144,11 +142,12 @@ async function prefill(
   signal: AbortSignal | undefined,
 ): Promise<Float32Array | undefined> {
   const breathe = createBreath();
-  const lastChunk = Math.floor((ids.length - 1) / PREFILL_ROWS) * PREFILL_ROWS;
-  for (let begin = 0; begin < lastChunk; begin += PREFILL_ROWS) {
+  const rows = prefillRows(decoder);
+  const lastChunk = Math.floor((ids.length - 1) / rows) * rows;
+  for (let begin = 0; begin < lastChunk; begin += rows) {
     await breathe();
     if (signal?.aborted) return undefined;
-    decoder.backend.free(await decoder.hidden(ids.subarray(begin, begin + PREFILL_ROWS), { cache }));
+    decoder.backend.free(await decoder.hidden(ids.subarray(begin, begin + rows), { cache }));
   }
   if (signal?.aborted) return undefined;
   return step(decoder, cache, ids.subarray(lastChunk));

@@ -76,6 +76,8 @@ export interface BlockSettings {
   readonly stages: 'both' | 'transforms' | 'weights';
   /** How rotations pair channels: at random, largest with smallest magnitude, or those that learn the largest angles. */
   readonly pairs: 'random' | 'magnitude' | 'learned';
+  /** Of products in training: f16 rounds their operands where the backend has matrix units for it; sums are f32. */
+  readonly precision: 'f32' | 'f16';
 }
 
 /** The published settings. */
@@ -91,6 +93,7 @@ export const BLOCK_DEFAULTS: BlockSettings = {
   weightDecay: 0.01,
   stages: 'both',
   pairs: 'random',
+  precision: 'f32',
 };
 
 /** The linears of one group and what is known of their inputs. */

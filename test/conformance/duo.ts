@@ -19,6 +19,8 @@ export interface Allowance {
   readonly roundoff: number;
   /** Products of at most this many rows with integer weights may round activations to int16 per weight group. */
   readonly int16Rows: number;
+  /** Unit roundoff of what ops of more than 8 rows return and of the operands of their products: 2^-11 for f16; 0 as `roundoff`. */
+  readonly activationRoundoff: number;
   /** Unit roundoff of keys and values in a cache: 2^-11 for f16, 0 where they are kept as they come. */
   readonly cacheRoundoff: number;
 }
@@ -43,6 +45,16 @@ export class Duo {
     seed: string,
   ) {
     this.rng = createRng(1).fork(seed);
+  }
+
+  /** Unit roundoff of an activation. */
+  get activationRoundoff(): number {
+    return Math.max(this.allowance.roundoff, this.allowance.activationRoundoff);
+  }
+
+  /** Half the smallest number that an activation can have beside 0. */
+  get smallest(): number {
+    return this.allowance.activationRoundoff > 0 ? 2 ** -25 : 2 ** -100;
   }
 
   /** Standard normal values. */

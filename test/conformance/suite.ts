@@ -88,7 +88,7 @@ export interface ConformanceOptions extends Partial<Allowance> {
 }
 
 /** f32 arithmetic, activations untouched. */
-export const STRICT: Allowance = { roundoff: 2 ** -24, int16Rows: 0, cacheRoundoff: 0 };
+export const STRICT: Allowance = { roundoff: 2 ** -24, int16Rows: 0, activationRoundoff: 0, cacheRoundoff: 0 };
 
 /** Declares a vitest suite that runs every case on one backend. */
 export function runConformance(

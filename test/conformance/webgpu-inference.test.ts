@@ -1,5 +1,6 @@
-// The inference ops of the WebGPU backend against the oracle: with all features of the adapter, and without subgroups. (SwiftShader has no
-// shader-f16, so the variants without it are the ones that run.)
+// The inference ops of the WebGPU backend against the oracle: with all features of the adapter, without subgroups, and with activations
+// in f16. (SwiftShader has no shader-f16 and no subgroup matrices, so the variants without them are the ones that run; the others
+// are checked on a GPU by bench/webgpu-prefill.ts.)
 import { describe, it } from 'vitest';
 import { openTestWebGpu, webgpuMissing } from '../support/webgpu.js';
 import { conformanceCases, OPS, runConformance, type ConformanceCase, type OpName } from './suite.js';
@@ -20,18 +21,35 @@ const withoutSubgroups = Object.fromEntries(
     .map(({ op, name }) => [`${op}: ${name}`, 'the same kernels as with subgroups']),
 );
 
+/** Ops that make f16 of f32; those that take f16 are in prefill-checks.ts. */
+const HALF_OPS: readonly OpName[] = ['rmsNorm', 'splitHeads', 'siluMul'];
+const withoutHalf = Object.fromEntries(
+  OPS.filter((op) => !HALF_OPS.includes(op)).map((op) => [op, 'the same kernels as with activations in f32']),
+);
+
 const VARIANTS = [
-  { name: 'all features', features: {}, skip },
-  { name: 'no subgroups', features: { subgroups: false, integerDot: false }, skip: { ...skip, ...withoutSubgroups } },
-];
+  { name: 'all features', options: {}, skip },
+  {
+    name: 'no subgroups',
+    options: { features: { subgroups: false, integerDot: false } },
+    skip: { ...skip, ...withoutSubgroups },
+  },
+  {
+    name: 'activations in f16',
+    options: { precision: 'f16' },
+    skip: { ...skip, ...withoutHalf },
+    activationRoundoff: 2 ** -11,
+  },
+] as const;
 
 if (webgpuMissing !== undefined) {
   describe('conformance of webgpu, inference', () => it.skip(String(webgpuMissing), () => undefined));
 } else {
-  for (const { name, features, skip: left } of VARIANTS)
+  for (const { name, options, skip: left, ...allowance } of VARIANTS)
     // Keys and values are cached as f16.
-    runConformance(`webgpu, inference, ${name}`, () => openTestWebGpu({ features }), {
+    runConformance(`webgpu, inference, ${name}`, () => openTestWebGpu(options), {
       skip: left,
       cacheRoundoff: 2 ** -11,
+      ...allowance,
     });
 }

@@ -13,7 +13,10 @@ import type {
 } from '../../ops/backend.js';
 import { checkCopies, startsOf } from '../../ops/sequences.js';
 import { gridRun } from './activation-grid.js';
+import { hasMatrixUnits } from './capabilities.js';
+import { attentionByProducts } from './attention-products.js';
 import type { GpuDevice } from './device.js';
+import { flashKernel, flashRows, flashTakes } from './fast/flash.js';
 import { applyHadamard, GpuHadamard } from './hadamard.js';
 import { appendGridKernel, gridCacheWords } from './kernels/activation-grid.js';
 import {
@@ -26,8 +29,21 @@ import {
   type AttentionSource,
   type AttentionVariant,
 } from './kernels/attention.js';
-import { splitHeadsKernel } from './kernels/rope.js';
-import { elementGroups, makeTensor, own, spread, type GpuTensor } from './tensor.js';
+import { HEADS_PER_GROUP, splitHeadsKernel } from './kernels/rope.js';
+import { copySequencesKernel } from './kernels/sequences.js';
+import {
+  elementGroups,
+  freeTensor,
+  HalfTensor,
+  isHalfWidth,
+  makeHalf,
+  makeTensor,
+  narrow,
+  own,
+  ownAny,
+  spread,
+  type GpuTensor,
+} from './tensor.js';
 
 /** RoPE tables [positions, rotaryDim / 2]. */
 export class GpuRope implements RopeHandle {
@@ -102,23 +118,29 @@ interface Starts {
   readonly longest: number;
 }
 
-/** The starts uploaded last: all layers of a pass share them. */
-const uploaded = new WeakMap<GpuDevice, { readonly starts: Int32Array; readonly buffer: GPUBuffer }>();
+/** The tables uploaded last, starts of sequences and copies of them: all layers of a pass share them. */
+const uploaded = new WeakMap<GpuDevice, { readonly table: Uint32Array; readonly buffer: GPUBuffer }[]>();
+const TABLES_KEPT = 4;
+
+/** A small table on the GPU, valid for commands recorded now. */
+function tableOn(gpu: GpuDevice, table: Uint32Array): GPUBuffer {
+  const known = uploaded.get(gpu) ?? [];
+  uploaded.set(gpu, known);
+  const same = known.find((one) => one.table.length === table.length && one.table.every((x, i) => x === table[i]));
+  if (same) return same.buffer;
+  const buffer = gpu.buffer(table.byteLength, 'positions of sequences');
+  gpu.upload(buffer, table);
+  known.unshift({ table, buffer });
+  for (const old of known.splice(TABLES_KEPT)) gpu.release(old.buffer);
+  return buffer;
+}
 
 function startsOn(gpu: GpuDevice, start: PerSequence, batch: number): Starts {
   if (typeof start === 'number') return { start, ragged: 0, buffer: undefined, longest: start };
   const starts = startsOf(start, batch);
   const longest = Math.max(...starts);
   if (starts.every((own) => own === longest)) return { start: longest, ragged: 0, buffer: undefined, longest };
-  const last = uploaded.get(gpu);
-  if (last?.starts.length === starts.length && last.starts.every((own, i) => own === starts[i])) {
-    return { start: 0, ragged: 1, buffer: last.buffer, longest };
-  }
-  if (last) gpu.release(last.buffer);
-  const buffer = gpu.buffer(starts.byteLength, 'positions of sequences');
-  gpu.upload(buffer, starts);
-  uploaded.set(gpu, { starts: starts.slice(), buffer });
-  return { start: 0, ragged: 1, buffer, longest };
+  return { start: 0, ragged: 1, buffer: tableOn(gpu, Uint32Array.from(starts)), longest };
 }
 
 /** See InferenceOps.copySequences. */
@@ -135,34 +157,31 @@ export function copySequences(
     'sequences can only be copied between caches of the same heads and grids',
   );
   checkCopies(from, to, copies);
-  const { words } = from;
-  for (const copy of copies) {
-    const bytes = 4 * copy.tokens * words;
-    if (bytes === 0) continue;
-    for (let head = 0; head < from.kvHeads; head++) {
-      const source = 4 * (copy.from * from.kvHeads + head) * from.capacity * words;
-      const target = 4 * (copy.to * to.kvHeads + head) * to.capacity * words;
-      for (const part of ['keys', 'values'] as const) {
-        if (from !== to) {
-          gpu.copy(from[part], source, to[part], target, bytes);
-          continue;
-        }
-        // A buffer can't be copied into itself.
-        const between = gpu.buffer(bytes, 'a sequence on its way');
-        gpu.copy(from[part], source, between, 0, bytes);
-        gpu.copy(between, 0, to[part], target, bytes);
-        gpu.release(between);
-      }
-    }
+  const longest = Math.max(0, ...copies.map(({ tokens }) => tokens));
+  if (longest === 0) return;
+  const { kvHeads, words } = from;
+  // In workgroups of 256 threads that copy a few words each; z and y hold 65535 at most.
+  const x = Math.min(64, Math.ceil((longest * words) / 1024));
+  const most = Math.floor(65535 / kvHeads);
+  for (let begin = 0; begin < copies.length; begin += most) {
+    const part = copies.slice(begin, begin + most);
+    const table = Uint32Array.from(part.flatMap((copy) => [copy.from, copy.to, copy.tokens]));
+    gpu.dispatch(
+      copySequencesKernel(from === to),
+      { keys: from.keys, values: from.values, toKeys: to.keys, toValues: to.values, copies: tableOn(gpu, table) },
+      { kvHeads, words, capacity: from.capacity, toCapacity: to.capacity },
+      [x, part.length * kvHeads],
+    );
   }
 }
 
-/** See InferenceOps.splitHeads. */
+/** See InferenceOps.splitHeads. The heads are f16 with `half`, where they are whole rows of 16 bytes. */
 export function splitHeads(
   gpu: GpuDevice,
   qkv: GpuTensor,
   options: SplitHeadsOptions,
-): { q: GpuTensor; k: GpuTensor; v: GpuTensor } {
+  half: boolean,
+): { q: Tensor; k: Tensor; v: Tensor } {
   const { heads, kvHeads, headDim, batch, rope, qNorm, kNorm, eps } = options;
   if (!(rope instanceof GpuRope)) throw foreign();
   const { rows, cols } = qkv.matrix;
@@ -183,13 +202,20 @@ export function splitHeads(
     'tensor-shape',
     () => `rotary dimension ${rope.rotaryDim} exceeds head dimension ${headDim}`,
   );
-  const q = makeTensor(gpu, [rows, heads * headDim]);
-  const k = makeTensor(gpu, [rows, kvHeads * headDim]);
-  const v = makeTensor(gpu, [rows, kvHeads * headDim]);
+  // Transforms of heads turn f32.
+  const narrowed = half && isHalfWidth(headDim) && !options.headTransform;
+  const make = (cols: number): GpuTensor | HalfTensor =>
+    narrowed ? makeHalf(gpu, rows, cols) : makeTensor(gpu, [rows, cols]);
+  const [q, k, v] = [make(heads * headDim), make(kvHeads * headDim), make(kvHeads * headDim)];
   const norms = { qNorm: qNorm !== undefined, kNorm: kNorm !== undefined };
   const items = rows * (heads + 2 * kvHeads);
   gpu.dispatch(
-    splitHeadsKernel({ headDim, rotaryDim: rope.rotaryDim, ...norms }),
+    splitHeadsKernel({
+      headDim,
+      rotaryDim: rope.rotaryDim,
+      ...norms,
+      ...(narrowed && { half: { f16: gpu.capabilities.f16 } }),
+    }),
     {
       qkv,
       cosines: rope.cos,
@@ -203,7 +229,7 @@ export function splitHeads(
       v,
     },
     { items, heads, kvHeads, tokens, start, ragged, eps },
-    spread(items),
+    spread(Math.ceil(items / HEADS_PER_GROUP)),
   );
   const { headTransform } = options;
   if (headTransform) {
@@ -212,22 +238,27 @@ export function splitHeads(
       'tensor-shape',
       () => `splitHeads takes a Hadamard transform of ${headDim} channels, found ${headTransform.channels}`,
     );
-    for (const part of [q, k]) applyHadamard(gpu, part, headTransform, { inPlace: true });
+    for (const part of [q, k]) applyHadamard(gpu, own(part), headTransform, { inPlace: true });
   }
   return { q, k, v };
 }
 
 /** Workgroups that fill a large GPU; fewer rows than that and the keys are split. */
 const FILL = 512;
+/** Rows from which matrix units are worth their tiles; below, keys are split over workgroups. */
+const FLASH_ROWS = 64;
+/** Tokens of a sequence without a cache from which its attention is computed as dense products. */
+const PRODUCT_TOKENS = 512;
 /** Keys of a split at least. */
 const SPLIT_KEYS = 128;
 
-/** See InferenceOps.attention. */
-export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, options: AttentionOptions): GpuTensor {
+/** See InferenceOps.attention. The result is f16 when q is. */
+export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Tensor {
   const { heads, kvHeads, headDim, batch, scale, cache } = options;
-  const { rows, cols } = q.matrix;
+  const given = ownAny(query);
+  const { rows, cols } = given.matrix;
   const tokens = tokensOf(rows, batch);
-  const [keys, values] = [own(k), own(v)];
+  const [keys, values] = [ownAny(k), ownAny(v)];
   const width = kvHeads * headDim;
   ensure(
     cols === heads * headDim &&
@@ -236,21 +267,49 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
       values.elements === keys.elements,
     'tensor-shape',
     () =>
-      `q [${q.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
+      `q [${given.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
   );
   const starts = startsOn(gpu, options.start, batch);
   const { start, ragged, longest } = starts;
   if (cache) append(gpu, cache, keys, values, options, tokens, starts);
   else ensure(longest === 0, 'tensor-shape', 'attention without a cache starts at 0');
-  const source = cache
-    ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
-    : { k: keys, v: values, stride: tokens };
-
   const rowCount = tokens * (heads / kvHeads);
-  const tile = chooseTile(gpu, headDim, rowCount);
-  const tiles = Math.ceil(rowCount / tile.rows);
   // Without a window every earlier token is seen.
   const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
+  if (
+    given instanceof HalfTensor &&
+    (cache ? !(cache as GpuKvCache).grid : keys instanceof HalfTensor && values instanceof HalfTensor) &&
+    hasMatrixUnits(gpu.capabilities) &&
+    flashTakes(headDim) &&
+    rowCount >= FLASH_ROWS
+  ) {
+    const out = makeHalf(gpu, rows, cols);
+    const warps = 4;
+    const source = cache
+      ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+      : { k: keys, v: values, stride: tokens };
+    gpu.dispatch(
+      flashKernel({ headDim, source: cache ? 'cache' : 'rows', warps }),
+      { q: given, k: source.k, v: source.v, starts: starts.buffer ?? given, out },
+      { tokens, heads, kvHeads, start, ragged, window, stride: source.stride, scale },
+      [Math.ceil(rowCount / flashRows({ warps })), 1, batch * kvHeads],
+    );
+    return out;
+  }
+  if (!cache && !(given instanceof HalfTensor) && tokens >= PRODUCT_TOKENS)
+    return attentionByProducts(gpu, given, own(keys), own(values), options);
+  const q = own(given);
+  const source = cache
+    ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+    : { k: own(keys), v: own(values), stride: tokens };
+  const finish = (out: GpuTensor): Tensor => {
+    if (!(given instanceof HalfTensor)) return out;
+    const narrowed = narrow(gpu, out);
+    freeTensor(gpu, out);
+    return narrowed;
+  };
+  const tile = chooseTile(gpu, headDim, rowCount);
+  const tiles = Math.ceil(rowCount / tile.rows);
   const reach = Math.min(longest + tokens, window + tokens - 1);
   const wanted = Math.floor(FILL / (tiles * batch * kvHeads));
   const splits = Math.max(1, Math.min(wanted, Math.ceil(reach / SPLIT_KEYS)));
@@ -262,7 +321,7 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   const bound = starts.buffer ?? q;
   if (splits === 1) {
     gpu.dispatch(attentionKernel(variant), { q, k: source.k, v: source.v, starts: bound, out }, params, groups);
-    return out;
+    return finish(out);
   }
   const slots = batch * kvHeads * splits * rowCount;
   const sums = gpu.buffer(4 * slots * headDim, 'partial sums of attention');
@@ -282,7 +341,7 @@ export function attention(gpu: GpuDevice, q: GpuTensor, k: Tensor, v: Tensor, op
   );
   gpu.release(sums);
   gpu.release(softmax);
-  return out;
+  return finish(out);
 }
 
 function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
@@ -295,8 +354,8 @@ function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
 function append(
   gpu: GpuDevice,
   cache: KvCacheHandle,
-  keys: GpuTensor,
-  values: GpuTensor,
+  keys: GpuTensor | HalfTensor,
+  values: GpuTensor | HalfTensor,
   { batch, kvHeads, headDim }: AttentionOptions,
   tokens: number,
   { start, ragged, buffer, longest }: Starts,
@@ -319,14 +378,25 @@ function append(
     const runs = batch * tokens * kvHeads;
     const params = { runs, size: headDim, clip, tokens, kvHeads, start, ragged, capacity };
     const kernel = appendGridKernel(headDim, bits);
-    gpu.dispatch(kernel, { x: keys, starts, cache: cache.keys }, params, spread(runs));
-    gpu.dispatch(kernel, { x: values, starts, cache: cache.values }, params, spread(runs));
+    gpu.dispatch(kernel, { x: own(keys), starts, cache: cache.keys }, params, spread(runs));
+    gpu.dispatch(kernel, { x: own(values), starts, cache: cache.values }, params, spread(runs));
     return;
   }
   const count = batch * tokens * kvHeads * cacheWords(headDim);
   const params = { count, tokens, kvHeads, start, ragged, capacity };
-  gpu.dispatch(appendKernel(headDim), { x: keys, starts, cache: cache.keys }, params, elementGroups(count));
-  gpu.dispatch(appendKernel(headDim), { x: values, starts, cache: cache.values }, params, elementGroups(count));
+  const half = keys instanceof HalfTensor && values instanceof HalfTensor;
+  gpu.dispatch(
+    appendKernel(headDim, half),
+    {
+      newKeys: half ? keys : own(keys),
+      newValues: half ? values : own(values),
+      starts,
+      keys: cache.keys,
+      values: cache.values,
+    },
+    params,
+    elementGroups(count),
+  );
 }
 
 /** The largest tile that workgroup memory holds, no more rows than there are. */

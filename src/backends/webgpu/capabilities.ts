@@ -37,6 +37,15 @@ export interface FeatureChoice {
   readonly integerDot?: boolean;
 }
 
+/** Whether the kernels for matrix units run: 16 × 16 × 16 products of f16, summed in f32 and in f16, in subgroups of 32 lanes. */
+export function hasMatrixUnits({ f16, subgroups, subgroupMatrices }: GpuCapabilities): boolean {
+  const has = (result: string): boolean =>
+    subgroupMatrices.some(
+      (s) => s.m === 16 && s.n === 16 && s.k === 16 && s.component === 'f16' && s.result === result,
+    );
+  return f16 && subgroups?.min === 32 && subgroups.max === 32 && has('f32') && has('f16');
+}
+
 const MATRIX_FEATURE = 'chromium-experimental-subgroup-matrix';
 
 interface MatrixConfig {

@@ -1,16 +1,22 @@
 // The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
 import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
+import { hasMatrixUnits, type GpuCapabilities } from './capabilities.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
 import { MOST_SEQUENCES } from './fast/batch-products.js';
 import { prepareDecode } from './fast/prepare.js';
 import { WebGpuGradients } from './gradients.js';
 import { WebGpuInference } from './inference.js';
 import { WebGpuQuantization } from './quantization.js';
+import type { Precision } from './tensor.js';
 
 export { GpuDevice, type GpuDeviceOptions } from './device.js';
+export type { Precision } from './tensor.js';
 
 /** Options of {@link openWebGpuBackend}. */
-export type WebGpuOptions = GpuDeviceOptions;
+export interface WebGpuOptions extends GpuDeviceOptions {
+  /** Of the forward pass over many rows; `auto`: f16 where the GPU has matrix units for it, else f32. Default f32. */
+  readonly precision?: Precision | 'auto';
+}
 
 /** The WebGPU backend, with its device for code that knows it runs on one. */
 export interface WebGpuBackend extends Backend {
@@ -20,10 +26,21 @@ export interface WebGpuBackend extends Backend {
 /** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
 export async function openWebGpuBackend(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
   const gpu = await GpuDevice.open(options);
-  return compose(gpu, new WebGpuInference(gpu), new WebGpuQuantization(gpu), new WebGpuGradients(gpu), describe(gpu));
+  const precision = choosePrecision(gpu.capabilities, options.precision);
+  const inference = new WebGpuInference(gpu, precision);
+  return compose(gpu, inference, new WebGpuQuantization(gpu), new WebGpuGradients(gpu), describe(gpu, precision));
 }
 
-function describe(gpu: GpuDevice): BackendInfo {
+/** The precision that was asked for, or the one that `auto` comes to: without matrix units f16 would gain little. */
+export function choosePrecision(capabilities: GpuCapabilities, wanted: WebGpuOptions['precision'] = 'f32'): Precision {
+  if (wanted !== 'auto') return wanted;
+  return hasMatrixUnits(capabilities) ? 'f16' : 'f32';
+}
+
+/** For GPUs with matrix units: enough rows that a block's pass outlasts its encoding, on small models too. */
+const PASS = { rows: 2048, logitsBytes: 2 ** 29, cacheBytes: 3 * 2 ** 30 };
+
+function describe(gpu: GpuDevice, precision: Precision): BackendInfo {
   const { capabilities } = gpu;
   const features = [
     capabilities.f16 ? 'f16' : 'no f16',
@@ -31,8 +48,15 @@ function describe(gpu: GpuDevice): BackendInfo {
       ? `subgroups of ${[...new Set([capabilities.subgroups.min, capabilities.subgroups.max])].join('–')}`
       : 'no subgroups',
     capabilities.subgroupMatrices.length > 0 ? 'subgroup matrices' : 'no subgroup matrices',
+    `many rows in ${precision}${precision === 'f16' && hasMatrixUnits(capabilities) ? ' on matrix units' : ''}`,
   ];
-  return { name: 'webgpu', description: `${capabilities.description} (${features.join(', ')})`, threads: 1 };
+  return {
+    name: 'webgpu',
+    description: `${capabilities.description} (${features.join(', ')})`,
+    threads: 1,
+    precision,
+    ...(hasMatrixUnits(capabilities) && { pass: PASS }),
+  };
 }
 
 /** One object with the ops of both halves, and those of training beside them. */

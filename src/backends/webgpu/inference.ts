@@ -22,12 +22,26 @@ import { attention, copySequences, GpuKvCache, GpuRope, splitHeads } from './att
 import type { GpuDevice } from './device.js';
 import { GpuHadamard } from './hadamard.js';
 import { placeColumnsKernel } from './kernels/columns.js';
-import { rmsNormKernel } from './kernels/norm.js';
-import { siluMulKernel } from './kernels/silu.js';
+import { MAX_GEMV_ROWS } from './kernels/linear.js';
+import { rmsNormHalfKernel, rmsNormKernel } from './kernels/norm.js';
+import { siluMulHalfKernel, siluMulKernel } from './kernels/silu.js';
 import { applyLinear, embedRows, GpuLinear, loadLinear, ownLinear } from './linear.js';
-import { GpuTransform, rotate } from './rotation.js';
+import { GpuTransform, rotate, rotateHalf } from './rotation.js';
 import { score } from './score.js';
-import { downloadTensor, elementGroups, freeTensor, GpuTensor, makeTensor, own, spread } from './tensor.js';
+import {
+  downloadTensor,
+  elementGroups,
+  freeTensor,
+  GpuTensor,
+  HalfTensor,
+  isHalfWidth,
+  makeHalf,
+  makeTensor,
+  own,
+  ownAny,
+  spread,
+  type Precision,
+} from './tensor.js';
 
 /** Bindings start at multiples of this many bytes. */
 const BINDING_ALIGNMENT = 256;
@@ -35,9 +49,16 @@ const BINDING_ALIGNMENT = 256;
 /** See {@link InferenceOps}. */
 export class WebGpuInference implements InferenceOps {
   readonly #gpu: GpuDevice;
+  readonly #precision: Precision;
 
-  constructor(gpu: GpuDevice) {
+  constructor(gpu: GpuDevice, precision: Precision) {
     this.#gpu = gpu;
+    this.#precision = precision;
+  }
+
+  /** Whether an activation of so many rows and columns is kept as f16. */
+  #isHalf(rows: number, cols: number): boolean {
+    return this.#precision === 'f16' && rows > MAX_GEMV_ROWS && isHalfWidth(cols);
   }
 
   upload(tensor: HostTensor): Tensor {
@@ -56,12 +77,17 @@ export class WebGpuInference implements InferenceOps {
 
   /** A view where bindings may start there, else a copy. */
   sliceRows(tensor: Tensor, begin: number, end: number): Tensor {
-    const x = own(tensor);
+    const x = ownAny(tensor);
     const { rows, cols } = x.matrix;
     ensure(begin >= 0 && begin <= end && end <= rows, 'tensor-shape', () => `rows ${begin} to ${end} of ${rows}`);
-    const offset = x.offset + begin * cols * 4;
-    if (offset % BINDING_ALIGNMENT === 0) return new GpuTensor([end - begin, cols], x.buffer, { offset, owned: false });
-    const out = makeTensor(this.#gpu, [end - begin, cols]);
+    const half = x instanceof HalfTensor;
+    const offset = x.offset + begin * cols * (half ? 2 : 4);
+    const shape = [end - begin, cols] as const;
+    if (offset % BINDING_ALIGNMENT === 0) {
+      const view = { offset, owned: false };
+      return half ? new HalfTensor(this.#gpu, shape, x.buffer, view) : new GpuTensor(shape, x.buffer, view);
+    }
+    const out = half ? makeHalf(this.#gpu, ...shape) : makeTensor(this.#gpu, shape);
     this.#gpu.copy(x.buffer, offset, out.buffer, 0, out.bytes);
     return out;
   }
@@ -124,6 +150,13 @@ export class WebGpuInference implements InferenceOps {
     const { rows, cols } = input.matrix;
     const factors = own(weight);
     ensure(factors.elements === cols, 'tensor-shape', () => `a norm of ${factors.elements} channels was given ${cols}`);
+    if (this.#isHalf(rows, cols)) {
+      const out = makeHalf(this.#gpu, rows, cols);
+      const { subgroups, f16 } = this.#gpu.capabilities;
+      const kernel = rmsNormHalfKernel(subgroups !== undefined, { f16 });
+      this.#gpu.dispatch(kernel, { x: input, weight: factors, out }, { rows, cols, eps }, spread(rows));
+      return out;
+    }
     const out = makeTensor(this.#gpu, x.shape);
     const kernel = rmsNormKernel(this.#gpu.capabilities.subgroups !== undefined);
     this.#gpu.dispatch(kernel, { x: input, weight: factors, out }, { rows, cols, eps }, spread(rows));
@@ -131,7 +164,10 @@ export class WebGpuInference implements InferenceOps {
   }
 
   rotate(x: Tensor, transform: TransformHandle): Tensor {
-    return rotate(this.#gpu, own(x), transform);
+    const input = ownAny(x);
+    const half =
+      input instanceof HalfTensor && transform instanceof GpuTransform && rotateHalf(this.#gpu, input, transform);
+    return half || rotate(this.#gpu, own(input), transform);
   }
 
   quantizeRows(x: Tensor, grid: ActivationGrid): Tensor {
@@ -139,21 +175,29 @@ export class WebGpuInference implements InferenceOps {
   }
 
   linear(x: Tensor, weight: LinearHandle, residual?: Tensor): Tensor {
-    return applyLinear(this.#gpu, own(x), ownLinear(weight), residual);
+    return applyLinear(this.#gpu, x, ownLinear(weight), residual, this.#precision === 'f16');
   }
 
   splitHeads(qkv: Tensor, options: SplitHeadsOptions): { q: Tensor; k: Tensor; v: Tensor } {
-    return splitHeads(this.#gpu, own(qkv), options);
+    const input = own(qkv);
+    return splitHeads(this.#gpu, input, options, this.#isHalf(input.matrix.rows, input.matrix.cols));
   }
 
   attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Tensor {
-    return attention(this.#gpu, own(q), k, v, options);
+    return attention(this.#gpu, q, k, v, options);
   }
 
   siluMul(gateUp: Tensor): Tensor {
     const x = own(gateUp);
     const { rows, cols } = x.matrix;
     ensure(cols % 2 === 0, 'tensor-shape', () => `siluMul needs an even number of columns, found ${cols}`);
+    if (this.#isHalf(rows, cols / 2)) {
+      const out = makeHalf(this.#gpu, rows, cols / 2);
+      const kernel = siluMulHalfKernel({ f16: this.#gpu.capabilities.f16 });
+      const count = out.elements / 4;
+      this.#gpu.dispatch(kernel, { gateUp: x, out }, { count, cols: cols / 2 }, elementGroups(count));
+      return out;
+    }
     const out = makeTensor(this.#gpu, [rows, cols / 2]);
     const count = rows * (cols / 2);
     this.#gpu.dispatch(siluMulKernel, { gateUp: x, out }, { count, cols: cols / 2 }, elementGroups(count));

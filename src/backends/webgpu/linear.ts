@@ -3,13 +3,25 @@ import { unreachable, ensure, GyreError } from '../../core/errors.js';
 import { floats, type HostTensor } from '../../core/tensor.js';
 import type { ActivationGrid, LinearHandle, LinearSource, QuantizedWeight, Tensor } from '../../ops/backend.js';
 import { gridRun, quantizeRows } from './activation-grid.js';
+import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
+import { chooseGemmTile, gemmGroups, gemmKernel as matrixKernel, gemmTakes, type GemmVariant } from './fast/gemm.js';
 import { embedKernel } from './kernels/embed.js';
 import type { IntegerBits } from './kernels/linear-integer.js';
 import { GEMM_TILE, gemmKernel, GEMV_OUTPUTS, gemvKernel, isGemvAligned, MAX_GEMV_ROWS } from './kernels/linear.js';
 import { packGridKernel, packKernel, perWord, type WeightFormat } from './kernels/weights.js';
 import { fitsIntegers, integerLinear } from './linear-rounded.js';
-import { elementGroups, freeTensor, makeTensor, own, spread, type GpuTensor } from './tensor.js';
+import {
+  elementGroups,
+  freeTensor,
+  HalfTensor,
+  makeTensor,
+  narrow,
+  own,
+  ownAny,
+  spread,
+  type GpuTensor,
+} from './tensor.js';
 
 /** Bytes of host data in flight to the GPU at a time, so that the driver's copies of them stay small. */
 const SLICE_BYTES = 64 * 2 ** 20;
@@ -196,19 +208,36 @@ async function inSlices(
   }
 }
 
-/** x [rows, in] · Wᵀ + bias + residual, x rounded first where the linear has a grid for it. */
-export function applyLinear(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual?: Tensor): GpuTensor {
+/**
+ * x [rows, in] · Wᵀ + bias + residual, x rounded first where the linear has a grid for it. With `half`, other products of many rows
+ * take their operands as f16 (see Precision).
+ */
+export function applyLinear(
+  gpu: GpuDevice,
+  x: Tensor,
+  linear: GpuLinear,
+  residual: Tensor | undefined,
+  half: boolean,
+): GpuTensor {
   const { activations, integers } = linear;
+  if (!activations) return product(gpu, ownAny(x), linear, residual, half);
+  const input = own(x);
   // A few rows are bound by reading the weight: the same sum on rounded values costs the same.
-  if (!activations || (integers && x.matrix.rows > MAX_GEMV_ROWS)) return product(gpu, x, linear, residual);
-  const rounded = quantizeRows(gpu, x, activations);
-  const out = product(gpu, rounded, linear, residual);
+  if (integers && input.matrix.rows > MAX_GEMV_ROWS) return product(gpu, input, linear, residual, false);
+  const rounded = quantizeRows(gpu, input, activations);
+  const out = product(gpu, rounded, linear, residual, false);
   freeTensor(gpu, rounded);
   return out;
 }
 
-function product(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual: Tensor | undefined): GpuTensor {
-  const { rows, cols } = x.matrix;
+function product(
+  gpu: GpuDevice,
+  given: GpuTensor | HalfTensor,
+  linear: GpuLinear,
+  residual: Tensor | undefined,
+  half: boolean,
+): GpuTensor {
+  const { rows, cols } = given.matrix;
   const { inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, format, weights } = linear;
   ensure(cols === inFeatures, 'tensor-shape', () => `a linear of ${inFeatures} inputs was given ${cols}`);
   const add = residual && own(residual);
@@ -218,8 +247,38 @@ function product(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual: Tens
     () => `a residual of shape [${add?.shape.join(', ')}] for ${rows} × ${outFeatures} outputs`,
   );
   const out = makeTensor(gpu, [rows, outFeatures]);
+  const many = rows > MAX_GEMV_ROWS;
+  const onUnits = half && many ? matrixWeights(gpu, linear) : undefined;
+  if (onUnits) {
+    const x = given instanceof HalfTensor ? given : narrow(gpu, given);
+    const variant: GemmVariant = {
+      ...chooseGemmTile(rows, outFeatures),
+      weights: onUnits,
+      groupSize: onUnits === 'int4' ? groupSize : 0,
+      bias: linear.bias !== undefined,
+      residual: add !== undefined,
+    };
+    // Kernels have no binding for what is absent.
+    const buffers = {
+      x,
+      weights,
+      grids: linear.grids ?? weights,
+      bias: linear.bias ?? weights,
+      residual: add ?? out,
+      out,
+    };
+    gpu.dispatch(
+      matrixKernel(variant),
+      buffers,
+      { m: rows, n: outFeatures, k: inFeatures },
+      gemmGroups(variant, rows, outFeatures),
+    );
+    if (x !== given) freeTensor(gpu, x);
+    return out;
+  }
+  const tiledHalf = many && given instanceof HalfTensor;
   const buffers = {
-    x,
+    x: tiledHalf ? given : own(given),
     weights,
     // Kernels do not read what is absent; something must be bound.
     grids: linear.grids ?? weights,
@@ -230,11 +289,14 @@ function product(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual: Tens
   const [hasBias, hasResidual] = [Number(linear.bias !== undefined), Number(add !== undefined)];
   if (linear.activations && linear.integers && rows > MAX_GEMV_ROWS) {
     const operand = { inFeatures, outFeatures, groupSize, bits: linear.integers };
-    integerLinear(gpu, x, operand, linear.activations, buffers, { hasBias, hasResidual });
+    integerLinear(gpu, own(given), operand, linear.activations, buffers, { hasBias, hasResidual });
     return out;
   }
   const params = { rows, inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, hasBias, hasResidual };
-  if (rows <= MAX_GEMV_ROWS) {
+  if (many) {
+    const groups = [Math.ceil(outFeatures / GEMM_TILE), Math.ceil(rows / GEMM_TILE)] as const;
+    gpu.dispatch(gemmKernel(format, tiledHalf), buffers, params, groups);
+  } else {
     const kernel = gemvKernel({
       format,
       rows: 2 ** Math.ceil(Math.log2(rows)),
@@ -243,11 +305,25 @@ function product(gpu: GpuDevice, x: GpuTensor, linear: GpuLinear, residual: Tens
       subgroups: gpu.capabilities.subgroups !== undefined,
     });
     gpu.dispatch(kernel, buffers, params, spread(Math.ceil(outFeatures / GEMV_OUTPUTS)));
-  } else {
-    const groups = [Math.ceil(outFeatures / GEMM_TILE), Math.ceil(rows / GEMM_TILE)] as const;
-    gpu.dispatch(gemmKernel(format), buffers, params, groups);
   }
   return out;
+}
+
+/** The weights' type for matrix units; undefined where the GPU has none or they don't take this product. */
+function matrixWeights(gpu: GpuDevice, linear: GpuLinear): GemmVariant['weights'] | undefined {
+  const { format, inFeatures, outFeatures, groupSize } = linear;
+  if (!hasMatrixUnits(gpu.capabilities) || !gemmTakes(outFeatures, inFeatures, groupSize)) return undefined;
+  switch (format.kind) {
+    case 'f16':
+    case 'bf16':
+      return format.kind;
+    case 'int':
+      return format.bits === 4 ? 'int4' : undefined;
+    case 'f32':
+      return undefined;
+    default:
+      return unreachable(format);
+  }
 }
 
 /** Rows of a weight: ids → [ids.length, in]. */

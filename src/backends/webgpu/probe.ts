@@ -5,6 +5,8 @@ import { probe, RAISED, type GpuCapabilities } from './capabilities.js';
 import { GpuDevice } from './device.js';
 import { webgpuEntry } from './provider.js';
 
+export { hasMatrixUnits } from './capabilities.js';
+
 /** See {@link probeWebGpu}. */
 export type WebGpuProbe =
   | {

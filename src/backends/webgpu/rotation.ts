@@ -1,9 +1,14 @@
 // Transforms of activations on the GPU: pairwise ones here, Hadamard's in hadamard.ts.
 import { ensure, GyreError } from '../../core/errors.js';
 import type { PairwiseTransform, TransformHandle } from '../../ops/backend.js';
+import { f32ToF16Bits } from '../../core/dtype.js';
+import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
+import { chooseRotateDense, ROTATE_BLOCK, rotateDenseKernel, rotateDenseTakes } from './fast/rotate-dense.js';
+import { pairTable, ROTATE_ROWS, rotateRowsKernel, rotateRowsTakes } from './fast/rotate-rows.js';
 import { applyHadamard, GpuHadamard } from './hadamard.js';
 import { reciprocalKernel, turnAnglesKernel } from './kernels/angles.js';
+import { unitRowsKernel } from './kernels/convert.js';
 import {
   MAX_PER_LANE,
   rotateInPlaceKernel,
@@ -12,7 +17,16 @@ import {
   rotationMemory,
   scaleChannelsKernel,
 } from './kernels/rotation-rows.js';
-import { elementGroups, makeTensor, spread, type GpuTensor } from './tensor.js';
+import {
+  elementGroups,
+  freeTensor,
+  makeHalf,
+  makeTensor,
+  narrow,
+  spread,
+  type GpuTensor,
+  type HalfTensor,
+} from './tensor.js';
 
 /** Rows from which the workgroup kernel is given several at a time, rather than a subgroup one. */
 const MANY_ROWS = 32;
@@ -41,6 +55,9 @@ export class GpuTransform implements TransformHandle {
   /** Per element, for the subgroup kernel: [krot, channels]. */
   readonly elements: { readonly lanes: number; readonly partners: GPUBuffer; readonly turns: GPUBuffer } | undefined;
 
+  /** Tables of the kernels for rows of f16, made when they are first needed. */
+  #matrices: HalfTensor | undefined;
+  #rows: { readonly scale: GPUBuffer; readonly table: GPUBuffer } | undefined;
   /** 1 / a, for weights: made when first asked for. */
   #weightScales: GPUBuffer | undefined;
 
@@ -111,9 +128,36 @@ export class GpuTransform implements TransformHandle {
     return this.#weightScales;
   }
 
+  /** The transform of unit rows, [128, channels]: block beside block, row c the image of the block's channel c. */
+  matrices(gpu: GpuDevice): HalfTensor {
+    if (this.#matrices) return this.#matrices;
+    const units = makeTensor(gpu, [ROTATE_BLOCK, this.channels]);
+    const { elements: count } = units;
+    gpu.dispatch(unitRowsKernel, { out: units }, { count, channels: this.channels }, elementGroups(count));
+    const images = rotate(gpu, units, this);
+    this.#matrices = narrow(gpu, images);
+    freeTensor(gpu, units);
+    freeTensor(gpu, images);
+    return this.#matrices;
+  }
+
+  /** Scales and tables of {@link rotateRowsKernel}. */
+  rowTables(gpu: GpuDevice, source: PairwiseTransform): { readonly scale: GPUBuffer; readonly table: GPUBuffer } {
+    if (this.#rows) return this.#rows;
+    const scales = Uint16Array.from(source.channelScales, f32ToF16Bits);
+    const pairs = pairTable(source);
+    const [scale, table] = [gpu.buffer(scales.byteLength, 'a transform'), gpu.buffer(pairs.byteLength, 'a transform')];
+    gpu.upload(scale, scales);
+    gpu.upload(table, pairs);
+    this.#rows = { scale, table };
+    return this.#rows;
+  }
+
   free(gpu: GpuDevice): void {
+    freeTensor(gpu, this.#matrices);
     const { scales, pairs, turns, elements } = this;
-    for (const buffer of [scales, pairs, turns, this.#weightScales, elements?.partners, elements?.turns])
+    const made = [this.#weightScales, this.#rows?.scale, this.#rows?.table];
+    for (const buffer of [scales, pairs, turns, ...made, elements?.partners, elements?.turns])
       if (buffer) gpu.release(buffer);
   }
 }
@@ -127,6 +171,26 @@ export function turnAngles(gpu: GpuDevice, theta: GpuTensor, turns: GPUBuffer): 
 /** Lanes of every subgroup, where that is one number. */
 function fixedSubgroup({ capabilities: { subgroups } }: GpuDevice): number | undefined {
   return subgroups && subgroups.min === subgroups.max ? subgroups.min : undefined;
+}
+
+/** The transform on rows of f16, or undefined where no kernel for them takes it. */
+export function rotateHalf(gpu: GpuDevice, x: HalfTensor, handle: GpuTransform): HalfTensor | undefined {
+  const { channels, groupSize, krot, source } = handle;
+  const { rows, cols } = x.matrix;
+  ensure(cols === channels, 'tensor-shape', () => `a transform of ${channels} channels was given ${cols}`);
+  if (hasMatrixUnits(gpu.capabilities) && rotateDenseTakes(channels, groupSize)) {
+    const y = makeHalf(gpu, rows, channels);
+    const variant = chooseRotateDense(rows, channels);
+    const groups = [channels / ROTATE_BLOCK, Math.ceil(rows / variant.rows)] as const;
+    gpu.dispatch(rotateDenseKernel(variant), { x, r: handle.matrices(gpu), y }, { rows, channels }, groups);
+    return y;
+  }
+  if (!source || !rotateRowsTakes(groupSize, krot)) return undefined;
+  const y = makeHalf(gpu, rows, channels);
+  const kernel = rotateRowsKernel({ f16: gpu.capabilities.f16, krot, groupSize });
+  const groups = [channels / groupSize, Math.ceil(rows / ROTATE_ROWS)] as const;
+  gpu.dispatch(kernel, { x, y, ...handle.rowTables(gpu, source) }, { rows, channels }, groups);
+  return y;
 }
 
 /** See InferenceOps.rotate. */

@@ -131,7 +131,7 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
               const scope = JSON.stringify([
                 described.fingerprint,
                 backend.info.name,
-                // Another GPU sums in another order. What describes a CPU backend is its threads, which change nothing.
+                // Another GPU sums in another order, another precision rounds otherwise. What describes a CPU backend is its threads, which change nothing.
                 backend.info.name === 'cpu' ? '' : backend.info.description,
                 options.activations,
                 options.headBits,
@@ -157,7 +157,11 @@ async function run(context: CommandContext, model: string, options: EvalOptions)
                 reference: reference?.described ?? null,
                 backend: backend.info,
                 machine: machineInfo(),
-                settings: { activations: options.activations, headBits: options.headBits },
+                settings: {
+                  activations: options.activations,
+                  headBits: options.headBits,
+                  precision: backend.info.precision ?? 'f32',
+                },
                 evaluations,
               };
               await writeResult(options.out, result);

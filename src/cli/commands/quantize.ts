@@ -45,6 +45,7 @@ const schema = z.object({
   weightDecay: z.coerce.number().nonnegative().optional(),
   stages: oneOf(['both', 'transforms', 'weights']).optional(),
   pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
+  precision: oneOf(['f32', 'f16']).optional(),
   actBits: oneOf([4, 8, 16]).optional(),
   actClip: decimalNumber({ above: 0, max: 1 }).optional(),
   actGroupSize: oneOf([32, 64, 128, -1]).optional(),
@@ -118,6 +119,10 @@ export function quantizeCommand(context: CommandContext): Command {
     .option('--stages <which>', 'both, transforms or weights (paroquant-block)')
     .option('--pairs <how>', 'random, magnitude or learned choice of what rotations pair (paroquant-block)')
     .option(
+      '--precision <p>',
+      'f32 or f16, of products while blocks are trained: f16 is faster on GPUs with matrix units (default: f32)',
+    )
+    .option(
       '--calib <files...>',
       '.txt or .jsonl with "text"; without it the model calibrates on text it writes itself',
     )
@@ -155,14 +160,14 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n
       const { name: device } = await withModel(context, model, options, (source) =>
         pickDevice(context, source, options),
       );
-      const { epochs, batch, validation, blockLoss, beta, stages, pairs, ...shared } = options;
+      const { epochs, batch, validation, blockLoss, beta, stages, pairs, precision, ...shared } = options;
       const { transformRate, weightRate, gridRate, weightDecay, ...common } = shared;
       const rates = { transformRate, weightRate, gridRate, weightDecay };
       const report = await quantizeCheckpoint({
         model,
         ...common,
         device,
-        block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, ...rates },
+        block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, precision, ...rates },
         signal,
         onProgress: progress.listener,
         onPlan: (plan) => {

@@ -5,17 +5,28 @@ import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attenti
 import { wholeAttentionKernel } from '../../../src/backends/webgpu/fast/attention-whole.js';
 import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
 import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
-import { gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
+import { flashKernel } from '../../../src/backends/webgpu/fast/flash.js';
+import { GEMM_TILES, gemmKernel, scaledGemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
 import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
 import { rotateDenseKernel } from '../../../src/backends/webgpu/fast/rotate-dense.js';
 import { embedTokensKernel, samplePickKernel, sampleSpansKernel } from '../../../src/backends/webgpu/fast/sample.js';
+import { narrowKernel } from '../../../src/backends/webgpu/kernels/convert.js';
+import { packColumnsKernel, packRowsKernel } from '../../../src/backends/webgpu/kernels/half-operands.js';
+import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js';
+import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
+import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
 
 const bools = [false, true];
 const kernels: Kernel[] = [
   ...(['f16', 'bf16', 'f32'] as const).map(embedTokensKernel),
+  packRowsKernel,
+  packColumnsKernel(),
+  ...GEMM_TILES.map((tile) =>
+    scaledGemmKernel({ ...tile, weights: 'f16', groupSize: 0, bias: false, residual: false }),
+  ),
   sampleSpansKernel,
   samplePickKernel,
   ...bools.flatMap((f16) =>
@@ -75,7 +86,6 @@ const kernels: Kernel[] = [
           }),
         ),
       ),
-      rotateRowsKernel({ f16, krot: 8, groupSize: 128, unroll: 8 }),
     ]),
   ),
   ...(['int4', 'f16', 'bf16'] as const).flatMap((weights) => [
@@ -99,11 +109,21 @@ const kernels: Kernel[] = [
     ),
     ...bools.map((f16) => batchTiledKernel({ f16, columns: 24, weights, groupSize: 64, residual: true, bias: true })),
   ]),
-  ...bools.flatMap((stageIn) => bools.map((stageOut) => rotateDenseKernel({ rows: 256, tile: 32, stageIn, stageOut }))),
-  ...(['f16', 'int4'] as const).flatMap((b) =>
-    bools.map((double) =>
-      gemmKernel({ tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, b, groupSize: 128, double }),
+  ...bools.flatMap((f16) => [
+    ...[32, 64, 128].map((groupSize) => rotateRowsKernel({ f16, krot: 8, groupSize })),
+    rmsNormHalfKernel(true, { f16 }),
+    siluMulHalfKernel({ f16 }),
+    narrowKernel(f16),
+    splitHeadsKernel({ headDim: 128, rotaryDim: 64, qNorm: true, kNorm: false, half: { f16 } }),
+  ]),
+  ...[16, 32, 64].map((tile) => rotateDenseKernel({ rows: 256, tile })),
+  ...GEMM_TILES.flatMap((tile) =>
+    (['f16', 'bf16', 'int4'] as const).flatMap((weights) =>
+      bools.map((both) => gemmKernel({ ...tile, weights, groupSize: 128, bias: both, residual: both })),
     ),
+  ),
+  ...[16, 64, 80, 128].flatMap((headDim) =>
+    (['rows', 'cache'] as const).flatMap((source) => [4, 8].map((warps) => flashKernel({ headDim, source, warps }))),
   ),
 ];
 

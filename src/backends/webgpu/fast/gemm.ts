@@ -1,39 +1,86 @@
-// Matrix products on matrix units (subgroup matrices): C [m, n] f32 = A [m, k] · B [n, k]ᵀ, A in f16, B in f16 or quantized to 4
-// bits.
+// Matrix products on matrix units (subgroup matrices): out [m, n] f32 = x [m, k] · W [n, k]ᵀ + bias + residual, x in f16, W in
+// f16, bf16 or quantized to 4 bits, sums in f32.
 //
-// A workgroup computes a tile of C from tiles of A and B in workgroup memory, each subgroup a part of it in registers; the
-// next tiles are on their way from memory while the units work. int4 codes become f16 on their way into workgroup memory.
+// A workgroup computes a tile of the output from tiles of x and W in workgroup memory, each subgroup a part of it in registers;
+// the next tiles are on their way from memory while the units work. int4 codes become f16 on their way into workgroup memory.
 // Operations 2·m·n·k; bytes m·k·2·(n/tileN) + n·k·(2 or 0.53)·(m/tileM), mostly from L2. Rows of the tiles are padded by 16 bytes
-// against bank conflicts.
-import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
+// against bank conflicts. Tiles that hang over an edge repeat its last row and don't store what is beyond; sums leave through
+// workgroup memory, where bias and residual meet them.
+import { ensure } from '../../../core/errors.js';
+import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
 import { halfWgsl } from './half.js';
 
-/** A variant of {@link gemmKernel}. */
-export interface GemmVariant {
-  /** Rows of C per workgroup, a multiple of 16·warpsM. */
+/** How tiles are cut. */
+export interface GemmTile {
+  /** Rows of the output per workgroup, a multiple of 16·warpsM. */
   readonly tileM: number;
+  /** A multiple of 32·warpsN. */
   readonly tileN: number;
-  /** Channels per step: 16, 32 or 64. */
+  /** Channels per step: 32 or 64. */
   readonly tileK: number;
   readonly warpsM: number;
   readonly warpsN: number;
-  readonly b: 'f16' | 'int4';
-  /** For int4: channels per grid group, a multiple of tileK. */
-  readonly groupSize: number;
-  /** Two tiles in workgroup memory, one barrier per step. */
-  readonly double: boolean;
 }
 
-type Buffers = 'a' | 'b' | 'grid' | 'c';
+/** A variant of {@link gemmKernel}. */
+export interface GemmVariant extends GemmTile {
+  readonly weights: 'f16' | 'bf16' | 'int4';
+  /** For int4: channels per grid group, a multiple of tileK. */
+  readonly groupSize: number;
+  readonly bias: boolean;
+  readonly residual: boolean;
+}
 
-/** Workgroups: n tiles, m tiles. Shapes are multiples of the tiles. */
-export const gemmGroups = (v: GemmVariant, m: number, n: number): [number, number] => [n / v.tileN, m / v.tileM];
+export type GemmBuffers = 'x' | 'weights' | 'grids' | 'bias' | 'residual' | 'out';
+type GemmKernel<B extends string> = Kernel<B, 'm' | 'n' | 'k'>;
+
+/** Sums leave through the tile of x in strips of 16 × 32 per subgroup: 8 times 16 bytes a row and once against conflicts. */
+const STRIP = 16 * 9;
+
+/** Workgroups: tiles of columns, tiles of rows. */
+export const gemmGroups = (v: GemmTile, m: number, n: number): readonly [number, number] => [
+  Math.ceil(n / v.tileN),
+  Math.ceil(m / v.tileM),
+];
 
 /** Bytes of workgroup memory. */
-export const gemmMemory = (v: GemmVariant): number => (v.tileM + v.tileN) * (v.tileK + 8) * 2 * (v.double ? 2 : 1);
+export const gemmMemory = (v: GemmTile): number =>
+  Math.max(v.tileM * (v.tileK + 8) * 2, v.warpsM * v.warpsN * STRIP * 16) + v.tileN * (v.tileK + 8) * 2;
 
-/** Buffers: a [m, k/8] of 8 f16; b [n, k/8] of 8 f16, or [n, k/32] of 32 codes with grid [n, k/group]; c [m, n] f32. */
-export function gemmKernel(v: GemmVariant): Kernel<Buffers, 'm' | 'n' | 'k'> {
+/** Whether the kernel takes a product: whole steps and groups, 16-byte stores. */
+export const gemmTakes = (n: number, k: number, groupSize: number): boolean =>
+  n % 4 === 0 && k % 32 === 0 && groupSize % 32 === 0;
+
+/** The tiles to choose from, the fastest per operation first; see docs/log-kernels.md. */
+export const GEMM_TILES: readonly GemmTile[] = [
+  { tileM: 256, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },
+  { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2 },
+  { tileM: 64, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2 },
+  { tileM: 64, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2 },
+];
+
+/** Workgroups below which a large GPU has idle cores, and smaller tiles are faster. */
+const BUSY = 192;
+
+/** The first tile that gives enough workgroups without wasting a third of its rows, else the smallest. */
+export function chooseGemmTile(m: number, n: number): GemmTile {
+  const fits = GEMM_TILES.find((tile) => {
+    const [columns, rows] = gemmGroups(tile, m, n);
+    return columns * rows >= BUSY && rows * tile.tileM * 2 <= m * 3;
+  });
+  return fits ?? GEMM_TILES[GEMM_TILES.length - 1];
+}
+
+/**
+ * Buffers: x [m, k/8] of 8 f16; weights [n, k/8] of 8 f16 or bf16, or [n, k/8] of 8 codes with grids [n, k/group]; bias [n];
+ * residual and out [m, n/4] of 4 f32. k is a multiple of tileK, n of 4.
+ */
+export const gemmKernel = (v: GemmVariant): GemmKernel<GemmBuffers> => make(v, false);
+
+/** The same, times both of `factors`: what undoes the scales of operands. */
+export const scaledGemmKernel = (v: GemmVariant): GemmKernel<GemmBuffers | 'factors'> => make(v, true);
+
+const make = variants((v: GemmVariant, scaled: boolean): GemmKernel<GemmBuffers | 'factors'> => {
   const { tileM, tileN, tileK, warpsM, warpsN } = v;
   const threads = warpsM * warpsN * 32;
   // Tiles are arrays of 16 bytes (8 channels): one store for what one load brought. Rows are padded by one.
@@ -41,102 +88,112 @@ export function gemmKernel(v: GemmVariant): Kernel<Buffers, 'm' | 'n' | 'k'> {
   const [subM, subN] = [tileM / warpsM / 16, tileN / warpsN / 16];
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const perRow = tileK / 8;
-  const aLoads = (tileM * perRow) / threads;
-  const int4 = v.b === 'int4';
+  const int4 = v.weights === 'int4';
   // One int4 load is 8 channels wide (a word), so that loads spread evenly whatever the tile.
-  const bLoads = (tileN * perRow) / threads;
-  const buffer = (name: string, tile: number): string =>
-    `var<workgroup> ${name}: array<vec4<u32>, ${tile * stride * (v.double ? 2 : 1)}>;`;
-  const load =
-    each(aLoads, (i) => `    ra${i} = a[(rowA + ${i}u * ${threads / perRow}u) * words + k / 8u + colA];`) +
-    '\n' +
-    (int4
-      ? each(
-          bLoads,
-          (i) => `    { let n = rowB + ${i}u * ${threads / perRow}u;
-      rb${i} = b[n * words + k / 8u + colA];
-      rg${i} = grid[n * (params.k / ${v.groupSize}u) + k / ${v.groupSize}u]; }`,
-        )
-      : each(bLoads, (i) => `    rb${i} = b[(rowB + ${i}u * ${threads / perRow}u) * words + k / 8u + colA];`));
-  const put = (offset: (tile: number) => string): string =>
-    each(
-      aLoads,
-      (i) =>
-        `    tileA[${offset(tileM)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA] = ra${i};`,
-    ) +
-    '\n' +
-    each(bLoads, (i) => {
-      const at = `tileB[${offset(tileN)} + (local / ${perRow}u + ${i}u * ${threads / perRow}u) * ${stride}u + colA]`;
-      return int4
-        ? `    { let q = codes8(rb${i});
+  const [xLoads, wLoads] = [(tileM * perRow) / threads, (tileN * perRow) / threads];
+  const step = threads / perRow;
+  ensure(
+    subN % 2 === 0 && Number.isInteger(xLoads) && Number.isInteger(wLoads),
+    'backend',
+    () =>
+      `a matrix product can't be cut into tiles of ${tileM} × ${tileN} × ${tileK} for ${warpsM} × ${warpsN} subgroups`,
+  );
+  const load = `${each(xLoads, (i) => `    rx${i} = x[ox${i} + k / 8u];`)}
+${each(wLoads, (i) => `    rw${i} = weights[ow${i} + k / 8u];${int4 ? ` rg${i} = grids[og${i} + k / ${v.groupSize}u];` : ''}`)}`;
+  const toHalf = (word: string): string =>
+    `bitcast<u32>(vec2<f16>(vec2(bitcast<f32>(${word} << 16u), bitcast<f32>(${word} & 0xffff0000u))))`;
+  const put = `${each(xLoads, (i) => `    tileX[(line + ${i * step}u) * ${stride}u + column] = rx${i};`)}
+${each(wLoads, (i) => {
+  const at = `tileW[(line + ${i * step}u) * ${stride}u + column]`;
+  switch (v.weights) {
+    case 'f16':
+      return `    ${at} = rw${i};`;
+    case 'bf16':
+      return `    ${at} = vec4(${['x', 'y', 'z', 'w'].map((c) => toHalf(`rw${i}.${c}`)).join(', ')});`;
+    case 'int4':
+      return `    { let q = codes8(rw${i});
     let s = vec2(bitcast<vec2<f16>>(rg${i}).x); let z = vec2(f16(rg${i} >> 16u) - 8h);
-    ${at} = vec4(packH((q[0] - z) * s), packH((q[1] - z) * s), packH((q[2] - z) * s), packH((q[3] - z) * s)); }`
-        : `    ${at} = rb${i};`;
-    });
-  const multiply = (offset: (tile: number) => string): string =>
-    each(
-      tileK / 16,
-      (kk) => `    {
-${each(subM, (i) => `      let fa${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&tileA, ${offset(tileM)} + (warpM * ${tileM / warpsM}u + ${i * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
-${each(subN, (j) => `      let fb${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&tileB, ${offset(tileN)} + (warpN * ${tileN / warpsN}u + ${j * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
-${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiplyAccumulate(fa${i}, fb${j}, c${i}_${j});`))}
+    ${at} = vec4(packH((q[0] - z) * s), packH((q[1] - z) * s), packH((q[2] - z) * s), packH((q[3] - z) * s)); }`;
+  }
+})}`;
+  const multiply = each(
+    tileK / 16,
+    (kk) => `    {
+${each(subM, (i) => `      let fx${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&tileX, (warpM * ${tileM / warpsM}u + ${i * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
+${each(subN, (j) => `      let fw${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&tileW, (warpN * ${tileN / warpsN}u + ${j * 16}u) * ${stride}u + ${kk * 2}u, ${stride}u);`)}
+${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiplyAccumulate(fx${i}, fw${j}, c${i}_${j});`))}
     }`,
-    );
-  const zero = (): string => '0u';
-  return defineKernel<Buffers, 'm' | 'n' | 'k'>({
-    name: `gemm.${v.b}.${tileM}x${tileN}x${tileK}.${warpsM}x${warpsN}${v.double ? '.double' : ''}`,
+  );
+  return defineKernel<GemmBuffers | 'factors', 'm' | 'n' | 'k'>({
+    name: `gemmMatrix.${v.weights}.${tileM}x${tileN}x${tileK}.${warpsM}x${warpsN}${scaled ? '.scaled' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
-      a: read('vec4<u32>'),
-      b: read(int4 ? 'u32' : 'vec4<u32>'),
-      ...(int4 ? { grid: read('u32') } : {}),
-      c: write('f32'),
-    } as Record<Buffers, BufferSpec>,
+      x: read('vec4<u32>'),
+      weights: read(int4 ? 'u32' : 'vec4<u32>'),
+      ...(int4 ? { grids: read('u32') } : {}),
+      ...(v.bias ? { bias: read('vec4<f32>') } : {}),
+      ...(v.residual ? { residual: read('vec4<f32>') } : {}),
+      ...(scaled ? { factors: read('f32') } : {}),
+      out: write('vec4<f32>'),
+    } as Record<GemmBuffers | 'factors', BufferSpec>,
     params: { m: 'u32', n: 'u32', k: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl({ f16: true })}
-${buffer('tileA', tileM)}
-${buffer('tileB', tileN)}
+var<workgroup> tileX: array<vec4<u32>, ${Math.max(tileM * stride, warpsM * warpsN * STRIP)}>;
+var<workgroup> tileW: array<vec4<u32>, ${tileN * stride}>;
 
 @compute @workgroup_size(${threads})
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32, @builtin(subgroup_id) warp: u32) {
+fn main(
+  @builtin(workgroup_id) wg: vec3<u32>,
+  @builtin(local_invocation_index) local: u32,
+  @builtin(subgroup_id) warp: u32,
+  @builtin(subgroup_invocation_id) lane: u32,
+) {
   let warpM = warp / ${warpsN}u;
   let warpN = warp % ${warpsN}u;
+  let line = local / ${perRow}u;
+  let column = local % ${perRow}u;
   let words = params.k / 8u;
-  let rowA = wg.y * ${tileM}u + local / ${perRow}u;
-  let rowB = wg.x * ${tileN}u + local / ${perRow}u;
-  let colA = local % ${perRow}u;
+${each(xLoads, (i) => `  let ox${i} = min(wg.y * ${tileM}u + line + ${i * step}u, params.m - 1u) * words + column;`)}
+${each(
+  wLoads,
+  (i) => `  let nw${i} = min(wg.x * ${tileN}u + line + ${i * step}u, params.n - 1u);
+  let ow${i} = nw${i} * words + column;${int4 ? ` let og${i} = nw${i} * (params.k / ${v.groupSize}u);` : ''}`,
+)}
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j}: subgroup_matrix_result<f32, 16, 16>;`))}
-${each(aLoads, (i) => `  var ra${i}: vec4<u32>;`)}
-${each(bLoads, (i) => (int4 ? `  var rb${i}: u32; var rg${i}: u32;` : `  var rb${i}: vec4<u32>;`))}
+${each(xLoads, (i) => `  var rx${i}: vec4<u32>;`)}
+${each(wLoads, (i) => (int4 ? `  var rw${i}: u32; var rg${i}: u32;` : `  var rw${i}: vec4<u32>;`))}
   { let k = 0u;
 ${load} }
-${
-  v.double
-    ? `${put(zero)}
-  workgroupBarrier();
-  var stage = 0u;
-  for (var step = ${tileK}u; step <= params.k; step += ${tileK}u) {
-    if (step < params.k) { let k = step;
+  for (var next = ${tileK}u; next <= params.k; next += ${tileK}u) {
+${put}
+    workgroupBarrier();
+    if (next < params.k) { let k = next;
 ${load} }
-${multiply((tile) => `stage * ${tile * stride}u`)}
-    if (step < params.k) {
-      let next = 1u - stage;
-${put((tile) => `next * ${tile * stride}u`)}
+${multiply}
+    workgroupBarrier();
+  }
+  let columns = params.n / 4u;
+  let begin = warp * ${STRIP}u;
+  let at = lane % 8u;
+${each(subM, (i) =>
+  each(
+    subN / 2,
+    (j) => `  {
+    subgroupMatrixStore<row_major>(&tileX, begin, c${i}_${2 * j}, 9u);
+    subgroupMatrixStore<row_major>(&tileX, begin + 4u, c${i}_${2 * j + 1}, 9u);
+    workgroupBarrier();
+    let n = (wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 32}u) / 4u + at;
+    for (var r = lane / 8u; r < 16u; r += 4u) {
+      let m = wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u + r;
+      if (m < params.m && n < columns) {
+        out[m * columns + n] = bitcast<vec4<f32>>(tileX[begin + r * 9u + at])${scaled ? ' * factors[0] * factors[1]' : ''}${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};
+      }
     }
-    stage = 1u - stage;
     workgroupBarrier();
-  }`
-    : `  for (var step = ${tileK}u; step <= params.k; step += ${tileK}u) {
-${put(zero)}
-    workgroupBarrier();
-    if (step < params.k) { let k = step;
-${load} }
-${multiply(zero)}
-    workgroupBarrier();
-  }`
-}
-${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<row_major>(&c, (wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u) * params.n + wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 16}u, c${i}_${j}, params.n);`))}
+  }`,
+  ),
+)}
 }`,
   });
-}
+});

@@ -1,6 +1,7 @@
 // WGSL shared by the fast kernels: 16-bit arithmetic where the GPU has it, the same functions in f32 where it doesn't.
 // Storage is the same either way (pairs of f16 in a u32), so buffers don't depend on the variant.
 import type { KernelFeature } from '../kernel.js';
+import { HALF_BITS } from '../kernels/half.js';
 
 /** How a kernel computes. */
 export interface Arithmetic {
@@ -46,5 +47,20 @@ fn codes8(w: u32) -> array<h2, 4> {
     h2(vec2((w >> 8u) & 15u, (w >> 24u) & 15u)) - 8.0,
     h2(vec2((w >> 12u) & 15u, (w >> 28u) & 15u)) - 8.0,
   );
+}`;
+}
+
+/**
+ * WGSL: `narrow(vec2<f32>) → u32`, a pair of f16 rounded to nearest. What exceeds f16's range becomes infinite or NaN rather than
+ * its largest value, so that it shows in the logits instead of bending them.
+ */
+export function narrowWgsl({ f16 }: Arithmetic): string {
+  return f16
+    ? 'fn narrow(v: vec2<f32>) -> u32 { return bitcast<u32>(vec2<f16>(v)); }'
+    : /* wgsl */ `
+${HALF_BITS}
+fn narrow(v: vec2<f32>) -> u32 {
+  let over = select(vec2(0u), vec2(0x7c00u), !(abs(v) < vec2(65520.0)));
+  return packHalves(v.x, v.y) | over.x | (over.y << 16u);
 }`;
 }

@@ -4,7 +4,7 @@
 // packed to a word: lane l owns rows 2l and 2l+1, so that any pair of channels is two words of the lane's own column, without
 // bank conflicts and without a barrier between rotations. Words are swizzled (xor) so that filling and emptying along
 // rows has no conflicts either. Workgroup memory moves 16 words per channel and row pair (8 rotations, in and out).
-import { defineKernel, read, write, type Kernel } from '../kernel.js';
+import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 import type { PairwiseTransform } from '../../../ops/backend.js';
 import { f32ToF16Bits } from '../../../core/dtype.js';
 
@@ -14,8 +14,6 @@ export interface RotateRowsVariant {
   readonly krot: number;
   /** 32, 64 or 128. */
   readonly groupSize: number;
-  /** Pairs in flight per lane. */
-  readonly unroll: number;
 }
 
 const LANES = 32;
@@ -28,15 +26,17 @@ type Buffers = 'x' | 'scale' | 'table' | 'y';
  * Workgroups: groups of channels, blocks of 64 rows. Buffers: x, y [rows, channels/8] of 8 f16; scale [channels/2] pairs of
  * f16; table [groups, krot, group/2] of the words of i and j and (cos, sin) as f16, see {@link pairTable}.
  */
-export function rotateRowsKernel(v: RotateRowsVariant): Kernel<Buffers, 'rows' | 'channels'> {
-  const { groupSize, krot, unroll } = v;
+export const rotateRowsKernel = variants((v: RotateRowsVariant): Kernel<Buffers, 'rows' | 'channels'> => {
+  const { groupSize, krot } = v;
+  // Pairs in flight per lane.
+  const unroll = 8;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const vectors = groupSize / 8;
   const h2 = v.f16 ? 'vec2<f16>' : 'vec2<f32>';
   const un = (w: string): string => (v.f16 ? `bitcast<vec2<f16>>(${w})` : `unpack2x16float(${w})`);
   const pack = (w: string): string => (v.f16 ? `bitcast<u32>(${w})` : `pack2x16float(${w})`);
   return defineKernel({
-    name: `rotateRows.${v.f16 ? 'f16' : 'f32'}.k${krot}.g${groupSize}.u${unroll}`,
+    name: `rotateRows.${v.f16 ? 'f16' : 'f32'}.k${krot}.g${groupSize}`,
     features: v.f16 ? ['f16'] : [],
     buffers: { x: read('vec4<u32>'), scale: read('u32'), table: read('vec2<u32>'), y: write('vec4<u32>') },
     params: { rows: 'u32', channels: 'u32' },
@@ -86,7 +86,11 @@ ${each(
   }
 }`,
   });
-}
+});
+
+/** Whether the kernel takes a transform. */
+export const rotateRowsTakes = (groupSize: number, krot: number): boolean =>
+  krot > 0 && (groupSize === 32 || groupSize === 64 || groupSize === 128);
 
 /** Where a channel's column begins in workgroup memory; see the kernel. */
 const home = (channel: number): number => (channel * LANES) | (((channel >> 3) * 2) & 31);

@@ -281,13 +281,20 @@ fn main(
 );
 
 /**
- * Writes new keys or values [batch·tokens, kvHeads·headDim] as f16 into a cache [batch, kvHeads, capacity, headDim], two
- * to a word; `count` words.
+ * Writes new keys and values [batch·tokens, kvHeads·headDim] as f16 into caches [batch, kvHeads, capacity, headDim], two to a word;
+ * `count` words of each. With `half` they are f16 already.
  */
-export const appendKernel = variants((headDim: number) =>
-  defineKernel({
-    name: `cacheAppend.${headDim}`,
-    buffers: { x: read('f32'), starts: read('u32'), cache: write('u32') },
+export const appendKernel = variants((headDim: number, half: boolean) => {
+  const type = half ? 'u32' : 'f32';
+  return defineKernel({
+    name: `cacheAppend.${headDim}${half ? '.half' : ''}`,
+    buffers: {
+      newKeys: read(type),
+      newValues: read(type),
+      starts: read('u32'),
+      keys: write('u32'),
+      values: write('u32'),
+    },
     params: { count: 'u32', tokens: 'u32', kvHeads: 'u32', start: 'u32', ragged: 'u32', capacity: 'u32' },
     body: /* wgsl */ `
 ${HALF_BITS}
@@ -301,14 +308,21 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     let vector = i / WORDS;
     let head = vector % params.kvHeads;
     let row = vector / params.kvHeads;
-    let at = vector * D + 2u * word;
-    var second = 0.0;
-    if (2u * word + 1u < D) { second = x[at + 1u]; }
     let sequence = row / params.tokens;
     var position = params.start + row % params.tokens;
     if (params.ragged != 0u) { position = starts[sequence] + row % params.tokens; }
-    cache[((sequence * params.kvHeads + head) * params.capacity + position) * WORDS + word] = packHalves(x[at], second);
+    let to = ((sequence * params.kvHeads + head) * params.capacity + position) * WORDS + word;
+${
+  half
+    ? `    keys[to] = newKeys[i];
+    values[to] = newValues[i];`
+    : `    let at = vector * D + 2u * word;
+    var second = vec2(0.0);
+    if (2u * word + 1u < D) { second = vec2(newKeys[at + 1u], newValues[at + 1u]); }
+    keys[to] = packHalves(newKeys[at], second.x);
+    values[to] = packHalves(newValues[at], second.y);`
+}
   }
 }`,
-  }),
-);
+  });
+});

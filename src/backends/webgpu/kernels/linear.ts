@@ -152,11 +152,11 @@ ${sum.statements}
   });
 });
 
-/** See the head of this file. Workgroups: outputs / 64 in x, rows / 64 in y. */
-export const gemmKernel = variants((format: WeightFormat): ProductKernel => {
+/** See the head of this file. Workgroups: outputs / 64 in x, rows / 64 in y. `half`: x is f16, two to a word. */
+export const gemmKernel = variants((format: WeightFormat, half: boolean): ProductKernel => {
   return defineKernel({
-    name: `gemm.${formatName(format)}`,
-    buffers,
+    name: `gemm.${formatName(format)}${half ? '.half' : ''}`,
+    buffers: { ...buffers, x: read(half ? 'u32' : 'f32') },
     params,
     body: /* wgsl */ `
 // Tiles [channel][quad of rows], padded by one quad so that a quad's channels lie in different banks.
@@ -167,7 +167,8 @@ ${weightAt(format)}
 ${FINISH}
 fn xAt(row: u32, k: u32) -> f32 {
   if (row >= params.rows || k >= params.inFeatures) { return 0.0; }
-  return x[row * params.inFeatures + k];
+  let at = row * params.inFeatures + k;
+  ${half ? 'let pair = unpack2x16float(x[at / 2u]); return select(pair.x, pair.y, (at & 1u) == 1u);' : 'return x[at];'}
 }
 fn wAt(row: u32, k: u32, group: u32) -> f32 {
   if (row >= params.outFeatures || k >= params.inFeatures) { return 0.0; }

@@ -1,7 +1,11 @@
-// Splits merged projections into heads, with their norms and RoPE. One workgroup of 64 threads per row and head: the head
-// is read once into workgroup memory and written once.
+// Splits merged projections into heads, with their norms and RoPE. 64 threads per row and head, four heads per workgroup (one would
+// leave a GPU busy with starting them): the head is read once into workgroup memory and written once.
+import { halfFeatures, narrowWgsl, type Arithmetic } from '../fast/half.js';
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
+
+/** Heads that a workgroup of {@link splitHeadsKernel} takes. */
+export const HEADS_PER_GROUP = 4;
 
 /** Options of {@link splitHeadsKernel}. */
 export interface SplitHeadsVariant {
@@ -9,15 +13,18 @@ export interface SplitHeadsVariant {
   readonly rotaryDim: number;
   readonly qNorm: boolean;
   readonly kNorm: boolean;
+  /** Outputs are f16, two to a word; the head dimension is even. */
+  readonly half?: Arithmetic;
 }
 
 /**
  * qkv [rows, (heads + 2·kvHeads)·headDim] → q, k, v. Pairs (i, i + rotaryDim/2) of q and k turn by the angle of the row's
- * position; `items` = rows · (heads + 2·kvHeads).
+ * position; `items` = rows · (heads + 2·kvHeads). Workgroups: items / 4.
  */
-export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm }: SplitHeadsVariant) =>
+export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm, half }: SplitHeadsVariant) =>
   defineKernel({
-    name: `splitHeads.${headDim}`,
+    name: `splitHeads.${headDim}${half ? '.half' : ''}`,
+    features: half ? halfFeatures(half) : [],
     buffers: {
       qkv: read('f32'),
       cosines: read('f32'),
@@ -25,24 +32,38 @@ export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm }: 
       qWeight: read('f32'),
       kWeight: read('f32'),
       starts: read('u32'),
-      q: write('f32'),
-      k: write('f32'),
-      v: write('f32'),
+      q: write(half ? 'u32' : 'f32'),
+      k: write(half ? 'u32' : 'f32'),
+      v: write(half ? 'u32' : 'f32'),
     },
     params: { items: 'u32', heads: 'u32', kvHeads: 'u32', tokens: 'u32', start: 'u32', ragged: 'u32', eps: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
 const D = ${headDim}u;
 const HALF = ${rotaryDim / 2}u;
-var<workgroup> values: array<f32, D>;
-var<workgroup> partials: array<f32, 64>;
-@compute @workgroup_size(64)
+var<workgroup> values: array<f32, ${HEADS_PER_GROUP} * D>;
+var<workgroup> partials: array<f32, ${HEADS_PER_GROUP * 64}>;
+${half ? narrowWgsl(half) : ''}
+// Channel i of the head at \`base\`, turned; \`angles\` is where its position's begin.
+fn turned(base: u32, i: u32, angles: u32, isV: bool) -> f32 {
+  let value = values[base + i];
+  if (i >= 2u * HALF || isV) { return value; }
+  let first = i < HALF;
+  let angle = angles + select(i - HALF, i, first);
+  let partner = values[base + select(i - HALF, i + HALF, first)];
+  return fma(value, cosines[angle], select(partner, -partner, first) * sines[angle]);
+}
+@compute @workgroup_size(${HEADS_PER_GROUP * 64})
 fn main(
-  @builtin(local_invocation_index) lid: u32,
+  @builtin(local_invocation_index) thread: u32,
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  let item = min(linearGroup(group, groups), params.items - 1u);
+  let lid = thread % 64u;
+  let slot = thread / 64u;
+  let base = slot * D;
+  // Superfluous threads repeat the last head.
+  let item = min(linearGroup(group, groups) * ${HEADS_PER_GROUP}u + slot, params.items - 1u);
   let perRow = params.heads + 2u * params.kvHeads;
   let row = item / perRow;
   let head = item % perRow;
@@ -51,21 +72,21 @@ fn main(
   var squares = 0.0;
   for (var i = lid; i < D; i += 64u) {
     let value = qkv[item * D + i];
-    values[i] = value;
+    values[base + i] = value;
     squares += value * value;
   }
 ${
   qNorm || kNorm
-    ? `  partials[lid] = squares;
+    ? `  partials[thread] = squares;
   workgroupBarrier();
   for (var reach = 32u; reach > 0u; reach >>= 1u) {
-    if (lid < reach) { partials[lid] += partials[lid + reach]; }
+    if (lid < reach) { partials[thread] += partials[thread + reach]; }
     workgroupBarrier();
   }
-  let factor = inverseSqrt(partials[0] / f32(D) + params.eps);
+  let factor = inverseSqrt(partials[slot * 64u] / f32(D) + params.eps);
   for (var i = lid; i < D; i += 64u) {
-${qNorm ? '    if (isQ) { values[i] *= factor * qWeight[i]; }' : ''}
-${kNorm ? '    if (!isQ && !isV) { values[i] *= factor * kWeight[i]; }' : ''}
+${qNorm ? '    if (isQ) { values[base + i] *= factor * qWeight[i]; }' : ''}
+${kNorm ? '    if (!isQ && !isV) { values[base + i] *= factor * kWeight[i]; }' : ''}
   }`
     : ''
 }
@@ -73,17 +94,13 @@ ${kNorm ? '    if (!isQ && !isV) { values[i] *= factor * kWeight[i]; }' : ''}
   var start = params.start;
   if (params.ragged != 0u) { start = starts[row / params.tokens]; }
   let angles = (start + row % params.tokens) * HALF;
-  for (var i = lid; i < D; i += 64u) {
-    var value = values[i];
-    if (i < 2u * HALF && !isV) {
-      let first = i < HALF;
-      let angle = angles + select(i - HALF, i, first);
-      let partner = values[select(i - HALF, i + HALF, first)];
-      value = fma(value, cosines[angle], select(partner, -partner, first) * sines[angle]);
-    }
-    if (isQ) { q[(row * params.heads + head) * D + i] = value; }
-    else if (isV) { v[(row * params.kvHeads + head - params.heads - params.kvHeads) * D + i] = value; }
-    else { k[(row * params.kvHeads + head - params.heads) * D + i] = value; }
+  // Units of the outputs: words of two f16, or one f32.
+  const UNITS = D / ${half ? 2 : 1}u;
+  for (var i = lid; i < UNITS; i += 64u) {
+    let value = ${half ? 'narrow(vec2(turned(base, 2u * i, angles, isV), turned(base, 2u * i + 1u, angles, isV)))' : 'turned(base, i, angles, isV)'};
+    if (isQ) { q[(row * params.heads + head) * UNITS + i] = value; }
+    else if (isV) { v[(row * params.kvHeads + head - params.heads - params.kvHeads) * UNITS + i] = value; }
+    else { k[(row * params.kvHeads + head - params.heads) * UNITS + i] = value; }
   }
 }`,
   }),

@@ -1,0 +1,213 @@
+// Prefill on the GPU: tokens per second of whole decoders at true shapes with random weights, ParoQuant against AWQ against 16 bits,
+// the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check [--only PATTERN]] [--attention]
+// [--model NAME]… [--long] [--f32]; without flags all of it. --f32 runs the models on the tiled kernels instead.
+import { parseArgs } from 'node:util';
+import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.js';
+import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
+import { flashKernel, flashRows } from '../src/backends/webgpu/fast/flash.js';
+import type { Decoder } from '../src/models/decoder.js';
+import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
+import { createRng } from '../src/core/rng.js';
+import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from './support/gpu.js';
+import { randomDecoder, type DecoderKind } from './support/random-decoder.js';
+import { SHAPES } from './support/random-plan.js';
+import { median, round, writeResult } from './support/results.js';
+
+const { values } = parseArgs({
+  options: {
+    check: { type: 'boolean' },
+    attention: { type: 'boolean' },
+    model: { type: 'string', multiple: true },
+    long: { type: 'boolean' },
+    f32: { type: 'boolean' },
+    only: { type: 'string' },
+  },
+});
+const all = !values.check && !values.attention && !values.model && !values.long;
+const backend = await openWebGpuBackend({ precision: values.f32 ? 'f32' : 'f16' });
+const { gpu } = backend;
+const results: Record<string, unknown>[] = [];
+const only = new RegExp(values.only ?? '');
+
+if (all || values.check) {
+  let [passed, failed] = [0, 0];
+  for (const check of [...matrixChecks(gpu), ...prefillChecks]) {
+    if (!only.test(check.name)) continue;
+    try {
+      const worst = await check.run(backend);
+      passed++;
+      results.push({ check: check.name, ofTolerance: round(worst) });
+      console.log(`ok     ${check.name}: ${worst.toFixed(3)} of the tolerance`);
+    } catch (error) {
+      failed++;
+      console.log(`FAILED ${check.name}: ${(error as Error).message}`);
+    }
+  }
+  console.log(`checks against the oracle: ${passed} passed, ${failed} failed`);
+  if (failed > 0) process.exitCode = 1;
+}
+
+for (const end = performance.now() + 1000; performance.now() < end;) await copyBandwidth(gpu, 1 << 28);
+const bandwidth = await copyBandwidth(gpu);
+console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
+
+/** Attention of the last `tokens` of a context at Llama-3.1-8B's heads, sampled rows against float64. */
+async function attention(tokens: number, context: number): Promise<void> {
+  const [heads, kvHeads, headDim] = [32, 8, 128];
+  const rng = createRng(2);
+  const share = heads / kvHeads;
+  const pair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
+  const q = randomBuffer(gpu, tokens * heads * headDim * 2, pair);
+  const k = randomBuffer(gpu, context * kvHeads * headDim * 2, pair);
+  const v = randomBuffer(gpu, context * kvHeads * headDim * 2, pair);
+  const out = gpu.buffer(tokens * heads * headDim * 2);
+  const halves = async (buffer: GPUBuffer, at: number, n: number): Promise<Float32Array> =>
+    Float32Array.from(new Uint16Array(await gpu.read(buffer, at * 2, n * 2)), f16BitsToF32);
+  const start = context - tokens;
+  const list: (GpuCandidate & { error: number })[] = [];
+  const scale = headDim ** -0.5;
+  for (const warps of [4, 8]) {
+    const kernel = flashKernel({ headDim, source: 'cache', warps });
+    const groups = [Math.ceil((tokens * share) / flashRows({ warps })), 1, kvHeads] as const;
+    const params = { tokens, heads, kvHeads, start, ragged: 0, window: 0x7fffffff, stride: context, scale };
+    const dispatch = gpu.prepare(kernel, { q, k, v, starts: q, out }, params, groups);
+    gpu.run([dispatch]);
+    let error = 0;
+    for (const [token, head] of [
+      [0, 0],
+      [tokens - 1, heads - 1],
+      [77, 5],
+      [tokens - 100, 18],
+    ]) {
+      const query = await halves(q, (token * heads + head) * headDim, headDim);
+      const count = start + token + 1;
+      const at = Math.floor(head / share) * context * headDim;
+      const [keys, vals] = [await halves(k, at, count * headDim), await halves(v, at, count * headDim)];
+      const logits = Float64Array.from({ length: count }, (_, p) => {
+        let sum = 0;
+        for (let d = 0; d < headDim; d++) sum += query[d] * keys[p * headDim + d];
+        return sum * scale;
+      });
+      const top = logits.reduce((a, b) => Math.max(a, b));
+      const weights = logits.map((x) => Math.exp(x - top));
+      const total = weights.reduce((a, b) => a + b);
+      const got = await halves(out, (token * heads + head) * headDim, headDim);
+      let [difference, size] = [0, 0];
+      for (let d = 0; d < headDim; d++) {
+        let want = 0;
+        for (let p = 0; p < count; p++) want += weights[p] * vals[p * headDim + d];
+        want /= total;
+        difference += (got[d] - want) ** 2;
+        size += want ** 2;
+      }
+      error = Math.max(error, Math.sqrt(difference / size));
+    }
+    list.push({ name: kernel.name, dispatches: [dispatch], error });
+  }
+  const times = await timeDispatches(gpu, list, { rounds: 3 });
+  const flops = 4 * heads * headDim * (tokens * start + (tokens * (tokens + 1)) / 2);
+  for (const { name, error } of list) {
+    const seconds = times.get(name) ?? NaN;
+    results.push({
+      attention: name,
+      tokens,
+      context,
+      microseconds: round(seconds * 1e6),
+      teraflops: round(flops / seconds / 1e12),
+      relativeError: error,
+    });
+    console.log(
+      `attention ${tokens} of ${context}: ${name.padEnd(28)} ${(seconds * 1e6).toFixed(0).padStart(7)} us ${(flops / seconds / 1e12).toFixed(1)} TFLOP/s, error ${error.toExponential(1)}`,
+    );
+  }
+  for (const buffer of [q, k, v, out]) gpu.release(buffer);
+}
+if (all || values.attention) {
+  await attention(2048, 2048);
+  await attention(2048, 32768);
+}
+
+/** Runs a prompt through a decoder in passes of `rows`, up to the logits of the last token; seconds. */
+async function prefill(decoder: Decoder, ids: Int32Array, rows: number): Promise<number> {
+  const cache = await decoder.createCache(1, ids.length);
+  await gpu.sync();
+  const begun = performance.now();
+  for (let at = 0; at < ids.length; at += rows) {
+    const part = ids.subarray(at, at + rows);
+    const hidden = await decoder.hidden(part, { cache });
+    if (at + rows >= ids.length) {
+      const last = backend.sliceRows(hidden, part.length - 1, part.length);
+      const logits = await decoder.logits(last);
+      const row = await backend.download(logits);
+      if (!row.every(Number.isFinite)) throw new Error('logits are not finite');
+      backend.free(last, logits);
+    }
+    backend.free(hidden);
+  }
+  const seconds = (performance.now() - begun) / 1000;
+  decoder.releaseCache(cache);
+  return seconds;
+}
+
+for (const shape of SHAPES.filter(({ name }) =>
+  (values.model ?? (all ? ['Llama-3.1-8B', 'Qwen3-0.6B'] : [])).includes(name),
+)) {
+  const rng = createRng(9);
+  const ids = Int32Array.from({ length: 2048 }, () => rng.int(0, shape.vocab));
+  const times = new Map<DecoderKind, number[]>();
+  const kinds: readonly DecoderKind[] = values.f32 ? ['paroquant'] : ['awq', 'paroquant', 'f16'];
+  const decoders = new Map<DecoderKind, Decoder>();
+  for (const kind of kinds) {
+    decoders.set(kind, await randomDecoder(backend, shape, kind, 40960));
+    times.set(kind, []);
+  }
+  for (let round = 0; round < (values.f32 ? 4 : 7); round++)
+    for (const [kind, decoder] of decoders) {
+      const seconds = await prefill(decoder, ids, ids.length);
+      if (round > 1) times.get(kind)?.push(seconds);
+    }
+  for (const [kind, decoder] of decoders) {
+    const seconds = median(times.get(kind) ?? []);
+    gpu.startProfile();
+    await prefill(decoder, ids, ids.length);
+    const kernels = (await gpu.stopProfile()).slice(0, 14);
+    const total = kernels.reduce((sum, t) => sum + t.seconds, 0);
+    console.log(
+      `${shape.name} ${kind.padEnd(10)} ${ids.length} rows: ${(ids.length / seconds).toFixed(0)} tokens/s, ${(1e3 * seconds).toFixed(1)} ms; kernels ${(1e3 * total).toFixed(1)} ms`,
+    );
+    for (const t of kernels)
+      console.log(
+        `    ${t.name.padEnd(40)} ${((t.seconds / t.calls) * 1e6).toFixed(1).padStart(9)} us x ${String(t.calls).padStart(3)} = ${(t.seconds * 1e3).toFixed(2).padStart(8)} ms (${((100 * t.seconds) / total).toFixed(1)}%)`,
+      );
+    results.push({
+      model: shape.name,
+      kind,
+      rows: ids.length,
+      tokensPerSecond: round(ids.length / seconds),
+      milliseconds: round(1e3 * seconds),
+      kernelMilliseconds: round(1e3 * total),
+      kernels,
+    });
+  }
+  if (all || values.long) {
+    const decoder = decoders.get('paroquant');
+    if (decoder) {
+      const long = Int32Array.from({ length: 32768 }, () => rng.int(0, shape.vocab));
+      const seconds = await prefill(decoder, long, 2048);
+      console.log(
+        `${shape.name} paroquant 32768 tokens in passes of 2048: ${(long.length / seconds).toFixed(0)} tokens/s; ${(gpu.allocatedBytes / 1e9).toFixed(1)} GB allocated, all models together`,
+      );
+      results.push({
+        model: shape.name,
+        kind: 'paroquant',
+        rows: 2048,
+        context: 32768,
+        tokensPerSecond: round(long.length / seconds),
+        allocatedBytes: gpu.allocatedBytes,
+      });
+    }
+  }
+  for (const decoder of decoders.values()) decoder.release();
+}
+writeResult('webgpu-prefill', { gpu: backend.info.description, copyBytesPerSecond: bandwidth, results });
+await backend.dispose();
