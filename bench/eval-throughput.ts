@@ -114,6 +114,7 @@ for (let round = 0; round < rounds; round++) {
     speeds.push(own);
     ratios.push((own * (before + after)) / (2 * before * after));
     prefills.push(before);
+    console.error(`${name.padEnd(11)}  ${own.toFixed(0).padStart(7)} tokens/s, prefill ${after.toFixed(0)}`);
     before = after;
   }
 }

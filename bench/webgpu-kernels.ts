@@ -375,7 +375,6 @@ if ((wants('gemm') || wants('gemm-small')) && hasMatrixUnits(capabilities)) {
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
   const tiles: GemmTile[] = [
     ...GEMM_TILES,
-    { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2 },
     { tileM: 128, tileN: 256, tileK: 32, warpsM: 2, warpsN: 4 },
     { tileM: 128, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },
     { tileM: 128, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2 },

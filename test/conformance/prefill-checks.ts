@@ -61,7 +61,7 @@ const PRODUCTS: readonly Product[] = [
 
 /** With `tile` the product runs in those tiles, whatever the backend would choose. */
 function productCheck([rows, inFeatures, outFeatures, type]: Product, tile?: GemmTile): PrefillCheck {
-  const name = `${tile ? `tiles of ${tile.tileM} × ${tile.tileN}, ` : ''}linear ${rows} × ${inFeatures} → ${outFeatures}, ${typeof type === 'number' ? `4 bits in groups of ${type}` : type}`;
+  const name = `${tile ? `tiles of ${tile.tileM} × ${tile.tileN} × ${tile.tileK}, ` : ''}linear ${rows} × ${inFeatures} → ${outFeatures}, ${typeof type === 'number' ? `4 bits in groups of ${type}` : type}`;
   return {
     name,
     run: async (backend) => {

@@ -29,7 +29,7 @@ import {
   type AttentionSource,
   type AttentionVariant,
 } from './kernels/attention.js';
-import { HEADS_PER_GROUP, splitHeadsKernel } from './kernels/rope.js';
+import { splitHeadsKernel } from './kernels/rope.js';
 import { copySequencesKernel } from './kernels/sequences.js';
 import {
   elementGroups,
@@ -229,7 +229,7 @@ export function splitHeads(
       v,
     },
     { items, heads, kvHeads, tokens, start, ragged, eps },
-    spread(Math.ceil(items / HEADS_PER_GROUP)),
+    spread(items),
   );
   const { headTransform } = options;
   if (headTransform) {

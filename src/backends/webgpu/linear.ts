@@ -251,10 +251,11 @@ function product(
   const onUnits = half && many ? matrixWeights(gpu, linear) : undefined;
   if (onUnits) {
     const x = given instanceof HalfTensor ? given : narrow(gpu, given);
+    const gridGroup = onUnits === 'int4' ? groupSize : 0;
     const variant: GemmVariant = {
-      ...chooseGemmTile(rows, outFeatures),
+      ...chooseGemmTile(rows, outFeatures, inFeatures, gridGroup),
       weights: onUnits,
-      groupSize: onUnits === 'int4' ? groupSize : 0,
+      groupSize: gridGroup,
       bias: linear.bias !== undefined,
       residual: add !== undefined,
     };

@@ -51,22 +51,24 @@ export const gemmMemory = (v: GemmTile): number =>
 export const gemmTakes = (n: number, k: number, groupSize: number): boolean =>
   n % 4 === 0 && k % 32 === 0 && groupSize % 32 === 0;
 
-/** The tiles to choose from, the fastest per operation first; see docs/log-kernels.md. */
-export const GEMM_TILES: readonly GemmTile[] = [
-  { tileM: 256, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },
-  { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2 },
-  { tileM: 64, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2 },
-  { tileM: 64, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2 },
+/**
+ * The tiles to choose from, the fastest per operation first, each from as many workgroups on as it needs to be faster than smaller
+ * ones; see docs/log-webgpu.md.
+ */
+export const GEMM_TILES: readonly (GemmTile & { readonly least: number })[] = [
+  { tileM: 256, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2, least: 192 },
+  { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2, least: 96 },
+  { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, least: 96 },
+  { tileM: 64, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, least: 96 },
+  { tileM: 64, tileN: 64, tileK: 32, warpsM: 2, warpsN: 2, least: 0 },
 ];
 
-/** Workgroups below which a large GPU has idle cores, and smaller tiles are faster. */
-const BUSY = 192;
-
-/** The first tile that gives enough workgroups without wasting a third of its rows, else the smallest. */
-export function chooseGemmTile(m: number, n: number): GemmTile {
+/** The first tile with enough workgroups that doesn't waste a third of its rows. `groupSize` 0: weights without grids. */
+export function chooseGemmTile(m: number, n: number, k: number, groupSize: number): GemmTile {
   const fits = GEMM_TILES.find((tile) => {
     const [columns, rows] = gemmGroups(tile, m, n);
-    return columns * rows >= BUSY && rows * tile.tileM * 2 <= m * 3;
+    const whole = k % tile.tileK === 0 && groupSize % tile.tileK === 0;
+    return whole && columns * rows >= tile.least && (tile.least === 0 || rows * tile.tileM * 2 <= m * 3);
   });
   return fits ?? GEMM_TILES[GEMM_TILES.length - 1];
 }

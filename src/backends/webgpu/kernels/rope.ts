@@ -1,11 +1,8 @@
-// Splits merged projections into heads, with their norms and RoPE. 64 threads per row and head, four heads per workgroup (one would
-// leave a GPU busy with starting them): the head is read once into workgroup memory and written once.
+// Splits merged projections into heads, with their norms and RoPE. One workgroup of 64 threads per row and head: the head
+// is read once into workgroup memory and written once.
 import { halfFeatures, narrowWgsl, type Arithmetic } from '../fast/half.js';
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
-
-/** Heads that a workgroup of {@link splitHeadsKernel} takes. */
-export const HEADS_PER_GROUP = 4;
 
 /** Options of {@link splitHeadsKernel}. */
 export interface SplitHeadsVariant {
@@ -19,7 +16,7 @@ export interface SplitHeadsVariant {
 
 /**
  * qkv [rows, (heads + 2·kvHeads)·headDim] → q, k, v. Pairs (i, i + rotaryDim/2) of q and k turn by the angle of the row's
- * position; `items` = rows · (heads + 2·kvHeads). Workgroups: items / 4.
+ * position; `items` = rows · (heads + 2·kvHeads).
  */
 export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm, half }: SplitHeadsVariant) =>
   defineKernel({
@@ -41,29 +38,25 @@ export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm, ha
 ${LINEAR_GROUP}
 const D = ${headDim}u;
 const HALF = ${rotaryDim / 2}u;
-var<workgroup> values: array<f32, ${HEADS_PER_GROUP} * D>;
-var<workgroup> partials: array<f32, ${HEADS_PER_GROUP * 64}>;
+var<workgroup> values: array<f32, D>;
+var<workgroup> partials: array<f32, 64>;
 ${half ? narrowWgsl(half) : ''}
-// Channel i of the head at \`base\`, turned; \`angles\` is where its position's begin.
-fn turned(base: u32, i: u32, angles: u32, isV: bool) -> f32 {
-  let value = values[base + i];
+// Channel i of the head, turned; \`angles\` is where its position's begin.
+fn turned(i: u32, angles: u32, isV: bool) -> f32 {
+  let value = values[i];
   if (i >= 2u * HALF || isV) { return value; }
   let first = i < HALF;
   let angle = angles + select(i - HALF, i, first);
-  let partner = values[base + select(i - HALF, i + HALF, first)];
+  let partner = values[select(i - HALF, i + HALF, first)];
   return fma(value, cosines[angle], select(partner, -partner, first) * sines[angle]);
 }
-@compute @workgroup_size(${HEADS_PER_GROUP * 64})
+@compute @workgroup_size(64)
 fn main(
-  @builtin(local_invocation_index) thread: u32,
+  @builtin(local_invocation_index) lid: u32,
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  let lid = thread % 64u;
-  let slot = thread / 64u;
-  let base = slot * D;
-  // Superfluous threads repeat the last head.
-  let item = min(linearGroup(group, groups) * ${HEADS_PER_GROUP}u + slot, params.items - 1u);
+  let item = min(linearGroup(group, groups), params.items - 1u);
   let perRow = params.heads + 2u * params.kvHeads;
   let row = item / perRow;
   let head = item % perRow;
@@ -72,21 +65,21 @@ fn main(
   var squares = 0.0;
   for (var i = lid; i < D; i += 64u) {
     let value = qkv[item * D + i];
-    values[base + i] = value;
+    values[i] = value;
     squares += value * value;
   }
 ${
   qNorm || kNorm
-    ? `  partials[thread] = squares;
+    ? `  partials[lid] = squares;
   workgroupBarrier();
   for (var reach = 32u; reach > 0u; reach >>= 1u) {
-    if (lid < reach) { partials[thread] += partials[thread + reach]; }
+    if (lid < reach) { partials[lid] += partials[lid + reach]; }
     workgroupBarrier();
   }
-  let factor = inverseSqrt(partials[slot * 64u] / f32(D) + params.eps);
+  let factor = inverseSqrt(partials[0] / f32(D) + params.eps);
   for (var i = lid; i < D; i += 64u) {
-${qNorm ? '    if (isQ) { values[base + i] *= factor * qWeight[i]; }' : ''}
-${kNorm ? '    if (!isQ && !isV) { values[base + i] *= factor * kWeight[i]; }' : ''}
+${qNorm ? '    if (isQ) { values[i] *= factor * qWeight[i]; }' : ''}
+${kNorm ? '    if (!isQ && !isV) { values[i] *= factor * kWeight[i]; }' : ''}
   }`
     : ''
 }
@@ -97,7 +90,7 @@ ${kNorm ? '    if (!isQ && !isV) { values[base + i] *= factor * kWeight[i]; }' :
   // Units of the outputs: words of two f16, or one f32.
   const UNITS = D / ${half ? 2 : 1}u;
   for (var i = lid; i < UNITS; i += 64u) {
-    let value = ${half ? 'narrow(vec2(turned(base, 2u * i, angles, isV), turned(base, 2u * i + 1u, angles, isV)))' : 'turned(base, i, angles, isV)'};
+    let value = ${half ? 'narrow(vec2(turned(2u * i, angles, isV), turned(2u * i + 1u, angles, isV)))' : 'turned(i, angles, isV)'};
     if (isQ) { q[(row * params.heads + head) * UNITS + i] = value; }
     else if (isV) { v[(row * params.kvHeads + head - params.heads - params.kvHeads) * UNITS + i] = value; }
     else { k[(row * params.kvHeads + head - params.heads) * UNITS + i] = value; }
