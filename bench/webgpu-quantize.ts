@@ -3,7 +3,7 @@
 //
 // bundled: the whole job, calibration text included; then KL(original ‖ quantized) on the project's prose, once more with
 // the tokens stored in FILE (made if missing), so that another device can quantize with the same ones and be compared.
-// qwen, llama: random weights and random tokens, 64 × 512; the block of the latter is timed twice, the first time with
+// qwen, llama: random weights and random tokens, as many sequences as the command takes by itself; the block of the latter is timed twice, the first time with
 // the compilation of kernels. --profile runs each once more with every dispatch timed on the GPU.
 import { mkdtempSync, readdirSync, readFileSync, existsSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -19,7 +19,7 @@ import { hostTensor } from '../src/core/tensor.js';
 import { evaluateText, tokenizeTexts } from '../src/evaluation/index.js';
 import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
-import type { CalibrationTokens } from '../src/quant/calibration/tokens.js';
+import { CALIBRATION_SEQUENCES, type CalibrationTokens } from '../src/quant/calibration/tokens.js';
 import { quantizeCheckpoint, type QuantizeReport } from '../src/quantize.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
 import { makeRandomCheckpoint, SHAPES, type ShapeName } from './support/random-checkpoint.js';
@@ -108,7 +108,11 @@ function show(what: string, run: Run): void {
   console.log(`${what}: ${run.seconds} s`, JSON.stringify(run.breakdown), JSON.stringify(run.firstBlock));
 }
 
-function randomTokens(vocabulary: number, sequences = 64, length = 512): CalibrationTokens {
+function randomTokens(
+  vocabulary: number,
+  sequences: number = CALIBRATION_SEQUENCES.webgpu,
+  length = 512,
+): CalibrationTokens {
   const rng = createRng(1);
   const ids = Int32Array.from({ length: sequences * length }, () => rng.int(0, vocabulary));
   return { ids, sequences, length, description: 'random tokens' };
@@ -148,7 +152,7 @@ async function storedTokens(model: string): Promise<CalibrationTokens> {
   const files = await folderFiles(model);
   const source = await openModel(files);
   const written = await writeCalibrationText(source, await loadTokenizer(files), {
-    sequences: 64,
+    sequences: CALIBRATION_SEQUENCES.webgpu,
     length: 512,
     seed: 0,
     threads: 4,

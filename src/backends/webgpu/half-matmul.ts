@@ -26,7 +26,7 @@ export function halfMatmul(
   const x = pack(gpu, a, transposeA, factors, 0);
   const weights = pack(gpu, b, !transposeB, factors, 1);
   const variant = {
-    ...chooseGemmTile(m, n),
+    ...chooseGemmTile(m, n, k, 0),
     weights: 'f16',
     groupSize: 0,
     bias: false,
