@@ -57,8 +57,9 @@ export async function quantizeFixture(
   const shape = { sequences: options.sequences ?? 8, length: options.length ?? 32 };
   const plan = planQuantization(source.config, all, recipe, shape, 0);
   const order = [...Array.from({ length: source.config.layers }, (_, i) => blockShard(i)), REST_SHARD];
-  const folder = await RunFolder.open(out, JSON.stringify(all), order, { resume: options.resume ?? false });
+  let folder: RunFolder | undefined;
   try {
+    folder = await RunFolder.open(out, JSON.stringify(all), order, { resume: options.resume ?? false });
     const calibration = { ids: randomTokens(source, shape.sequences, shape.length), ...shape, description: 'random' };
     const prepared = await prepareModel({ backend, source, settings: all, calibration });
     const quantization = quantizationOf(prepared.source, all, recipe, plan);
@@ -85,7 +86,7 @@ export async function quantizeFixture(
       'gyre.json': JSON.stringify({ fingerprint: JSON.stringify(all) }),
     });
   } finally {
-    await folder.close();
+    await folder?.close();
     await source.checkpoint.close();
   }
   return source;
