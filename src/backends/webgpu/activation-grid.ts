@@ -35,7 +35,7 @@ export function quantizeRows(gpu: GpuDevice, x: GpuTensor, grid: ActivationGrid)
   return out;
 }
 
-/** Rows as signed bytes, and a scale for each. */
+/** Rows as signed bytes, and a scale and the sum of codes for each. */
 export interface EncodedRows {
   readonly codes: GPUBuffer;
   readonly scales: GPUBuffer;
@@ -50,9 +50,9 @@ export function encodeRows(
 ): EncodedRows {
   const { rows, cols } = x.matrix;
   const codes = gpu.buffer(4 * rows * words, 'codes of activations');
-  const scales = gpu.buffer(4 * rows, 'scales of activations');
+  const scales = gpu.buffer(8 * rows, 'scales of activations');
   gpu.dispatch(
-    encodeRowsKernel(paired, cols),
+    encodeRowsKernel({ paired, size: cols, halves: false }),
     { x, codes, scales },
     { runs: rows, size: cols, words, top: topOf(grid), clip: grid.clip },
     spread(rows),

@@ -16,6 +16,7 @@ import {
 } from './batch-products.js';
 import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
+import { prepareRow, type RowVariant } from './row.js';
 import {
   NO_TOKEN,
   SAMPLE_SPAN,
@@ -36,6 +37,15 @@ export interface PlanWeight {
   /** Of int4; any buffer otherwise. */
   readonly grid: GPUBuffer;
   readonly bias?: GPUBuffer;
+  /** Its input comes as signed bytes; see PlanRow. */
+  readonly integers?: boolean;
+}
+
+/** What happens to a group's input as a whole row, in place of rotations inside groups of channels. */
+export interface PlanRow {
+  readonly hadamard?: RowVariant['hadamard'];
+  /** Rounds the row onto a symmetric grid; its weights are `integers`. */
+  readonly grid?: { readonly top: number; readonly clip: number };
 }
 
 /** The products of one linear group and the transforms of their input. */
@@ -48,6 +58,8 @@ export interface PlanGroup {
   readonly rotationGroup: number;
   /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
   readonly gain: GPUBuffer;
+  /** Instead of rotations, for a single weight. */
+  readonly row?: PlanRow;
   /** How rotations pair channels, and their tables of all weights, see rotationTable. Undefined without rotations. */
   readonly rotations?: { readonly pairing: Pairing; readonly table: GPUBuffer; readonly masks?: GPUBuffer };
 }
@@ -212,6 +224,12 @@ export class DecodePlan implements DecodeProgram {
       channels: number,
       count: number,
     ): void => {
+      if (group.row) {
+        const { row, gain } = group;
+        const buffers = { source: input, stats, gain, x: halves, factors };
+        push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
+        return;
+      }
       const kernel = activationKernel({
         f16,
         shuffle,
@@ -257,6 +275,7 @@ export class DecodePlan implements DecodeProgram {
           groupSize,
           residual: residual !== undefined,
           bias: bias !== undefined,
+          integers: weight.integers ?? false,
           ...shape,
         };
         const buffers = {
