@@ -1,5 +1,5 @@
 // SmoothRot's kernels on a GPU: Hadamard transforms of many rows against the copy bandwidth measured in the same run, products
-// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,exact]
+// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,row,decode,exact]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmGroups, gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
 import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../src/backends/webgpu/fast/hadamard.js';
@@ -8,12 +8,15 @@ import {
   integerMatrixGroups,
   integerMatrixKernel,
 } from '../src/backends/webgpu/fast/gemm-integer.js';
+import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
+import { rowKernel } from '../src/backends/webgpu/fast/row.js';
 import { encodeRowsKernel } from '../src/backends/webgpu/kernels/activation-grid.js';
 import { INTEGER_TILE, integerGemmKernel } from '../src/backends/webgpu/kernels/linear-integer.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
 import { applyHadamard, hadamardTransform } from '../src/transforms/index.js';
 import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from './support/gpu.js';
+import { RandomDecoder, SHAPES, type PlanKind } from './support/random-plan.js';
 import { writeResult } from './support/results.js';
 
 const only = process.argv.includes('--only') ? process.argv[process.argv.indexOf('--only') + 1].split(',') : undefined;
@@ -236,13 +239,105 @@ async function exact(m: number, n: number, k: number): Promise<void> {
   ]);
 }
 
+/** Whole rows of the decode plan: a transform and codes or normalised f16, checked on a plain vector, timed on every source. */
+async function rows(channels: number, inner: number): Promise<void> {
+  const transform = hadamardTransform(channels, { inner });
+  const m = Math.sqrt(transform.base.length);
+  const hadamard = { m, p: transform.order / m, inner, signs: signsOf(transform.base) };
+  const [splits, headDim] = [16, 128];
+  const host = Float32Array.from({ length: channels }, () => rng.normal());
+  const source = gpu.buffer(channels * splits * 4);
+  gpu.upload(source, host);
+  const stats = randomBuffer(
+    gpu,
+    (channels / headDim) * splits * 8,
+    () => new Uint32Array(Float32Array.of(1).buffer)[0],
+  );
+  const gain = randomBuffer(gpu, channels * 4, () => new Uint32Array(Float32Array.of(1).buffer)[0]);
+  const [x, factors] = [gpu.buffer(channels * 2), gpu.buffer(channels / 4)];
+  const want = applyHadamard(Float64Array.from(host), transform);
+  const list: Candidate[] = [];
+  for (const codes of [true, false])
+    for (const threads of [256, 512, 1024]) {
+      if (threads > limits.maxComputeInvocationsPerWorkgroup) continue;
+      const variant = {
+        channels,
+        hadamard,
+        codes,
+        threads,
+        memory: limits.maxComputeWorkgroupStorageSize,
+        splits,
+        headDim,
+      };
+      const make = (kind: 'plain' | 'silu' | 'attention') =>
+        gpu.prepare(
+          rowKernel({ ...variant, source: kind, subgroups: capabilities.subgroups !== undefined }),
+          { source, stats, gain, x, factors },
+          { eps: 1e-5, top: 127, clip: 1 },
+          [1, 1],
+        );
+      gpu.run([make('plain')]);
+      const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
+      const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
+      const place = [0, 2, 4, 6, 1, 3, 5, 7];
+      const got = want.map((_, c) => {
+        const factor = scales[2 * (c >> 5)];
+        return codes
+          ? factor * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
+          : factor * f16BitsToF32(new Uint16Array(bytes)[c]);
+      });
+      const kind = inner > 1 ? 'attention' : 'silu';
+      const dispatch = make(kind);
+      list.push({ name: `${dispatch.name}.t${threads}`, dispatches: [dispatch], error: relative(got, want) });
+    }
+  await timed(`row ${channels}`, list);
+}
+
+/** A whole decoder's step: AWQ, QuaRot and SmoothRot in one engine, GPU time alone. */
+async function decode(): Promise<void> {
+  const shape = SHAPES[capabilities.software ? SHAPES.length - 1 : 0];
+  const decoder = new RandomDecoder(gpu, shape, 2048);
+  const kinds: readonly PlanKind[] = ['awq', 'quarot', 'quarot-a8', 'smoothrot-a8', 'paroquant'];
+  const plans = kinds.map((kind) => {
+    const model = decoder.model(kind, 1, 1536);
+    return { kind, model, plan: new DecodePlan(gpu, model, { batch: 1, capacity: 1536 }) };
+  });
+  const logits: Float32Array[] = [];
+  for (const { plan } of plans) {
+    plan.begin(Uint32Array.of(11), Uint32Array.of(512), [{ temperature: 0 }]);
+    plan.run();
+    logits.push(await plan.logits());
+  }
+  const names = plans.map(({ kind, plan }) => ({ name: kind, dispatches: plan.dispatches }));
+  const times = await timeDispatches(gpu, names, { milliseconds: 20, rounds: 5 });
+  for (const [i, { kind, plan }] of plans.entries()) {
+    const milliseconds = (times.get(kind) ?? NaN) * plan.dispatches.length * 1e3;
+    const finite = logits[i].every(Number.isFinite);
+    const line = { kind: `decode ${shape.name}`, name: kind, dispatches: plan.dispatches.length, milliseconds, finite };
+    results.push({ ...line, againstQuarot: relative(logits[i], logits[1]) });
+    console.log(JSON.stringify(results.at(-1)));
+  }
+  for (const { kind, plan } of plans.slice(1, 3)) {
+    plan.begin(Uint32Array.of(11), Uint32Array.of(512), [{ temperature: 0 }]);
+    gpu.startProfile();
+    for (let i = 0; i < 3; i++) plan.run();
+    for (const t of (await gpu.stopProfile()).slice(0, 10))
+      console.log(`    ${kind} ${t.name.padEnd(52)} ${((t.seconds / t.calls) * 1e6).toFixed(2)} us x ${t.calls / 3}`);
+  }
+}
+
 if (wants('hadamard')) {
   // A software GPU is for checking that this runs.
-  const rows = capabilities.software ? 96 : 16384;
-  await hadamard(rows, 4096, [128, 256], [4]);
-  await hadamard(rows, 14336, [128, 256, 512], [4]);
+  const count = capabilities.software ? 96 : 16384;
+  await hadamard(count, 4096, [128, 256], [4]);
+  await hadamard(count, 14336, [128, 256, 512], [4]);
 }
 if (wants('integer')) await (capabilities.software ? integer(128, 1024, 512) : integer(2048, 14336, 4096));
+if (wants('row')) {
+  await rows(14336, 1);
+  await rows(4096, 128);
+}
+if (wants('decode')) await decode();
 if (wants('exact') && capabilities.subgroupMatrices.length > 0) await exact(2048, 4096, 14336);
 writeResult('webgpu-smoothrot', { gpu: backend.info.description, copyBytesPerSecond: bandwidth, results });
 await backend.dispose();

@@ -2,6 +2,13 @@
 import { ensure, GyreError } from '../../core/errors.js';
 import type { HadamardTransform, TransformHandle } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
+import {
+  hadamardRowsKernel,
+  hadamardRowsMemory,
+  MAX_BASE,
+  signsOf,
+  type HadamardRowsVariant,
+} from './fast/hadamard.js';
 import { hadamardKernel, hadamardMemory, type HadamardStage } from './kernels/hadamard.js';
 import { makeTensor, spread, type GpuTensor } from './tensor.js';
 
@@ -65,6 +72,27 @@ function stagesOf(memory: number, m: number, p: number, inner: number): Hadamard
   return [...stagesOf(memory, 1, low, inner), ...stagesOf(memory, 1, p / low, inner * low)];
 }
 
+/** Runs from which a workgroup of the fast kernel has work enough. */
+const LONG = 256;
+
+/** The fast kernel's variant for a stage over contiguous runs; undefined where it doesn't take it. */
+function rowsVariant(
+  gpu: GpuDevice,
+  handle: GpuHadamard,
+  { m, p, inner }: HadamardStage,
+  direction: 'forward' | 'inverse',
+): HadamardRowsVariant | undefined {
+  const shape = { m, p, halves: false };
+  const memory = gpu.limits.maxComputeWorkgroupStorageSize;
+  if (inner !== 1 || m > MAX_BASE || p < 2 || m * p < LONG || hadamardRowsMemory(shape) > memory) return undefined;
+  return {
+    ...shape,
+    signs: m > 1 ? signsOf(handle.source.base, direction) : '',
+    threads: m * p <= 4096 ? 128 : 256,
+    bits: 4,
+  };
+}
+
 /** See {@link applyHadamard}. */
 export interface HadamardOptions {
   /** Default 'forward'. */
@@ -94,6 +122,11 @@ export function applyHadamard(
     const { m, p, inner } = stage;
     const n = m * p;
     const vectors = x.elements / n;
+    const rows = inPlace || index > 0 ? undefined : rowsVariant(gpu, handle, stage, direction);
+    if (rows) {
+      gpu.dispatch(hadamardRowsKernel(rows), { x, y: out }, { rows: vectors }, spread(vectors));
+      continue;
+    }
     let together = Math.min(32, 2 ** Math.ceil(Math.log2(BUSY / n)), 2 ** Math.floor(Math.log2(vectors)));
     // Across an inner axis neighbours in memory are neighbouring vectors: at least a few, for whole cache lines.
     if (inner > 1) together = Math.max(together, Math.min(16, 2 ** Math.floor(Math.log2(inner))));

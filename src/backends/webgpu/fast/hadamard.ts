@@ -8,7 +8,7 @@
 // phases keeps its range. Arithmetic in f32; the base matrix's, with `f16`, in f16 at an eighth of the values (half the registers, which
 // is what rows of 14336 wait for). Bytes moved: the row in and out. Workgroup memory: 4 bytes a pair with
 // `halves`, else 8, padded by one word in 16 against bank conflicts.
-import { defineKernel, read, write, type Kernel } from '../kernel.js';
+import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 
 /** A variant of {@link hadamardRowsKernel}. */
 export interface HadamardRowsVariant {
@@ -30,12 +30,12 @@ export interface HadamardRowsVariant {
 /** Largest base matrix whose outputs fit a thread's registers. */
 export const MAX_BASE = 28;
 
+/** Elements of workgroup memory for so many pairs. */
+export const padded = (pairs: number): number => pairs + (pairs >> 4);
+
 /** Bytes of workgroup memory. */
 export const hadamardRowsMemory = ({ m, p, halves }: Pick<HadamardRowsVariant, 'm' | 'p' | 'halves'>): number =>
   (halves ? 4 : 8) * padded((m * p) / 2);
-
-/** Elements of workgroup memory for so many pairs. */
-export const padded = (pairs: number): number => pairs + (pairs >> 4);
 
 /** The base matrix as {@link HadamardRowsVariant.signs}: '+' and '-' in row-major order. */
 export function signsOf(base: Int8Array, direction: 'forward' | 'inverse' = 'forward'): string {
@@ -133,7 +133,7 @@ ${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * 
 }
 
 /** One workgroup per row of m · p channels; x and y [rows, m·p], as pairs: u32 of two f16, or vec2<f32>. */
-export function hadamardRowsKernel(v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> {
+export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
   const { m, p, halves, threads, bits, f16 = false } = v;
   const pairs = (m * p) / 2;
   const phases = hadamardPhases({ ...v, inner: 1 });
@@ -164,7 +164,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
 ${code.join('\n  workgroupBarrier();\n')}
 }`,
   });
-}
+});
 
 /** WGSL: pairs in workgroup memory, and where they lie. */
 export const pairWgsl = (halves: boolean): string => /* wgsl */ `
