@@ -2,11 +2,18 @@
 // of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,row,decode,exact]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmGroups, gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
+import {
+  hadamardMatrixKernel,
+  hadamardMatrixTakes,
+  hadamardOperands,
+  hasHalfMatrices,
+} from '../src/backends/webgpu/fast/hadamard-matrix.js';
 import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
   integerMatrixGroups,
   integerMatrixKernel,
+  integerMatrixMemory,
 } from '../src/backends/webgpu/fast/gemm-integer.js';
 import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
 import { rowKernel } from '../src/backends/webgpu/fast/row.js';
@@ -109,6 +116,20 @@ async function hadamard(
       list.push({ name: kernel.name, dispatches: [dispatch], bytes: 2 * rows * channels * size, error });
     }
   }
+  if (hasHalfMatrices(capabilities) && hadamardMatrixTakes(m, channels / m)) {
+    const operands = gpu.buffer(4096);
+    gpu.upload(operands, hadamardOperands(transform.base));
+    const [x, y] = buffers;
+    const dispatch = gpu.prepare(hadamardMatrixKernel(m, channels / m), { x, operands, y }, { rows }, [rows]);
+    gpu.run([dispatch]);
+    let error = 0;
+    for (const row of [0, 77, rows - 1]) {
+      const take = async (buffer: GPUBuffer): Promise<Float64Array> =>
+        Float64Array.from(new Uint16Array(await gpu.read(buffer, row * channels * 2, channels * 2)), f16BitsToF32);
+      error = Math.max(error, relative(await take(y), applyHadamard(await take(x), transform)));
+    }
+    list.push({ name: dispatch.name, dispatches: [dispatch], bytes: 4 * rows * channels, error });
+  }
   await timed(`hadamard ${rows}x${channels}`, list);
   for (const buffer of buffers) gpu.release(buffer);
 }
@@ -161,6 +182,7 @@ async function integer(rows: number, out: number, inFeatures: number): Promise<v
     const candidates = [product];
     if (hasIntegerMatrices(capabilities))
       for (const tile of TILES) {
+        if (integerMatrixMemory(tile) > limits.maxComputeWorkgroupStorageSize) continue;
         const variant = { ...tile, bits, bias: false, residual: false };
         candidates.push(
           gpu.prepare(

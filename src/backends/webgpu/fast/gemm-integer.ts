@@ -41,6 +41,11 @@ export function hasIntegerMatrices({ subgroups, subgroupMatrices }: GpuCapabilit
   );
 }
 
+/** Bytes of workgroup memory. */
+export const integerMatrixMemory = (
+  v: Pick<IntegerMatrixVariant, 'tileM' | 'tileN' | 'tileK' | 'warpsM' | 'warpsN'>,
+): number => Math.max(v.tileM * (v.tileK + 16), v.warpsM * v.warpsN * STRIP * 16) + v.tileN * (v.tileK + 16);
+
 /** Whether the kernel takes a product: whole steps, 16-byte stores, one grid per output. */
 export const integerMatrixTakes = (n: number, k: number, groupSize: number): boolean =>
   n % 4 === 0 && k % 64 === 0 && groupSize === k;

@@ -177,7 +177,8 @@ function inPair(count: number): string[] {
   return Array.from({ length: count }, (_, r) => `v${r} = vec2(v${r}.x + v${r}.y, v${r}.x - v${r}.y);`);
 }
 
-function butterflies(count: number): string[] {
+/** WGSL: v0 … v(count − 1) ← S·v. */
+export function butterflies(count: number): string[] {
   const lines: string[] = [];
   for (let reach = 1; reach < count; reach *= 2)
     for (let r = 0; r < count; r++)
