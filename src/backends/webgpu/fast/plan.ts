@@ -291,7 +291,8 @@ export class DecodePlan implements DecodeProgram {
         const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
         column += outFeatures;
         // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
-        const product = several ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+        const batched = kind === 'int4' && !batches(weight) ? undefined : several;
+        const product = batched ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
         if (product) {
           push(batchProduct(gpu, product, { ...variant, weights: kind, source, buffers, params }));
           continue;
@@ -499,6 +500,13 @@ export class DecodePlan implements DecodeProgram {
     for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
   }
 }
+
+/** Most sequences where products take them one by one. */
+export const FEW_SEQUENCES = 8;
+
+/** Whether kernels for several sequences at once take a weight: neither codes of activations nor one grid per output. */
+export const batches = ({ integers, groupSize }: Pick<PlanWeight, 'integers' | 'groupSize'>): boolean =>
+  !integers && PLAN_GROUPS.includes(groupSize);
 
 /** Workgroups over x and y. */
 function groupsOf(count: number): [number, number] {

@@ -12,7 +12,9 @@ import { CHUNK } from './gemv.js';
 import { signsOf } from './hadamard.js';
 import { rowTakes } from './row.js';
 import {
+  batches,
   DecodePlan,
+  FEW_SEQUENCES,
   PLAN_GROUPS,
   PLAN_HEADS,
   plainGroup,
@@ -236,15 +238,17 @@ function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
       return a?.krot === b?.krot && a?.groupSize === b?.groupSize;
     });
   };
+  const alone = [{ weight: head }, ...spec.blocks.flatMap((b) => [...b.qkv, ...b.o, ...b.gateUp, ...b.down])].some(
+    ({ weight }) => isInt4(ownLinear(weight)) && !batches(planWeight(ownLinear(weight))),
+  );
+  const most = alone ? FEW_SEQUENCES : DecodePlan.maxBatch;
   const heads = ownLinear(head).format;
   const table = ownLinear(embedding).format;
   return (
     PLAN_HEADS.includes(spec.headDim) &&
     spec.hidden % 32 === 0 &&
     spec.rope instanceof GpuRope &&
-    caches.every(
-      (cache) => cache instanceof GpuKvCache && cache.grid === undefined && cache.batch <= DecodePlan.maxBatch,
-    ) &&
+    caches.every((cache) => cache instanceof GpuKvCache && cache.grid === undefined && cache.batch <= most) &&
     table.kind !== 'int' &&
     (heads.kind === 'f16' || heads.kind === 'bf16' || isInt4(ownLinear(head))) &&
     spec.blocks.every((b) => [b.qkv, b.o, b.gateUp, b.down].every(group)) &&
