@@ -3,7 +3,7 @@ import { ensure } from '../../core/errors.js';
 import type { ActivationGrid } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
 import { encodeRowsKernel, quantizeRunsKernel } from './kernels/activation-grid.js';
-import { makeTensor, spread, type GpuTensor } from './tensor.js';
+import { HalfTensor, makeTensor, spread, type GpuTensor } from './tensor.js';
 
 /** Channels of one grid in rows of n. @throws GyreError unless rows can be rounded onto the grid. */
 export function gridRun({ bits, groupSize, clip }: ActivationGrid, n: number): number {
@@ -44,7 +44,7 @@ export interface EncodedRows {
 /** Symmetric per-token codes of x, `words` words a row; see encodeRowsKernel for their order. */
 export function encodeRows(
   gpu: GpuDevice,
-  x: GpuTensor,
+  x: GpuTensor | HalfTensor,
   grid: ActivationGrid,
   { words, paired }: { words: number; paired: boolean },
 ): EncodedRows {
@@ -52,7 +52,7 @@ export function encodeRows(
   const codes = gpu.buffer(4 * rows * words, 'codes of activations');
   const scales = gpu.buffer(8 * rows, 'scales of activations');
   gpu.dispatch(
-    encodeRowsKernel({ paired, size: cols, halves: false }),
+    encodeRowsKernel({ paired, size: cols, halves: x instanceof HalfTensor }),
     { x, codes, scales },
     { runs: rows, size: cols, words, top: topOf(grid), clip: grid.clip },
     spread(rows),

@@ -11,7 +11,7 @@ import {
 } from './fast/gemm-integer.js';
 import { INTEGER_TILE, integerGemmKernel, integerWords, type IntegerBits } from './kernels/linear-integer.js';
 import type { ProductBuffers } from './kernels/linear.js';
-import type { GpuTensor } from './tensor.js';
+import type { GpuTensor, HalfTensor } from './tensor.js';
 
 /** The zero point of bytes that become signed ones. */
 const MIDDLE = 128;
@@ -25,6 +25,14 @@ export function fitsIntegers(weight: QuantizedWeight, activations: ActivationGri
   const perToken = activations.groupSize === -1 || activations.groupSize === inFeatures;
   const narrow = bits === 4 || (bits === 8 && zeros.every((zero) => zero === MIDDLE));
   return activations.symmetric && perToken && narrow && groupSize % 32 === 0 && groupSize <= 2 ** 16;
+}
+
+/** Whether matrix units for bytes take a product. */
+export function onIntegerUnits(
+  gpu: GpuDevice,
+  { outFeatures, inFeatures, groupSize }: Omit<IntegerOperand, 'bits'>,
+): boolean {
+  return hasIntegerMatrices(gpu.capabilities) && integerMatrixTakes(outFeatures, inFeatures, groupSize);
 }
 
 /** What a product in integers needs of a weight. */
@@ -41,7 +49,7 @@ export interface IntegerOperand {
  */
 export function integerLinear(
   gpu: GpuDevice,
-  x: GpuTensor,
+  x: GpuTensor | HalfTensor,
   weight: IntegerOperand,
   grid: ActivationGrid,
   buffers: Omit<ProductBuffers, 'x'>,
@@ -52,7 +60,7 @@ export function integerLinear(
   const words = integerWords(inFeatures);
   const { codes, scales } = encodeRows(gpu, x, grid, { words, paired: bits === 4 });
   const operands = { ...buffers, codes, scales };
-  if (hasIntegerMatrices(gpu.capabilities) && integerMatrixTakes(outFeatures, inFeatures, groupSize)) {
+  if (onIntegerUnits(gpu, weight)) {
     const tile = integerMatrixTile(rows, outFeatures);
     const { hasBias, hasResidual } = options;
     gpu.dispatch(

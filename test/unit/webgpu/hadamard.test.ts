@@ -71,7 +71,7 @@ describe.skipIf(webgpuMissing)('Hadamard transforms on the GPU', () => {
     const transform = hadamardTransform(channels);
     const m = Math.sqrt(transform.base.length);
     for (const halves of [true, false]) {
-      const shape = { m, p: channels / m, halves };
+      const shape = { channels, inner: 1, m, p: channels / m, halves };
       if (hadamardRowsMemory(shape) > gpu.limits.maxComputeWorkgroupStorageSize) continue;
       for (const direction of ['forward', 'inverse'] as const) {
         const data = halves ? Uint16Array.from(host, f32ToF16Bits) : host;

@@ -16,7 +16,6 @@ import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js'
 import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
 import { integerMatrixKernel, integerMatrixTile } from '../../../src/backends/webgpu/fast/gemm-integer.js';
-import { hadamardMatrixKernel } from '../../../src/backends/webgpu/fast/hadamard-matrix.js';
 import { hadamardRowsKernel, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
 import { rowKernel } from '../../../src/backends/webgpu/fast/row.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
@@ -86,9 +85,17 @@ const kernels: Kernel[] = [
   ...([4, 8] as const).flatMap((bits) =>
     bools.map((bias) => integerMatrixKernel({ ...integerMatrixTile(2048, 4096), bits, bias, residual: !bias })),
   ),
-  hadamardMatrixKernel(28, 512),
-  hadamardMatrixKernel(20, 256),
-  hadamardRowsKernel({ m: 28, p: 512, signs: llama, halves: true, threads: 256, bits: 4, f16: true }),
+  hadamardRowsKernel({
+    channels: 14336,
+    inner: 1,
+    m: 28,
+    p: 512,
+    signs: llama,
+    halves: true,
+    threads: 256,
+    bits: 4,
+    f16: true,
+  }),
   ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
     bools.map((codes) =>
       rowKernel({

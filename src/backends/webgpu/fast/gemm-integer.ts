@@ -50,15 +50,13 @@ export const integerMatrixMemory = (
 export const integerMatrixTakes = (n: number, k: number, groupSize: number): boolean =>
   n % 4 === 0 && k % 64 === 0 && groupSize === k;
 
-/** Tiles by rows, from timing (bench/webgpu-smoothrot.ts). */
+/** The tile for a product, from timing (bench/webgpu-smoothrot.ts): the larger one from as many workgroups on as keep a large GPU busy. */
 export function integerMatrixTile(
   m: number,
   n: number,
 ): Pick<IntegerMatrixVariant, 'tileM' | 'tileN' | 'tileK' | 'warpsM' | 'warpsN'> {
-  const busy = (tileM: number): boolean => Math.ceil(m / tileM) * Math.ceil(n / 128) >= 192;
-  if (m > 128 && busy(256)) return { tileM: 256, tileN: 128, tileK: 64, warpsM: 4, warpsN: 2 };
-  if (m > 64 && busy(128)) return { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2 };
-  return { tileM: 64, tileN: 64, tileK: 64, warpsM: 2, warpsN: 2 };
+  const side = m > 64 && Math.ceil(m / 128) * Math.ceil(n / 128) >= 128 ? 128 : 64;
+  return { tileM: side, tileN: side, tileK: 64, warpsM: 2, warpsN: 2 };
 }
 
 /** Workgroups: tiles of columns, tiles of rows. */

@@ -12,9 +12,13 @@ import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 
 /** A variant of {@link hadamardRowsKernel}. */
 export interface HadamardRowsVariant {
+  /** Channels of a row: a multiple of m · p · inner. */
+  readonly channels: number;
+  /** Channels between two neighbours of the transformed axis: 1, or even. */
+  readonly inner: number;
   /** Order of the base matrix: 1, or a multiple of 4 up to {@link MAX_BASE}. */
   readonly m: number;
-  /** Order of Sylvester's matrix, a power of two from 2 on; m · p ≥ 64. */
+  /** Order of Sylvester's matrix, a power of two; from 2 on where inner is 1. */
   readonly p: number;
   /** [m, m] of ±1 (transposed for the inverse); part of the code. Ignored when m is 1. */
   readonly signs: string;
@@ -34,8 +38,15 @@ export const MAX_BASE = 28;
 export const padded = (pairs: number): number => pairs + (pairs >> 4);
 
 /** Bytes of workgroup memory. */
-export const hadamardRowsMemory = ({ m, p, halves }: Pick<HadamardRowsVariant, 'm' | 'p' | 'halves'>): number =>
-  (halves ? 4 : 8) * padded((m * p) / 2);
+export const hadamardRowsMemory = ({ channels, halves }: Pick<HadamardRowsVariant, 'channels' | 'halves'>): number =>
+  (halves ? 4 : 8) * padded(channels / 2);
+
+/** Whether the kernel takes a transform. */
+export const hadamardRowsTakes = ({ m, p, inner }: Pick<HadamardRowsVariant, 'm' | 'p' | 'inner'>): boolean =>
+  m <= MAX_BASE && (inner === 1 ? p >= 2 : inner % 2 === 0);
+
+/** Threads of a row, from timing (bench/webgpu-smoothrot.ts). */
+export const hadamardRowsThreads = (channels: number): number => (channels <= 4096 ? 128 : 256);
 
 /** The base matrix as {@link HadamardRowsVariant.signs}: '+' and '-' in row-major order. */
 export function signsOf(base: Int8Array, direction: 'forward' | 'inverse' = 'forward'): string {
@@ -132,11 +143,11 @@ ${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * 
   }`;
 }
 
-/** One workgroup per row of m · p channels; x and y [rows, m·p], as pairs: u32 of two f16, or vec2<f32>. */
+/** One workgroup per row of channels; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
 export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
-  const { m, p, halves, threads, bits, f16 = false } = v;
-  const pairs = (m * p) / 2;
-  const phases = hadamardPhases({ ...v, inner: 1 });
+  const { channels, m, p, inner, halves, threads, bits, f16 = false } = v;
+  const pairs = channels / 2;
+  const phases = hadamardPhases(v);
   const code = phases.map((phase, i) =>
     phaseCode(
       phase,
@@ -150,7 +161,7 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
   );
   const type = halves ? 'u32' : 'vec2<f32>';
   return defineKernel<'x' | 'y', 'rows'>({
-    name: `hadamardRows.${m * p}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? '.h' : ''}`,
+    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? '.h' : ''}`,
     features: f16 ? ['f16'] : [],
     buffers: { x: read(type), y: write(type) },
     params: { rows: 'u32' },
@@ -178,7 +189,7 @@ function inPair(count: number): string[] {
 }
 
 /** WGSL: v0 … v(count − 1) ← S·v. */
-export function butterflies(count: number): string[] {
+function butterflies(count: number): string[] {
   const lines: string[] = [];
   for (let reach = 1; reach < count; reach *= 2)
     for (let r = 0; r < count; r++)
