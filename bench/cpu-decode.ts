@@ -93,8 +93,12 @@ const rows = variants.map((variant) => {
   const milliseconds = times.get(variant) ?? [];
   const bestToken = best.get(variant) as number;
   /** Tokens per second over bandwidth ÷ bytes per token. */
-  const share = (ms: number, gigabytesPerSecond: number): number =>
-    decoder.bytesPerToken / (gigabytesPerSecond * 1e6) / ms;
+  const share = (ms: number, gigabytesPerSecond: number, bytes = decoder.bytesPerToken): number =>
+    bytes / (gigabytesPerSecond * 1e6) / ms;
+  const { layers, kvHeads, headDim } = decoder.config;
+  /** Keys and values (f32) of the tokens before, which every token reads as well as the weights. */
+  const cacheBytes = layers * kvHeads * headDim * 2 * 4 * (context + (steps >> 1));
+  const together = decoder.bytesPerToken + cacheBytes;
   return {
     variant,
     tokensPerSecond: round(1000 / median(milliseconds)),
@@ -103,6 +107,8 @@ const rows = variants.map((variant) => {
     megabytesPerToken: round(decoder.bytesPerToken / 1e6),
     shareOfBandwidth: round(median(milliseconds.map((ms, r) => share(ms, bandwidths[r])))),
     bestShareOfBestBandwidth: round(share(bestToken, Math.max(...bandwidths))),
+    cacheMegabytesPerToken: round(cacheBytes / 1e6),
+    shareWithCache: round(median(milliseconds.map((ms, r) => share(ms, bandwidths[r], together)))),
   };
 });
 const base = times.get(variants[0]) ?? [];

@@ -95,14 +95,17 @@ async function measure(): Promise<void> {
         summary: summarize(rows),
       });
     let model: string | undefined;
-    for (const name of (options.methods ?? Object.keys(METHODS).join(',')).split(',')) {
-      const { seeds: seeded, ...settings } = METHODS[name];
-      for (const seed of options.seeds.split(',').map(Number)) {
+    const seeds = options.seeds.split(',').map(Number);
+    // Seeds outermost: a run that is stopped has every method at least once.
+    for (const seed of seeds) {
+      for (const name of (options.methods ?? Object.keys(METHODS).join(',')).split(',')) {
+        const { seeds: seeded, ...settings } = METHODS[name];
         if (rows.some((row) => row.method === name && row.seed === seed)) continue;
         // What draws nothing at random is measured once.
-        if (!seeded && seed !== Number(options.seeds.split(',')[0])) continue;
+        if (!seeded && seed !== seeds[0]) continue;
         model ??= await planted(variant, folder);
-        rows.push(await row(model, variant, name, settings, seed));
+        // Tasks take as long as everything else: one seed of them.
+        rows.push(await row(model, variant, name, settings, seed, seed === seeds[0]));
         save();
       }
     }
@@ -148,6 +151,7 @@ async function measure(): Promise<void> {
     name: string,
     settings: Partial<QuantizeOptions>,
     seed: number,
+    withTasks: boolean,
   ): Promise<Row> {
     const out = path.join(folder, 'quantized');
     const report = await quantizeCheckpoint({ ...settings, model, out, seed, calibrationTokens, threads, device });
@@ -160,7 +164,9 @@ async function measure(): Promise<void> {
       samples: setup.windows,
     });
     const answered =
-      tasks.length > 0 ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 64, maxTokens: 320 }) : undefined;
+      withTasks && tasks.length > 0
+        ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 128, maxTokens: 320 })
+        : undefined;
     decoder.release();
     await quantized.checkpoint.close();
     rmSync(out, { recursive: true });

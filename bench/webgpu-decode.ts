@@ -167,13 +167,7 @@ async function compareBatches(
 for (const shape of SHAPES.filter((s) => !only || s.name === only)) {
   const decoder = new RandomDecoder(gpu, shape, 33_000);
   const main = shape.name.endsWith('8B');
-  await compare(
-    shape,
-    decoder,
-    ['awq', 'paroquant', ...(main ? (['paroquant-any-pairs', 'paroquant-per-projection'] as const) : [])],
-    1,
-    512,
-  );
+  await compare(shape, decoder, ['awq', 'paroquant', ...(main ? (['paroquant-per-projection'] as const) : [])], 1, 512);
   if (!quick) {
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 4096);
     await compare(shape, decoder, ['awq', 'paroquant'], 1, 32256);

@@ -15,11 +15,16 @@ import { gemvKernel, gemvRowsPerGroup, type GemvVariant } from '../src/backends/
 import { denseGemvKernel, denseRowsPerGroup } from '../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateDenseKernel } from '../src/backends/webgpu/fast/rotate-dense.js';
 import { ROTATE_ROWS, pairTable, rotateRowsKernel } from '../src/backends/webgpu/fast/rotate-rows.js';
-import { activationGroups, activationKernel, rotationTable } from '../src/backends/webgpu/fast/activations.js';
+import {
+  activationGroups,
+  activationKernel,
+  rotationTable,
+  stagesOf,
+} from '../src/backends/webgpu/fast/activations.js';
 import { GpuTransform } from '../src/backends/webgpu/rotation.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
-import { randomPairs, xorPairs } from '../src/transforms/index.js';
+import { randomPairs } from '../src/transforms/index.js';
 import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from './support/gpu.js';
 import { writeResult } from './support/results.js';
 
@@ -317,41 +322,28 @@ async function activation(channels: number): Promise<void> {
   const x = gpu.buffer(channels * 2);
   const factors = gpu.buffer(channels / 4);
   const list: (GpuCandidate & { error: number })[] = [];
-  for (const [k, pairing] of [
-    [0, 'any'],
-    [krot, 'any'],
-    [krot, 'xor'],
-  ] as const) {
-    // Tables rotate so that they come from memory, as they do between the weights of a model.
-    const tables = Array.from({ length: 512 }, () => ({
-      table: gpu.buffer(krot * channels * 4),
-      masks: gpu.buffer(channels / 16),
-    }));
-    const { table, masks } = rotationTable(
-      {
-        channels,
-        groupSize,
-        krot,
-        pairs: (pairing === 'xor' ? xorPairs : randomPairs)(channels, groupSize, krot, rng),
-        theta: new Float32Array((krot * channels) / 2).map(() => rng.normal()),
-        channelScales: new Float32Array(channels).fill(1),
-      },
-      pairing,
-    );
-    for (const t of tables) {
-      gpu.upload(t.table, table);
-      gpu.upload(t.masks, masks);
-    }
-    for (const kind of ['norm', 'silu', 'plain', 'attention'] as const) {
-      if (kind === 'attention' && channels > 8192) continue;
-      const kernel = activationKernel({ f16, shuffle, source: kind, krot: k, pairing, groupSize, splits, headDim });
-      const groups = [activationGroups(channels, groupSize), 1, 1] as const;
-      const dispatches = tables.map((t) =>
-        gpu.prepare(kernel, { source, stats, gain, ...t, x, factors }, { channels, eps: 1e-5, krot: k }, groups),
-      );
-      list.push({ name: kernel.name, dispatches, error: 0 });
-    }
-  }
+  const words = rotationTable({
+    channels,
+    groupSize,
+    krot,
+    pairs: randomPairs(channels, groupSize, krot, rng),
+    theta: new Float32Array((krot * channels) / 2).map(() => rng.normal()),
+    channelScales: new Float32Array(channels).fill(1),
+  });
+  // Tables rotate so that they come from memory, as they do between the weights of a model.
+  const tables = Array.from({ length: 256 }, () => gpu.buffer(words.byteLength));
+  for (const table of tables) gpu.upload(table, words);
+  for (const stages of [0, stagesOf(krot)])
+    for (const kind of ['norm', 'silu', 'plain', 'attention'] as const)
+      for (const threads of [128, 256]) {
+        if (kind === 'attention' && channels > 8192) continue;
+        const kernel = activationKernel({ shuffle, source: kind, stages, threads, splits, headDim });
+        const groups = [activationGroups(channels), 1, 1] as const;
+        const dispatches = tables.map((table) =>
+          gpu.prepare(kernel, { source, stats, gain, table, x, factors }, { channels, eps: 1e-5 }, groups),
+        );
+        list.push({ name: kernel.name, dispatches, error: 0 });
+      }
   return timed(`activations ${channels}`, list);
 }
 

@@ -23,7 +23,7 @@ import { modelFingerprint, summarizeModel } from './evaluation/index.js';
 import { GROUP_NAMES } from './models/block.js';
 import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
-import type { WeightBits } from './ops/backend.js';
+import type { Backend, WeightBits } from './ops/backend.js';
 import { requireGradients } from './ops/gradients.js';
 import {
   CALIBRATION_SEQUENCES,
@@ -84,8 +84,10 @@ export interface QuantizeOptions {
   readonly activationBytes?: number;
   /** Bits of activations; default 16, or the recipe's own. */
   readonly actBits?: NarrowBits | 16;
-  /** Share of a token's range that the grid of its activations keeps, 0 … 1; default by bits, or the recipe's own. */
+  /** Share of the range that a grid of activations keeps, 0 … 1; default by bits, or the recipe's own. */
   readonly actClip?: number;
+  /** Channels per grid of activations: 32, 64, 128, or −1 for one per token; default −1, or the recipe's own. */
+  readonly actGroupSize?: number;
   /** Bits of keys and values; default 16, or the recipe's own; with a recipe that rounds them, as many as activations have. */
   readonly kvBits?: NarrowBits | 16;
   /** Fold Hadamard rotations into the model first; default as the recipe has it. */
@@ -105,6 +107,8 @@ export interface QuantizeOptions {
   /** Default: the machine's cores. */
   readonly threads?: number;
   readonly device?: BackendName;
+  /** An open backend to run on, in place of one of `device` opened for the call; it stays open. */
+  readonly backend?: Backend;
   /** Continue an interrupted run. */
   readonly resume?: boolean;
   /** Plan only. */
@@ -248,7 +252,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     await checkDisk(options.out, plan);
 
     const threads = options.threads ?? availableParallelism();
-    const backend = await openBackend(device, { threads });
+    const backend = options.backend ?? (await openBackend(device, { threads }));
     try {
       if (isBlockRecipe(recipe)) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
@@ -329,7 +333,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         await folder.close();
       }
     } finally {
-      await backend.dispose();
+      if (!options.backend) await backend.dispose();
     }
   } finally {
     await source.checkpoint.close();
@@ -372,6 +376,13 @@ function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings 
   const kvBits = narrow(options.kvBits ?? (recipe.defaults?.kvBits && (actBits ?? 16)), '--kv-bits');
   const ownClip = actBits === recipe.defaults?.actBits ? recipe.defaults?.actClip : undefined;
   const actClip = options.actClip ?? ownClip;
+  const ownGroup = actBits === recipe.defaults?.actBits ? recipe.defaults?.actGroupSize : undefined;
+  const actGroupSize = options.actGroupSize ?? ownGroup;
+  ensure(
+    actGroupSize === undefined || [-1, 32, 64, 128].includes(actGroupSize),
+    'usage',
+    () => `--act-group-size must be 32, 64, 128 or -1 (per token), found ${actGroupSize}`,
+  );
   ensure(
     actClip === undefined || (actClip > 0 && actClip <= 1),
     'usage',
@@ -402,11 +413,16 @@ function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings 
     steps: options.steps ?? DEFAULTS.steps,
     seed: options.seed ?? DEFAULTS.seed,
     ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
-    ...(actBits ? { actBits, ...(actClip === undefined ? {} : { actClip }) } : {}),
+    ...(actBits ? { actBits, ...defined({ actClip, actGroupSize }) } : {}),
     ...(kvBits ? { kvBits } : {}),
     ...(rotate ? { rotate } : {}),
     ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
   };
+}
+
+/** What of some settings is set. */
+function defined<T extends object>(settings: T): Partial<T> {
+  return Object.fromEntries(Object.entries(settings).filter(([, value]) => value !== undefined)) as Partial<T>;
 }
 
 /** Settings as a record has them: one flat table. */
@@ -714,14 +730,16 @@ function megabytes(bytes: number): string {
 }
 
 /** A line on what happens to activations; none when nothing does. */
-function lowPrecision({ actBits, actClip, kvBits, rotate, smooth, alpha }: QuantizeSettings): string[] {
+function lowPrecision(settings: QuantizeSettings): string[] {
+  const { actBits, actClip, actGroupSize = -1, kvBits, rotate, smooth, alpha } = settings;
+  const per = actGroupSize === -1 ? 'token' : `token and ${actGroupSize} channels`;
   const parts = [
     ...(rotate ? ['Hadamard rotations'] : []),
     ...(smooth
       ? [`smoothing ${smooth === 'all' ? 'everywhere' : 'before down'}, exponent ${alpha ?? 'searched'}`]
       : []),
     ...(actBits
-      ? [`${actBits}-bit inputs, one grid per token${actClip === undefined ? '' : ` of ${actClip} of its range`}`]
+      ? [`${actBits}-bit inputs, one grid per ${per}${actClip === undefined ? '' : `, ${actClip} of its range`}`]
       : []),
     ...(kvBits ? [`${kvBits}-bit keys and values`] : []),
   ];

@@ -1,8 +1,7 @@
 // Tables and plots of the ablations: docs/ablations-results.md and docs/images/ablation-<set>.svg.
 import { mkdirSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
-import { parse, View } from 'vega';
-import { compile, type TopLevelSpec } from 'vega-lite';
+import type { TopLevelSpec } from 'vega-lite';
 
 /** One variant, measured. */
 export interface AblationRow {
@@ -13,6 +12,8 @@ export interface AblationRow {
   readonly kl: Readonly<Record<string, number>>;
   readonly klStandardError: Readonly<Record<string, number>>;
   readonly seconds: number;
+  /** What it was measured on. */
+  readonly backend?: string;
 }
 
 const DOCS = path.join(import.meta.dirname, '../../docs');
@@ -53,6 +54,8 @@ export async function writeAblations(
 }
 
 async function plot(set: string, rows: readonly AblationRow[]): Promise<void> {
+  // Here, so that measuring needs no plotting.
+  const [{ parse, View }, { compile }] = await Promise.all([import('vega'), import('vega-lite')]);
   const values = rows.flatMap(({ variant, kl }) =>
     Object.entries(kl).map(([text, value]) => ({ variant, text, kl: value })),
   );

@@ -1,11 +1,11 @@
 // A decoder with random weights in the real layout, made in GPU memory: for timing, not for talking.
-import type { GpuDevice } from '../../src/backends/webgpu/device.js';
+import type { BufferSlice, GpuDevice } from '../../src/backends/webgpu/device.js';
 import { signsOf } from '../../src/backends/webgpu/fast/hadamard.js';
 import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
-import { plainGroup, type PlanGroup, type PlanModel, type PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
+import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
-import { hadamardTransform, randomPairs, xorPairs, type HadamardOptions } from '../../src/transforms/index.js';
+import { hadamardTransform, randomPairs, type HadamardOptions } from '../../src/transforms/index.js';
 import { randomBuffer } from './gpu.js';
 
 /** Shapes of a decoder. */
@@ -81,11 +81,10 @@ export const SHAPES: readonly DecoderShape[] = [
 ];
 
 /**
- * AWQ has no transform; ParoQuant one per linear group with our pairs, with any pairs, or one per projection as published. QuaRot has
+ * AWQ has no transform; ParoQuant one per linear group, with pairs of any kind, or one per projection as published. QuaRot has
  * Hadamard transforms before o and down and one grid per output, its activations in 16 bits or in 8; SmoothRot runs the same.
  */
-export type PlanKind =
-  'awq' | 'paroquant' | 'paroquant-any-pairs' | 'paroquant-per-projection' | 'quarot' | 'quarot-a8' | 'smoothrot-a8';
+export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection' | 'quarot' | 'quarot-a8' | 'smoothrot-a8';
 
 /** A decoder's weights without its caches: made once, planned with several kinds of transforms. */
 export class RandomDecoder {
@@ -97,7 +96,7 @@ export class RandomDecoder {
   readonly #common: Pick<PlanModel, 'rope' | 'embedding' | 'head' | 'finalNorm'>;
   readonly #norm: GPUBuffer;
   readonly #ones = new Map<number, GPUBuffer>();
-  readonly #tables = new Map<string, { table: Uint32Array; masks: Uint32Array }>();
+  readonly #tables = new Map<number, Uint32Array>();
 
   constructor(gpu: GpuDevice, shape: DecoderShape, positions: number) {
     this.#gpu = gpu;
@@ -121,14 +120,13 @@ export class RandomDecoder {
       const gateUp = this.#weight(2 * intermediate, hidden);
       this.#weights.push({
         qkv,
-        // Projections apart read the same random words: only their count and shapes matter for time.
-        q: { ...qkv, outFeatures: heads * headDim },
-        k: { ...qkv, outFeatures: kvHeads * headDim },
-        v: { ...qkv, outFeatures: kvHeads * headDim },
+        q: part(qkv, 0, heads * headDim),
+        k: part(qkv, heads * headDim, kvHeads * headDim),
+        v: part(qkv, (heads + kvHeads) * headDim, kvHeads * headDim),
         o: this.#weight(hidden, heads * headDim),
         gateUp,
-        gate: { ...gateUp, outFeatures: intermediate },
-        up: { ...gateUp, outFeatures: intermediate },
+        gate: part(gateUp, 0, intermediate),
+        up: part(gateUp, intermediate, intermediate),
         down: this.#weight(hidden, intermediate),
       });
     }
@@ -218,7 +216,6 @@ export class RandomDecoder {
       return {
         weights: weights.map((w) => ({ ...w, groupSize: channels, integers })),
         krot: 0,
-        rotationGroup: plainGroup(channels),
         gain: this.#full(channels, 1),
         ...((hadamard || integers) && {
           row: { ...(hadamard && { hadamard }), ...(integers && { grid: { top: 127, clip: 1 } }) },
@@ -233,32 +230,37 @@ export class RandomDecoder {
       gain = this.#full(count, 1);
       if (!own) this.#ones.set(count, gain);
     }
-    if (kind === 'awq') return { weights, krot: 0, rotationGroup: plainGroup(channels), gain };
+    if (kind === 'awq') return { weights, krot: 0, gain };
     // Every group has a table of its own, as in a checkpoint, or the cache would serve them all.
     const krot = 8;
-    const pairing = kind === 'paroquant-any-pairs' || apart(kind) ? 'any' : 'xor';
-    const key = `${pairing} ${count}`;
-    let source = this.#tables.get(key);
-    if (!source) {
-      const transform = {
+    let words = this.#tables.get(count);
+    if (!words) {
+      const one = rotationTable({
         channels,
         groupSize: 128,
         krot,
-        pairs: (pairing === 'xor' ? xorPairs : randomPairs)(channels, 128, krot, this.#rng),
+        pairs: randomPairs(channels, 128, krot, this.#rng),
         theta: new Float32Array((krot * channels) / 2).map(() => this.#rng.normal()),
         channelScales: new Float32Array(channels).fill(1),
-      };
-      const one = rotationTable(transform, pairing);
-      const repeat = (words: Uint32Array): Uint32Array => Uint32Array.from(weights.flatMap(() => [...words]));
-      source = { table: repeat(one.table), masks: repeat(one.masks) };
-      this.#tables.set(key, source);
+      });
+      words = new Uint32Array(weights.length * one.length);
+      for (const i of weights.keys()) words.set(one, i * one.length);
+      this.#tables.set(count, words);
     }
-    const table = this.#gpu.buffer(source.table.byteLength);
-    this.#gpu.upload(table, source.table);
-    const masks = this.#gpu.buffer(Math.max(16, source.masks.byteLength));
-    this.#gpu.upload(masks, source.masks);
-    return { weights, krot, rotationGroup: 128, gain, rotations: { pairing, table, masks } };
+    const table = this.#gpu.buffer(words.byteLength);
+    this.#gpu.upload(table, words);
+    return { weights, krot, gain, table };
   }
+}
+
+/** Rows of a weight, in the same memory. */
+function part(weight: PlanWeight, first: number, outFeatures: number): PlanWeight {
+  const { inFeatures, groupSize, codes, grid } = weight;
+  const rows = (buffer: GPUBuffer | BufferSlice, bytes: number): BufferSlice => {
+    if ('bytes' in buffer) throw new Error('a part of a part');
+    return { buffer, offset: first * bytes, bytes: outFeatures * bytes };
+  };
+  return { ...weight, outFeatures, codes: rows(codes, inFeatures / 2), grid: rows(grid, (4 * inFeatures) / groupSize) };
 }
 
 const apart = (kind: PlanKind): boolean => kind === 'paroquant-per-projection';

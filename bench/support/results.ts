@@ -33,9 +33,14 @@ export function machine(): Record<string, unknown> {
   };
 }
 
-/** Writes bench/results/<name>.json, or into the folder GYRE_BENCH_OUT (where the checkout is not the place for it). */
+/** bench/results, or the folder GYRE_BENCH_OUT (where the checkout is not the place for results). */
+export function resultFolder(): string {
+  return process.env.GYRE_BENCH_OUT ?? path.join(ROOT, 'bench/results');
+}
+
+/** Writes <name>.json into {@link resultFolder}. */
 export function writeResult(name: string, result: object): void {
-  const folder = process.env.GYRE_BENCH_OUT ?? path.join(ROOT, 'bench/results');
+  const folder = resultFolder();
   mkdirSync(folder, { recursive: true });
   writeFileSync(path.join(folder, `${name}.json`), `${JSON.stringify({ machine: machine(), ...result }, null, 2)}\n`);
 }

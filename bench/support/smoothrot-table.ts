@@ -17,6 +17,7 @@ export interface Row {
   perplexity: number;
   referencePerplexity: number;
   top1Agreement: number;
+  /** Null: not measured with this seed. */
   taskAccuracy: number | null;
   /** What smoothing was chosen, by block. */
   smoothed: (string | null)[];
@@ -41,6 +42,15 @@ export const METHODS: Readonly<Record<string, Method>> = {
   'quarot-gptq': { ...W4A4, method: 'quarot', rounding: 'gptq', seeds: true },
   'smoothrot-gptq': { ...W4A4, method: 'smoothrot', rounding: 'gptq', seeds: true },
   paroquant: { ...W4A4, method: 'paroquant', seeds: true },
+  'paroquant-rotated': {
+    ...W4A4,
+    method: 'paroquant',
+    rotate: true,
+    smooth: 'down',
+    actClip: 0.92,
+    actGroupSize: 32,
+    seeds: true,
+  },
   lowbit: { ...W4A4, method: 'lowbit', seeds: true },
   'quarot-w4a16': { bits: 4, actBits: 16, kvBits: 16, method: 'quarot', seeds: true },
   'quarot-w4a8': { ...W4A8, method: 'quarot', seeds: true },
@@ -84,7 +94,7 @@ export function summarize(rows: readonly Row[]): Summary[] {
     const own = rowsOf(rows, variant, method);
     const quarot = rowsOf(rows, variant, method.endsWith('rtn') ? 'quarot-rtn' : 'quarot-gptq');
     const kls = own.map((r) => r.kl);
-    const accuracies = own.map((r) => r.taskAccuracy);
+    const accuracies = own.flatMap((r) => r.taskAccuracy ?? []);
     return {
       variant,
       method,
@@ -93,7 +103,7 @@ export function summarize(rows: readonly Row[]): Summary[] {
       spread: round(Math.max(...kls) - Math.min(...kls)),
       perplexity: round(mean(own.map((r) => r.perplexity))),
       referencePerplexity: own[0].referencePerplexity,
-      taskAccuracy: accuracies.includes(null) ? null : round(mean(accuracies as number[])),
+      taskAccuracy: accuracies.length === 0 ? null : round(mean(accuracies)),
       ...(quarot.length > 0 ? { ofQuarot: ratio(own, quarot) } : {}),
     };
   });

@@ -7,6 +7,7 @@ import { ensure } from '../core/errors.js';
 import type {
   Backend,
   GridSpec,
+  MatmulOptions,
   PairwiseTransform,
   Tensor,
   TransformHandle,
@@ -75,6 +76,8 @@ interface Node {
 export interface TapeOptions {
   /** False: ops run, nothing is recorded (validation). Default true. */
   readonly record?: boolean;
+  /** Of products, forward and back; see MatmulOptions. Default f32. */
+  readonly precision?: MatmulOptions['precision'];
 }
 
 /** Runs ops on a backend and remembers how to differentiate them. @throws GyreError `unsupported` without gradient ops. */
@@ -82,6 +85,7 @@ export class Tape {
   readonly backend: Backend;
   readonly #ops: GradientOps;
   readonly #record: boolean;
+  readonly #precision: MatmulOptions['precision'];
   #nodes: Node[] = [];
   #owned: Tensor[] = [];
   #handles: TransformHandle[] = [];
@@ -91,6 +95,7 @@ export class Tape {
     this.backend = backend;
     this.#ops = requireGradients(backend);
     this.#record = options.record ?? true;
+    this.#precision = options.precision;
   }
 
   /** a [m, k] · b [k, n], either stored transposed. */
@@ -99,23 +104,24 @@ export class Tape {
     b: Variable,
     options: { readonly transposeA?: boolean; readonly transposeB?: boolean } = {},
   ): Promise<Variable> {
-    const { backend } = this;
     const { transposeA = false, transposeB = false } = options;
-    return this.#unary([a, b], await backend.matmul(a.value, b.value, { transposeA, transposeB }), async (dy) => {
+    const product = (left: Tensor, right: Tensor, turned: MatmulOptions) =>
+      this.backend.matmul(left, right, { ...turned, precision: this.#precision });
+    return this.#unary([a, b], await product(a.value, b.value, { transposeA, transposeB }), async (dy) => {
       // y = op(a)·op(b): ∂op(a) = ∂y·op(b)ᵀ, ∂op(b) = op(a)ᵀ·∂y, each transposed back if it was stored so.
       if (a.requiresGradient)
         await this.#add(
           a,
           transposeA
-            ? await backend.matmul(b.value, dy, { transposeA: transposeB, transposeB: true })
-            : await backend.matmul(dy, b.value, { transposeB: !transposeB }),
+            ? await product(b.value, dy, { transposeA: transposeB, transposeB: true })
+            : await product(dy, b.value, { transposeB: !transposeB }),
         );
       if (b.requiresGradient)
         await this.#add(
           b,
           transposeB
-            ? await backend.matmul(dy, a.value, { transposeA: true, transposeB: transposeA })
-            : await backend.matmul(a.value, dy, { transposeA: !transposeA }),
+            ? await product(dy, a.value, { transposeA: true, transposeB: transposeA })
+            : await product(a.value, dy, { transposeA: !transposeA }),
         );
     });
   }
@@ -316,7 +322,7 @@ export class Tape {
     run: (tape: Tape, inputs: readonly Variable[]) => Promise<Variable>,
   ): Promise<Variable> {
     const { backend } = this;
-    const first = new Tape(backend, { record: false });
+    const first = new Tape(backend, { record: false, precision: this.#precision });
     const result = await run(
       first,
       inputs.map((v) => constant(v.value)),
@@ -333,7 +339,7 @@ export class Tape {
       outputs: [output],
       backward: async ([dy]) => {
         if (!dy) return;
-        const again = new Tape(backend);
+        const again = new Tape(backend, { precision: this.#precision });
         const copies = inputs.map((v) => new Variable(v.value, v.requiresGradient));
         const y = await run(again, copies);
         await again.#add(y, dy, 1, false);

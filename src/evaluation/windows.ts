@@ -20,7 +20,7 @@ export interface ProtocolOptions {
   readonly stride?: number;
   /** Windows of `windows` to score, spread evenly over the text; default all. */
   readonly samples?: number;
-  /** Windows of `windows` at most, from the first; default all. */
+  /** Windows of `windows` and `strided` at most, from the first; default all. */
   readonly windows?: number;
   /** Start token; none by default. Give the tokenizer's. It takes one of a window's `seqLen` places. */
   readonly bosTokenId?: number;
@@ -80,7 +80,7 @@ function fixedWindows(tokens: Int32Array, { seqLen, samples, windows, bosTokenId
   });
 }
 
-function stridedWindows(tokens: Int32Array, { seqLen, stride, bosTokenId }: Cut): TextWindow[] {
+function stridedWindows(tokens: Int32Array, { seqLen, stride, windows = Infinity, bosTokenId }: Cut): TextWindow[] {
   const start = bosTokenId === undefined ? 0 : 1;
   const length = seqLen - start;
   const step = stride ?? Math.max(1, Math.floor(length / 2));
@@ -92,7 +92,7 @@ function stridedWindows(tokens: Int32Array, { seqLen, stride, bosTokenId }: Cut)
   const cut: TextWindow[] = [];
   // Tokens before `scored` are done; the text's first has nothing before it unless a start token stands there.
   let scored = 1 - start;
-  for (let begin = 0; scored < tokens.length; begin += step) {
+  for (let begin = 0; scored < tokens.length && cut.length < windows; begin += step) {
     const end = Math.min(begin + length, tokens.length);
     cut.push({ ids: opening(bosTokenId, tokens.subarray(begin, end)), first: scored - begin + start });
     scored = end;
@@ -100,7 +100,13 @@ function stridedWindows(tokens: Int32Array, { seqLen, stride, bosTokenId }: Cut)
   return cut;
 }
 
-function rollingWindows(tokens: Int32Array, { seqLen, bosTokenId }: Cut): TextWindow[] {
+function rollingWindows(tokens: Int32Array, { seqLen, windows, bosTokenId }: Cut): TextWindow[] {
+  ensure(
+    windows === undefined,
+    'usage',
+    'the rolling protocol scores texts to their end: there is no number of windows to stop at',
+    'Leave --limit away, or choose another protocol.',
+  );
   ensure(
     bosTokenId !== undefined,
     'usage',

@@ -190,6 +190,8 @@ export async function generateContinuously(
 class Batch {
   readonly #decoder: Decoder;
   readonly #slots: number;
+  /** Whether the backend has programs for models it takes. */
+  readonly #mayFuse: boolean;
   /** Tokens that the cache may hold, over all sequences. */
   readonly #room: number;
   readonly #stopIds: ReadonlySet<number>;
@@ -206,10 +208,11 @@ class Batch {
 
   constructor(decoder: Decoder, slots: number, options: ContinuousOptions) {
     const { layers, kvHeads, headDim, eosTokenIds } = decoder.config;
-    const { decodeSequences = Infinity, cacheValueBytes = 4, prepareDecode } = decoder.backend;
-    const bytes = options.cacheBytes ?? (prepareDecode ? FUSED_CACHE_BYTES : CACHE_BYTES);
+    const { decodeSequences, cacheValueBytes = 4 } = decoder.backend;
+    this.#mayFuse = decodeSequences !== undefined;
+    const bytes = options.cacheBytes ?? (this.#mayFuse ? FUSED_CACHE_BYTES : CACHE_BYTES);
     this.#decoder = decoder;
-    this.#slots = Math.min(slots, decodeSequences);
+    this.#slots = Math.min(slots, decodeSequences ?? slots);
     this.#room = Math.floor(bytes / (layers * kvHeads * headDim * 2 * cacheValueBytes));
     this.#stopIds = new Set(options.stopIds ?? eosTokenIds);
     this.#sampler = createSampler(options);
@@ -278,11 +281,10 @@ class Batch {
     const most = Math.max(width, Math.floor(this.#room / writers.length));
     const limit = Math.max(width, ...writers.map((writer) => writer.limit - 1));
     // Moving costs a GPU more than room that is not used yet.
-    const { prepareDecode } = this.#decoder.backend;
-    const step = prepareDecode && limit <= most ? limit : Math.max(width + GROWTH, Math.ceil(1.5 * width));
+    const step = this.#mayFuse && limit <= most ? limit : Math.max(width + GROWTH, Math.ceil(1.5 * width));
     this.#capacity = Math.min(limit, most, step);
     // A program writes past the end of sequences that stand still.
-    const cache = await this.#decoder.createCache(writers.length, this.#capacity + (prepareDecode ? 1 : 0));
+    const cache = await this.#decoder.createCache(writers.length, this.#capacity + (this.#mayFuse ? 1 : 0));
     if (old) {
       const copies = writers.flatMap((writer, to): SequenceCopy[] => {
         const from = this.#places.indexOf(writer);

@@ -303,13 +303,25 @@ export interface TransformObjective {
   dispose(): void;
 }
 
+/** Options of {@link QuantizationOps.matmul}. */
+export interface MatmulOptions {
+  readonly transposeA?: boolean;
+  readonly transposeB?: boolean;
+  /**
+   * `f16` allows operands to be rounded to f16, each scaled by a power of two so that its largest value is well inside the
+   * range: |error| ≤ 2^-10·|op(a)|·|op(b)| beside f32's, sums in f32. Backends do so where matrix units make it faster, and
+   * multiply in f32 elsewhere. Default f32.
+   */
+  readonly precision?: 'f32' | 'f16';
+}
+
 /**
  * Ops of quantization. Weights here are channel-major: [in, cols] = Wᵀ, so that a channel is a contiguous row and
  * grouping, rotating and rounding run along rows (cols = output features).
  */
 export interface QuantizationOps {
   /** a [m, k] · b [k, n] with optional transposes of either (shapes before transposing are the stored ones). */
-  matmul(a: Tensor, b: Tensor, options?: { transposeA?: boolean; transposeB?: boolean }): Awaitable<Tensor>;
+  matmul(a: Tensor, b: Tensor, options?: MatmulOptions): Awaitable<Tensor>;
   /** acc + scale · x, elementwise, into a new tensor, or into `acc` itself when `inPlace`. */
   addScaled(acc: Tensor, x: Tensor, scale: number, inPlace?: boolean): Awaitable<Tensor>;
   /** [m, n] → [n, m]. */

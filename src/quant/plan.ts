@@ -4,7 +4,7 @@ import { GROUP_NAMES, RESIDUAL_GROUPS, type GroupName } from '../models/block.js
 import type { ModelConfig } from '../models/config.js';
 import { groupShape } from '../models/load.js';
 import { findHadamardBase, largestHadamardOrder } from '../transforms/index.js';
-import { isPrepared } from './prepare.js';
+import { activationGroup, isPrepared } from './prepare.js';
 import { isBlockRecipe, type QuantizeSettings, type Recipe } from './types.js';
 
 /** What happens to a linear group. */
@@ -57,6 +57,12 @@ export function planQuantization(
   }
   const layout = chooseLayout(config, settings, recipe, quantized, notes);
   if (settings.rotate) describeRotation(config, notes);
+  const { actGroupSize = -1 } = settings;
+  const group = activationGroup(config, actGroupSize);
+  if (group !== actGroupSize)
+    notes.push(
+      `activations: groups of ${actGroupSize} do not tile every linear's input; ${group === -1 ? 'one grid per token' : `groups of ${group}`} instead`,
+    );
   return {
     decisions,
     layout,

@@ -4,7 +4,8 @@ import { GyreError } from '../core/errors.js';
 import type { ProgressListener } from '../core/progress.js';
 import { createRng } from '../core/rng.js';
 import { floats } from '../core/tensor.js';
-import type { GroupName } from '../models/block.js';
+import { GROUP_NAMES, type GroupName } from '../models/block.js';
+import type { ModelConfig } from '../models/config.js';
 import { groupModules, groupShape, readLinear, type ModelSource } from '../models/load.js';
 import type { ActivationGrid, Backend, GridSpec, HadamardTransform, RoundedWeight, Tensor } from '../ops/backend.js';
 import { InputSample } from './calibration/sample.js';
@@ -59,7 +60,7 @@ export async function prepareModel(run: PrepareRun): Promise<PreparedModel> {
   const rotation = settings.rotate ? drawRotation(source.config, createRng(settings.seed).fork('rotation')) : undefined;
   const groups = SMOOTHED[settings.smooth ?? 'none'];
   const found = groups.length > 0 ? await smooth(run, groups, rotation) : undefined;
-  const activations = activationsOf(settings);
+  const activations = activationsOf(settings, source.config);
   const folded = foldedSource(source, { rotation, smoothing: found?.scales });
   const online = { ...folded.online, groups: folded.online?.groups ?? {} };
   return {
@@ -117,7 +118,7 @@ async function smooth(
           transform: onlineOf(rotation, group),
           grid: gridOf(settings, recipe, groupShape(config, group).inFeatures),
           round: async (w, gram, grid) => (await roundWeight(backend, w, gram, grid)).values,
-          activations: activationsOf(settings),
+          activations: activationsOf(settings, config),
           alpha: settings.alpha,
         });
         if (choice.scales) scales[layer][group] = choice.scales;
@@ -144,8 +145,18 @@ function gridOf({ bits, groupSize }: QuantizeSettings, { symmetric = false }: Re
   return { bits, groupSize: divides ? groupSize : inFeatures, symmetric };
 }
 
-function activationsOf({ actBits, actClip }: QuantizeSettings): ActivationGrid | undefined {
-  return actBits && activationGrid(actBits, { clip: actClip });
+function activationsOf(
+  { actBits, actClip, actGroupSize }: QuantizeSettings,
+  config: ModelConfig,
+): ActivationGrid | undefined {
+  return actBits && activationGrid(actBits, { clip: actClip, groupSize: activationGroup(config, actGroupSize) });
+}
+
+/** Channels per grid of activations: as many as wanted where that tiles every linear's input, otherwise fewer, or the token. */
+export function activationGroup(config: ModelConfig, wanted = -1): number {
+  const tiles = (size: number): boolean =>
+    GROUP_NAMES.every((group) => groupShape(config, group).inFeatures % size === 0);
+  return [wanted, 64, 32].find((size) => size > 0 && size <= wanted && tiles(size)) ?? -1;
 }
 
 function onlineOf(rotation: ModelRotation | undefined, group: GroupName): HadamardTransform | undefined {

@@ -42,8 +42,10 @@ export interface QuantizeSettings {
   readonly block?: BlockSettings;
   /** Bits of activations; 16 when undefined. */
   readonly actBits?: NarrowBits;
-  /** Share of a token's range that the grid of activations keeps; by their bits when undefined. */
+  /** Share of the range that a grid of activations keeps; by their bits when undefined. */
   readonly actClip?: number;
+  /** Channels per grid of activations, −1: the token; which it is when undefined. */
+  readonly actGroupSize?: number;
   /** Bits of keys and values; 16 when undefined. */
   readonly kvBits?: NarrowBits;
   /** Fold Hadamard rotations into the model first (QuaRot). */
@@ -74,6 +76,8 @@ export interface BlockSettings {
   readonly stages: 'both' | 'transforms' | 'weights';
   /** How rotations pair channels: at random, largest with smallest magnitude, or those that learn the largest angles. */
   readonly pairs: 'random' | 'magnitude' | 'learned';
+  /** Of products in training: f16 rounds their operands where the backend has matrix units for it; sums are f32. */
+  readonly precision: 'f32' | 'f16';
 }
 
 /** The published settings. */
@@ -89,6 +93,7 @@ export const BLOCK_DEFAULTS: BlockSettings = {
   weightDecay: 0.01,
   stages: 'both',
   pairs: 'random',
+  precision: 'f32',
 };
 
 /** The linears of one group and what is known of their inputs. */
@@ -224,7 +229,10 @@ interface RecipeBase {
   ) => Promise<RoundedWeight>;
   /** Settings where they differ from the common ones. */
   readonly defaults?: Partial<
-    Pick<QuantizeSettings, 'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'actClip' | 'kvBits'>
+    Pick<
+      QuantizeSettings,
+      'bits' | 'groupSize' | 'rotate' | 'smooth' | 'actBits' | 'actClip' | 'actGroupSize' | 'kvBits'
+    >
   >;
 }
 

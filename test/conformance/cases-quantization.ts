@@ -440,6 +440,45 @@ function matmulCases(): ConformanceCase[] {
   return [...plain, gramCase];
 }
 
+/**
+ * Sizes that matrix units take, and gradients far below what f16 holds. Tolerance: both operands within 2^-11 of their values
+ * (or 2^-38 of the largest, where that is more), statistically, and f32's.
+ */
+function halfMatmulCases(): ConformanceCase[] {
+  return (
+    [
+      [false, false, 1],
+      [false, true, 1e-9],
+      [true, false, 1e-9],
+      [true, true, 300],
+    ] as const
+  ).map(([transposeA, transposeB, scale]) => ({
+    op: 'matmul' as const,
+    name: `rounded to f16, ${transposeA ? 'a' : 'no'} and ${transposeB ? 'b' : 'none'} transposed, values of ${scale}`,
+    run: async (duo: Duo) => {
+      const [m, n, k] = [200, 164, 2112];
+      const small = (count: number): Float32Array => duo.normals(count).map((v) => scale * v);
+      const a = await duo.input(transposeA ? [k, m] : [m, k], small(k * m));
+      const b = await duo.input(transposeB ? [n, k] : [k, n]);
+      const options = { transposeA, transposeB };
+      const squares = (twin: Twin) =>
+        duo.oracle.upload(
+          hostTensor(
+            'f64',
+            twin.shape,
+            Float64Array.from(twin.host, (v) => v * v),
+          ),
+        );
+      const size = readF64(await duo.oracle.matmul(await squares(a), await squares(b), options));
+      await duo.close(
+        await duo.subject.matmul(a.subject, b.subject, { ...options, precision: 'f16' }),
+        await duo.oracle.matmul(a.oracle, b.oracle, options),
+        (at) => LAMBDA * (Math.SQRT2 * 2 ** -11 + Math.sqrt(k) * duo.allowance.roundoff) * Math.sqrt(size[at]),
+      );
+    },
+  }));
+}
+
 function elementwiseCases(): ConformanceCase[] {
   return [
     {
@@ -577,6 +616,7 @@ function linalgCases(): ConformanceCase[] {
 /** Every case of {@link QuantizationOps}. */
 export const quantizationCases: readonly ConformanceCase[] = [
   ...matmulCases(),
+  ...halfMatmulCases(),
   ...elementwiseCases(),
   ...transformChannelsCases(),
   ...objectiveCases(),

@@ -15,6 +15,7 @@ import { quantizeCheckpoint, type QuantizeOptions } from '../../src/quantize.nod
 import { createRng } from '../../src/core/rng.js';
 import { loadTokenizer } from '../../src/tokenizer/index.js';
 import { FIXTURES, randomTokens, temporaryFolder } from '../support/pipeline.js';
+import { useSoftwareGpu, webgpuMissing } from '../support/webgpu.js';
 
 const MODEL = path.join(FIXTURES, 'qwen3');
 const SHAPE = { sequences: 9, length: 16 };
@@ -136,6 +137,32 @@ describe('paroquant-tuned', () => {
     expect(blocks.flatMap((b) => b.stages.map((s) => s.stage))).toEqual(['tune', 'tune']);
   });
 });
+
+describe.skipIf(webgpuMissing)(
+  `whole-block recipes on WebGPU${webgpuMissing ? `: skipped, ${webgpuMissing}` : ''}`,
+  () => {
+    it.each(['paroquant-block', 'paroquant-tuned'])('%s learns as on the CPU', async (method) => {
+      useSoftwareGpu();
+      const settings = { method, steps: 10 };
+      const [cpu, gpu] = await Promise.all([
+        quantize(`cpu-${method}`, { epochs: 1 }, settings),
+        quantize(`webgpu-${method}`, { epochs: 1 }, { ...settings, device: 'webgpu' }),
+      ]);
+      const [expected, found] = await Promise.all([cpu, gpu].map(({ out }) => trainingOf(out)));
+      for (const [layer, { stages }] of expected.blocks.entries()) {
+        for (const [i, { stage, train, validation }] of stages.entries()) {
+          const own = found.blocks[layer].stages[i];
+          // Sums round differently, and codes at the edge of a cell fall on the other side: losses, not bits, are the same.
+          for (const [a, b] of [
+            ...train.map((v, n) => [v, own.train[n]]),
+            ...validation.map((v, n) => [v, own.validation[n]]),
+          ])
+            expect(Math.abs(b / a - 1), `${stage} of block ${layer}: ${b}, on the CPU ${a}`).toBeLessThan(0.03);
+        }
+      }
+    });
+  },
+);
 
 describe('calibration of whole-block recipes', () => {
   it('holds out an eighth at most, and at least one', () => {

@@ -1,7 +1,7 @@
 // Folding changes no function: in float64 the logits of every family stay, tied or untied, with biases, head norms, shared heads.
 import { readdir } from 'node:fs/promises';
 import path from 'node:path';
-import { beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { createRng } from '../../src/core/rng.js';
 import { floats, hostTensor } from '../../src/core/tensor.js';
 import { folderFiles } from '../../src/formats/source.node.js';
@@ -80,6 +80,7 @@ describe('folding keeps the logits in float64', async () => {
       ids = randomTokens(source, 2, 12, 3);
       expected = await logits(source, ids);
     });
+    afterAll(() => source.checkpoint.close());
 
     it.each([
       ['smoothing', false, true],

@@ -5,9 +5,14 @@ import { openWebGpuBackend, type WebGpuBackend, type WebGpuOptions } from '../..
 /** Where Debian's chromium keeps the description of its software Vulkan driver. */
 const SWIFTSHADER = process.env.SWIFTSHADER_ICD ?? '/usr/lib/chromium/vk_swiftshader_icd.json';
 
-/** Opens the backend under test. Dawn reads the environment when it is first loaded. */
-export function openTestWebGpu(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
+/** Makes every WebGPU backend opened from here on the one under test. Dawn reads the environment when it is first loaded. */
+export function useSoftwareGpu(): void {
   if (process.env.GYRE_TEST_GPU !== '1') process.env.VK_ICD_FILENAMES = SWIFTSHADER;
+}
+
+/** Opens the backend under test. */
+export function openTestWebGpu(options: WebGpuOptions = {}): Promise<WebGpuBackend> {
+  useSoftwareGpu();
   return openWebGpuBackend(options);
 }
 

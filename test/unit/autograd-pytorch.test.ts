@@ -1,5 +1,5 @@
 // The tape against PyTorch: gradients of a block, of a transformed weight, of a free grid, of logits, and AdamW's steps, in
-// float64 on the oracle and in f32 on the CPU backend. The numbers are made by test/fixtures/autograd/make.py.
+// float64 on the oracle and in f32 on the CPU and WebGPU backends. The numbers are made by test/fixtures/autograd/make.py.
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { Optimizer, parameter, Tape, type Variable } from '../../src/autograd/index.js';
@@ -11,6 +11,7 @@ import type { BlockFrame } from '../../src/models/block.js';
 import type { Backend, PairwiseTransform, Tensor } from '../../src/ops/backend.js';
 import { readF64 } from '../../src/ops/reference/backend.js';
 import { blockForward, byWeights } from '../../src/quant/objectives/block.js';
+import { openTestWebGpu, webgpuMissing } from '../support/webgpu.js';
 
 const FIXTURE = path.join(import.meta.dirname, '../fixtures/autograd/expected.safetensors');
 /** As in make.py. */
@@ -36,10 +37,11 @@ describe.each([
   // Relative to the largest element: rounding of f64, and of f32 through some hundred operations.
   ['reference', 1e-9],
   ['cpu', 2e-4],
+  ...(webgpuMissing === undefined ? ([['webgpu', 2e-4]] as const) : []),
 ] as const)('%s against PyTorch', (name, tolerance) => {
   let backend: Backend;
   beforeAll(async () => {
-    backend = await openBackend(name);
+    backend = name === 'webgpu' ? await openTestWebGpu() : await openBackend(name);
   });
   afterAll(async () => backend.dispose());
 

@@ -128,6 +128,29 @@ describe('cutWindows', () => {
     ]);
   });
 
+  it('overlap by the strided protocol, and score every token once; a number of them is taken from the first', () => {
+    const strided = (windows?: number): [number[], number][] =>
+      cutWindows(ids, { seqLen: 4, protocol: 'strided', stride: 2, windows }).map((w) => [[...w.ids], w.first]);
+    expect(strided()).toEqual([
+      [[0, 1, 2, 3], 1],
+      [[2, 3, 4, 5], 2],
+      [[4, 5, 6, 7], 2],
+      [[6, 7, 8, 9], 2],
+    ]);
+    expect(strided(2)).toEqual(strided().slice(0, 2));
+    expect(() => cutWindows(ids, { seqLen: 4, protocol: 'strided', stride: 4 })).toThrow(/stride/);
+  });
+
+  it('follow one another by the rolling protocol, each after a token of the last one, the last filled up', () => {
+    const rolling = { seqLen: 4, protocol: 'rolling', bosTokenId: 99 } as const;
+    expect(cutWindows(ids, rolling).map((w) => [[...w.ids], w.first])).toEqual([
+      [[99, 0, 1, 2, 3], 1],
+      [[3, 4, 5, 6, 7], 1],
+      [[5, 6, 7, 8, 9], 3],
+    ]);
+    expect(() => cutWindows(ids, { ...rolling, windows: 1 })).toThrow(/to their end/);
+  });
+
   it('spreads a number of windows over the text', () => {
     expect(cut({ seqLen: 2, samples: 2 })).toEqual([
       [0, 1],

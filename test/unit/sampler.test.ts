@@ -60,7 +60,10 @@ describe('createSampler', () => {
     for (const [i, id] of likely.entries()) logits[id] = 10 - 0.3 * i;
     logits[2000] = NaN;
     logits[4000] = -800;
-    const probabilities = expected(Float32Array.from(likely, (id) => logits[id]), { temperature: 0.7 });
+    const probabilities = expected(
+      Float32Array.from(likely, (id) => logits[id]),
+      { temperature: 0.7 },
+    );
     const { sample } = createSampler({ temperature: 0.7 });
     const rng = createRng(2);
     const draws = 20_000;

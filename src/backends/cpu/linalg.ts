@@ -46,7 +46,14 @@ function part(
 }
 
 /** Writes a contiguous [rows, width] into a matrix with `columns` columns. */
-function place(matrix: Float64Array, columns: number, firstRow: number, firstColumn: number, width: number, source: Float64Array): void {
+function place(
+  matrix: Float64Array,
+  columns: number,
+  firstRow: number,
+  firstColumn: number,
+  width: number,
+  source: Float64Array,
+): void {
   for (let r = 0; r * width < source.length; r++)
     matrix.set(source.subarray(r * width, (r + 1) * width), (firstRow + r) * columns + firstColumn);
 }

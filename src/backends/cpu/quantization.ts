@@ -181,27 +181,23 @@ export class CpuQuantization implements QuantizationOps {
     );
     const size = grid.groupSize;
     const groups = channels / size;
-    const blocks = Array.from({ length: groups }, (_, g) => diagonalBlock(h.data, channels, g * size, (g + 1) * size));
     const least = new Float64Array(groups * cols).fill(Infinity);
     const best = new Float32Array(groups * cols).fill(1);
-    const difference = new Float32Array(data.length);
+    const difference = new Float32Array(size * cols);
     const product = new Float32Array(size * cols);
     const errors = new Float64Array(cols);
-    for (const ratio of ratios) {
-      const clip = new Float32Array(groups * cols).fill(ratio);
-      const { values } = fakeQuantize(this.#pool, data, cols, size, grid.bits, clip, { values: true }, grid.symmetric);
-      addScaled(values, data, -1, difference);
-      for (let g = 0; g < groups; g++) {
-        const d = difference.subarray(g * size * cols, (g + 1) * size * cols);
-        await this.#ort.gemm(
-          { data: blocks[g], rows: size, cols: size },
-          false,
-          { data: d, rows: size, cols },
-          false,
-          product,
-        );
+    // A group at a time through all ratios: it stays in the cache.
+    for (let g = 0; g < groups; g++) {
+      const own = data.subarray(g * size * cols, (g + 1) * size * cols);
+      const block = { data: diagonalBlock(h.data, channels, g * size, (g + 1) * size), rows: size, cols: size };
+      for (const ratio of ratios) {
+        const clip = new Float32Array(cols).fill(ratio);
+        const { values } = fakeQuantize(this.#pool, own, cols, size, grid.bits, clip, { values: true }, grid.symmetric);
+        addScaled(values, own, -1, difference);
+        await this.#ort.gemm(block, false, { data: difference, rows: size, cols }, false, product);
         errors.fill(0);
-        for (let i = 0; i < d.length;) for (let c = 0; c < cols; c++, i++) errors[c] += d[i] * product[i];
+        for (let i = 0; i < product.length;)
+          for (let c = 0; c < cols; c++, i++) errors[c] += difference[i] * product[i];
         for (let c = 0, slot = g * cols; c < cols; c++, slot++) {
           if (!(errors[c] < least[slot])) continue;
           least[slot] = errors[c];

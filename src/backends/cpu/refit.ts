@@ -68,12 +68,7 @@ export async function refitScales(
 }
 
 /** Moves one group's scales [columns] to their optima, in place. */
-function moveScales(
-  scales: Float32Array,
-  inner: Float32Array,
-  residual: Float32Array,
-  product: Float32Array,
-): void {
+function moveScales(scales: Float32Array, inner: Float32Array, residual: Float32Array, product: Float32Array): void {
   const columns = scales.length;
   const numerator = new Float64Array(columns);
   const denominator = new Float64Array(columns);

@@ -14,6 +14,7 @@ import type {
 import { checkCopies, startsOf } from '../../ops/sequences.js';
 import { gridRun } from './activation-grid.js';
 import { hasMatrixUnits } from './capabilities.js';
+import { attentionByProducts } from './attention-products.js';
 import type { GpuDevice } from './device.js';
 import { flashKernel, flashRows, flashTakes } from './fast/flash.js';
 import { applyHadamard, GpuHadamard } from './hadamard.js';
@@ -246,6 +247,8 @@ export function splitHeads(
 const FILL = 512;
 /** Rows from which matrix units are worth their tiles; below, keys are split over workgroups. */
 const FLASH_ROWS = 64;
+/** Tokens of a sequence without a cache from which its attention is computed as dense products. */
+const PRODUCT_TOKENS = 512;
 /** Keys of a split at least. */
 const SPLIT_KEYS = 128;
 
@@ -293,6 +296,8 @@ export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, o
     );
     return out;
   }
+  if (!cache && !(given instanceof HalfTensor) && tokens >= PRODUCT_TOKENS)
+    return attentionByProducts(gpu, given, own(keys), own(values), options);
   const q = own(given);
   const source = cache
     ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }

@@ -1,8 +1,10 @@
 // GPU buffers used again by size: allocating is slow, and a decoder asks for the same few sizes for ever.
 import { GyreError } from '../../core/errors.js';
 
-/** Most bytes of idle buffers kept. */
+/** Bytes of idle buffers that are always kept. */
 const IDLE_BYTES = 4 * 2 ** 30;
+/** Beyond that, idle bytes kept per byte in use: a training step wants again all that it gave back, and allocating is slow. */
+const IDLE_SHARE = 2;
 
 /** See {@link BufferPool.take}. */
 export class BufferPool {
@@ -44,7 +46,8 @@ export class BufferPool {
   /** Takes a buffer back. Giving one back twice does nothing. */
   give(buffer: GPUBuffer): void {
     if (!this.#live.delete(buffer)) return;
-    if (this.#idleBytes + buffer.size > IDLE_BYTES) {
+    const inUse = this.allocatedBytes - this.#idleBytes - buffer.size;
+    if (this.#idleBytes + buffer.size > Math.max(IDLE_BYTES, IDLE_SHARE * inUse)) {
       this.#doom(buffer);
       return;
     }
@@ -125,6 +128,77 @@ export class StagingPool {
     for (const list of this.#idle.values()) for (const buffer of list) buffer.destroy();
     this.#idle.clear();
     this.#idleBytes = 0;
+  }
+}
+
+/** Most bytes of idle upload buffers kept. */
+const IDLE_UPLOAD_BYTES = 2 ** 30;
+
+/** Mapped buffers through which data go to the GPU, used again when the copies out of them are done. */
+export class UploadPool {
+  readonly #device: GPUDevice;
+  readonly #idle = new Map<number, GPUBuffer[]>();
+  #idleBytes = 0;
+  /** Filled since the last submission. */
+  #filled: GPUBuffer[] = [];
+  #disposed = false;
+
+  constructor(device: GPUDevice) {
+    this.#device = device;
+  }
+
+  /** Bytes filled since the last submission. */
+  get filledBytes(): number {
+    return this.#filled.reduce((sum, buffer) => sum + buffer.size, 0);
+  }
+
+  /** A buffer with these bytes at its start, to be copied from in the next submission. */
+  fill(data: ArrayBufferView): GPUBuffer {
+    const size = sizeClass(data.byteLength);
+    let buffer = this.#idle.get(size)?.pop();
+    if (buffer) this.#idleBytes -= size;
+    else
+      buffer = this.#device.createBuffer({
+        label: 'upload',
+        size,
+        usage: GPUBufferUsage.MAP_WRITE | GPUBufferUsage.COPY_SRC,
+        mappedAtCreation: true,
+      });
+    const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    new Uint8Array(buffer.getMappedRange(0, data.byteLength)).set(bytes);
+    buffer.unmap();
+    this.#filled.push(buffer);
+    return buffer;
+  }
+
+  /** Called after each submission. */
+  submitted(): void {
+    const filled = this.#filled;
+    this.#filled = [];
+    for (const buffer of filled)
+      buffer.mapAsync(GPUMapMode.WRITE).then(
+        () => this.#take(buffer),
+        // A lost device, which is reported where somebody waits.
+        () => buffer.destroy(),
+      );
+  }
+
+  dispose(): void {
+    this.#disposed = true;
+    for (const list of this.#idle.values()) for (const buffer of list) buffer.destroy();
+    for (const buffer of this.#filled) buffer.destroy();
+    this.#idle.clear();
+  }
+
+  #take(buffer: GPUBuffer): void {
+    if (this.#disposed || this.#idleBytes + buffer.size > IDLE_UPLOAD_BYTES) {
+      buffer.destroy();
+      return;
+    }
+    const list = this.#idle.get(buffer.size);
+    if (list) list.push(buffer);
+    else this.#idle.set(buffer.size, [buffer]);
+    this.#idleBytes += buffer.size;
   }
 }
 

@@ -10,7 +10,7 @@ import {
   type GpuCapabilities,
 } from './capabilities.js';
 import { packParams, paramBytes, type Kernel } from './kernel.js';
-import { BufferPool, StagingPool } from './buffer-pool.js';
+import { BufferPool, StagingPool, UploadPool } from './buffer-pool.js';
 import { Profile, type KernelTime } from './profile.js';
 import { webgpuEntry } from './provider.js';
 
@@ -49,6 +49,10 @@ interface Compiled {
 /** Bytes between uniform blocks of dispatches in one submission. */
 const UNIFORM_STRIDE = 256;
 const UNIFORM_SLOTS = 256;
+/** Uploads from this many bytes on are staged. */
+const STAGED_BYTES = 256 * 2 ** 10;
+/** Bytes waiting in staging memory at most, before they are submitted. */
+const MOST_STAGED_BYTES = 64 * 2 ** 20;
 /** Dispatches gathered before they are submitted: few enough that the GPU starts early, many enough that submitting is cheap. */
 const BATCH = 64;
 
@@ -59,6 +63,7 @@ export class GpuDevice {
   readonly limits: GPUSupportedLimits;
   readonly #pool: BufferPool;
   readonly #staging: StagingPool;
+  readonly #uploads: UploadPool;
   readonly #compiled = new Map<string, Compiled>();
   readonly #uniforms: GPUBuffer;
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
@@ -81,6 +86,7 @@ export class GpuDevice {
     this.limits = device.limits;
     this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
     this.#staging = new StagingPool(device);
+    this.#uploads = new UploadPool(device);
     this.#uniforms = device.createBuffer({
       label: 'uniforms',
       size: UNIFORM_STRIDE * UNIFORM_SLOTS,
@@ -135,6 +141,13 @@ export class GpuDevice {
 
   /** Copies host data into a buffer; earlier commands see the old contents, later ones the new. */
   upload(buffer: GPUBuffer, data: ArrayBufferView, offset = 0): void {
+    if (data.byteLength >= STAGED_BYTES && data.byteLength % 4 === 0) {
+      // Through memory that is mapped already: the queue's own way takes fresh memory each time, at a tenth of the speed.
+      const staging = this.#uploads.fill(data);
+      this.copy(staging, 0, buffer, offset, data.byteLength);
+      if (this.#uploads.filledBytes > MOST_STAGED_BYTES) this.flush();
+      return;
+    }
     this.flush();
     const whole = data.byteLength & ~3;
     const source = data.buffer as ArrayBuffer;
@@ -243,6 +256,7 @@ export class GpuDevice {
     this.#slots = 0;
     this.#dispatches = 0;
     this.#pool.submitted();
+    this.#uploads.submitted();
     this.#profile?.submitted();
   }
 
@@ -278,6 +292,7 @@ export class GpuDevice {
     this.#profile?.dispose();
     this.#pool.dispose();
     this.#staging.dispose();
+    this.#uploads.dispose();
     this.device.destroy();
     await this.device.lost;
   }

@@ -10,7 +10,7 @@ import type {
   LossGradient,
   SplitHeadsGradientOptions,
 } from '../../ops/gradients.js';
-import { attentionGradient } from './attention-gradient.js';
+import { attentionGradient } from './attention-products.js';
 import { GpuRope } from './attention.js';
 import type { GpuDevice } from './device.js';
 import {

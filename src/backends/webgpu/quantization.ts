@@ -3,6 +3,7 @@
 import { ensure } from '../../core/errors.js';
 import type {
   GridSpec,
+  MatmulOptions,
   PairwiseTransform,
   QuantizationOps,
   RoundedWeight,
@@ -14,6 +15,7 @@ import { GpuObjective, transformChannels } from './channels.js';
 import type { GpuDevice } from './device.js';
 import { gptqFactor, solveSymmetric } from './factor.js';
 import { gemm } from './gemm.js';
+import { halfMatmul, halfMatmulTakes } from './half-matmul.js';
 import {
   addScaledInPlaceKernel,
   addScaledKernel,
@@ -37,13 +39,17 @@ export class WebGpuQuantization implements QuantizationOps {
     this.#gpu = gpu;
   }
 
-  matmul(a: Tensor, b: Tensor, options: { transposeA?: boolean; transposeB?: boolean } = {}): Tensor {
-    const { transposeA = false, transposeB = false } = options;
+  matmul(a: Tensor, b: Tensor, options: MatmulOptions = {}): Tensor {
+    const { transposeA = false, transposeB = false, precision = 'f32' } = options;
     const [left, right] = [own(a), own(b)];
     const [m, k] = transposeA ? [left.matrix.cols, left.matrix.rows] : [left.matrix.rows, left.matrix.cols];
     const [inner, n] = transposeB ? [right.matrix.cols, right.matrix.rows] : [right.matrix.rows, right.matrix.cols];
     ensure(k === inner, 'tensor-shape', () => `product of [${m}, ${k}] and [${inner}, ${n}]`);
     const out = makeTensor(this.#gpu, [m, n]);
+    if (precision === 'f16' && halfMatmulTakes(this.#gpu, m, n, k)) {
+      halfMatmul(this.#gpu, left, right, out, { m, n, k, transposeA, transposeB });
+      return out;
+    }
     gemm(this.#gpu, { a: left, b: right, c: out, m, n, k, transposeA, transposeB });
     return out;
   }

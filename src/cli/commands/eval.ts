@@ -48,7 +48,7 @@ export function evalCommand(context: CommandContext): Command {
     .option('--list-tasks', 'print the names of the tasks and stop')
     .option('--drift <file>', "tasks as .jsonl: KL along the reference's chains, and where the model's own depart")
     .option('--data <folder>', 'where to look for the data of tasks before the hub')
-    .option('--limit <n>', 'questions per task, from the first (default: all)')
+    .option('--limit <n>', 'questions per task (of text tasks: windows), from the first (default: all)')
     .option('--few-shot <n>', 'examples before each question (default: what the task says)')
     .option('--n-samples <n>', 'answers per question of generation tasks (default: what the task says)')
     .option('--max-tokens <n>', 'tokens per answer (default: what the task says)')
@@ -57,7 +57,7 @@ export function evalCommand(context: CommandContext): Command {
     .option('--top-k <k>', 'most likely tokens kept')
     .option('--no-thinking', 'ask the chat template not to let the model think')
     .option('--batch-size <n>', 'answers written at a time', '32')
-    .option('--seed <n>', 'of samples, drawn examples and shuffled choices', '0')
+    .option('--seed <n>', 'of samples, drawn examples (0: those of the harness) and shuffled choices', '0')
     .option('--out <file>', 'write the result as JSON, and what the model wrote beside it')
     .option(
       '--cache <folder>',

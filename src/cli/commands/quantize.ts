@@ -45,8 +45,10 @@ const schema = z.object({
   weightDecay: z.coerce.number().nonnegative().optional(),
   stages: oneOf(['both', 'transforms', 'weights']).optional(),
   pairs: oneOf(['random', 'magnitude', 'learned']).optional(),
+  precision: oneOf(['f32', 'f16']).optional(),
   actBits: oneOf([4, 8, 16]).optional(),
   actClip: decimalNumber({ above: 0, max: 1 }).optional(),
+  actGroupSize: oneOf([32, 64, 128, -1]).optional(),
   kvBits: oneOf([4, 8, 16]).optional(),
   rotate: z.boolean().optional(),
   smooth: oneOf(['none', 'down', 'all']).optional(),
@@ -82,7 +84,11 @@ export function quantizeCommand(context: CommandContext): Command {
       '--act-bits <n>',
       "bits of the linears' inputs, rounded token by token: 4, 8 or 16 (default: the method's own)",
     )
-    .option('--act-clip <x>', "share of a token's range that its grid keeps (default: the method's own)")
+    .option('--act-clip <x>', "share of the range that a grid of inputs keeps (default: the method's own)")
+    .option(
+      '--act-group-size <n>',
+      "channels per grid of inputs: 32, 64, 128, or -1 per token (default: the method's own)",
+    )
     .option('--kv-bits <n>', "bits of the key/value cache: 4, 8 or 16 (default: the method's own)")
     .option('--rotate', 'fold Hadamard rotations into the model first (quarot and smoothrot do)')
     .option('--no-rotate', 'no Hadamard rotations')
@@ -112,6 +118,10 @@ export function quantizeCommand(context: CommandContext): Command {
     .option('--weight-decay <x>', `of AdamW (paroquant-block; default: ${BLOCK_DEFAULTS.weightDecay})`)
     .option('--stages <which>', 'both, transforms or weights (paroquant-block)')
     .option('--pairs <how>', 'random, magnitude or learned choice of what rotations pair (paroquant-block)')
+    .option(
+      '--precision <p>',
+      'f32 or f16, of products while blocks are trained: f16 is faster on GPUs with matrix units (default: f32)',
+    )
     .option(
       '--calib <files...>',
       '.txt or .jsonl with "text"; without it the model calibrates on text it writes itself',
@@ -150,14 +160,14 @@ ${RECIPES.map(({ name, summary }) => `  ${name.padEnd(11)} ${summary}`).join('\n
       const { name: device } = await withModel(context, model, options, (source) =>
         pickDevice(context, source, options),
       );
-      const { epochs, batch, validation, blockLoss, beta, stages, pairs, ...shared } = options;
+      const { epochs, batch, validation, blockLoss, beta, stages, pairs, precision, ...shared } = options;
       const { transformRate, weightRate, gridRate, weightDecay, ...common } = shared;
       const rates = { transformRate, weightRate, gridRate, weightDecay };
       const report = await quantizeCheckpoint({
         model,
         ...common,
         device,
-        block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, ...rates },
+        block: { epochs, batch, validation, loss: blockLoss, beta, stages, pairs, precision, ...rates },
         signal,
         onProgress: progress.listener,
         onPlan: (plan) => {

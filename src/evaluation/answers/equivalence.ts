@@ -21,12 +21,14 @@ export function equivalent(expected: string, answer: string): boolean {
 }
 
 function squeeze(text: string): string {
-  return text
-    .replaceAll(/\\(?:left|right|[!,;: ]|displaystyle)|\$/g, '')
-    // A space between two numbers or words is no decoration: 14 4 is not 144.
-    .replaceAll(/(?<!\w)\s+|\s+(?!\w)/g, '')
-    .replaceAll(/\\[dt]frac/g, '\\frac')
-    .replace(/\.$/, '');
+  return (
+    text
+      .replaceAll(/\\(?:left|right|[!,;: ]|displaystyle)|\$/g, '')
+      // A space between two numbers or words is no decoration: 14 4 is not 144.
+      .replaceAll(/(?<!\w)\s+|\s+(?!\w)/g, '')
+      .replaceAll(/\\[dt]frac/g, '\\frac')
+      .replace(/\.$/, '')
+  );
 }
 
 function same(a: Value, b: Value): boolean {

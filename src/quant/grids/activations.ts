@@ -8,9 +8,12 @@ export type NarrowBits = 4 | 8;
 const ACTIVATION_CLIP: Readonly<Record<NarrowBits, number>> = { 4: 0.9, 8: 1 };
 const KV_CLIP: Readonly<Record<NarrowBits, number>> = { 4: 0.95, 8: 1 };
 
-/** Symmetric, one grid per token. */
-export function activationGrid(bits: NarrowBits, options: { readonly clip?: number } = {}): ActivationGrid {
-  return { bits, symmetric: true, groupSize: -1, clip: options.clip ?? ACTIVATION_CLIP[bits] };
+/** Symmetric, one grid per token, or per token and run of `groupSize` channels. */
+export function activationGrid(
+  bits: NarrowBits,
+  options: { readonly clip?: number; readonly groupSize?: number } = {},
+): ActivationGrid {
+  return { bits, symmetric: true, groupSize: options.groupSize ?? -1, clip: options.clip ?? ACTIVATION_CLIP[bits] };
 }
 
 /** Asymmetric, one grid per token and head. */

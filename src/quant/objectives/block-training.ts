@@ -29,6 +29,13 @@ export type TrainingTask = Pick<
   'fixed' | 'rope' | 'length' | 'training' | 'validation' | 'tell' | 'checkAborted'
 >;
 
+/** How a pass is computed. */
+export interface StepOptions {
+  readonly loss: ElementLoss;
+  /** Of products; see MatmulOptions. */
+  readonly precision?: BlockSettings['precision'];
+}
+
 /** The loss of block settings as an op's argument. */
 export function lossOf({ loss, beta }: Pick<BlockSettings, 'loss' | 'beta'>): ElementLoss {
   return loss === 'mse' ? { kind: 'mse' } : { kind: 'smooth-l1', beta };
@@ -50,7 +57,7 @@ export async function trainBlock(
   const optimizer = new Optimizer(backend, model.groups, { steps: epochs * stepsPerEpoch, weightDecay });
   const loss = lossOf(options);
   const train: number[] = [];
-  const validation: number[] = [await validationLoss(backend, task, model, loss)];
+  const validation: number[] = [await validationLoss(backend, task, model, { loss, precision: options.precision })];
   let best = 0;
   await model.keep();
   try {
@@ -70,7 +77,7 @@ export async function trainBlock(
       for (let step = 0; step < stepsPerEpoch; step++) {
         task.checkAborted();
         const indices = order.slice(step * batch, (step + 1) * batch);
-        const mean = await trainStep(backend, task, model, loss, indices);
+        const mean = await trainStep(backend, task, model, { loss, precision: options.precision }, indices);
         await optimizer.step();
         const value = read(backend, mean);
         if (last) await settle(last);
@@ -78,7 +85,7 @@ export async function trainBlock(
       }
       if (last) await settle(last);
       train.push(sum / training.count);
-      const held = await validationLoss(backend, task, model, loss);
+      const held = await validationLoss(backend, task, model, { loss, precision: options.precision });
       validation.push(held);
       if (!Number.isFinite(held)) throw diverged(stage);
       if (held < validation[best]) {
@@ -118,7 +125,7 @@ async function trainStep(
   backend: Backend,
   task: TrainingTask,
   model: BlockModel,
-  loss: ElementLoss,
+  { loss, precision }: StepOptions,
   indices: readonly number[],
 ): Promise<Tensor> {
   const weightTape = new Tape(backend);
@@ -126,7 +133,7 @@ async function trainStep(
   let mean: Tensor | undefined;
   for (const part of passes(indices, task.length)) {
     const { input, target } = await task.training.read(part);
-    const tape = new Tape(backend);
+    const tape = new Tape(backend, { precision });
     const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
       batch: part.length,
       rope: task.rope,
@@ -148,7 +155,7 @@ export async function validationLoss(
   backend: Backend,
   task: Pick<TrainingTask, 'fixed' | 'rope' | 'length' | 'validation'>,
   model: BlockModel,
-  loss: ElementLoss,
+  { loss, precision }: StepOptions,
 ): Promise<number> {
   const samples: BlockSamples = task.validation;
   const weightTape = new Tape(backend, { record: false });
@@ -159,7 +166,7 @@ export async function validationLoss(
     task.length,
   )) {
     const { input, target } = await samples.read(part);
-    const tape = new Tape(backend, { record: false });
+    const tape = new Tape(backend, { record: false, precision });
     const y = await blockForward(tape, constant(input), task.fixed, apply(tape), {
       batch: part.length,
       rope: task.rope,

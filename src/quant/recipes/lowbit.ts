@@ -1,6 +1,6 @@
 // Low-bit activations with everything here that helps them (docs/recipes/lowbit.md): rotations and smoothing as SmoothRot,
 // grids of 128 channels, clip ranges searched on the outputs, GPTQ on the Gram matrix of the rounded inputs, coordinate
-// descent, refitted scales, and a tighter grid of activations.
+// descent, refitted scales, and activations on grids of 32 channels that give up their extremes.
 import type { Recipe } from '../types.js';
 import { quadraticError, requireGram } from '../objectives/error.js';
 import { channelMajor, splitRounded } from '../weights.js';
@@ -11,7 +11,7 @@ export const lowbit: Recipe = {
   summary: '4-bit activations at their best: rotations, smoothing, grouped grids, compensated rounding',
   needs: 'gram',
   layout: 'gyre',
-  defaults: { rotate: true, smooth: 'down', actBits: 4, kvBits: 4, actClip: 0.75 },
+  defaults: { rotate: true, smooth: 'down', actBits: 4, actClip: 0.92, actGroupSize: 32, kvBits: 4 },
   // Descent and refits lower every candidate's error alike: the search does without.
   roundWeight: (backend, w, gram, grid, rounding = 'gptq') =>
     rounding === 'rtn' ? Promise.resolve(backend.roundToNearest(w, grid)) : roundClippedGptq(backend, w, gram, grid),

@@ -59,8 +59,8 @@ interface Unit {
   readonly layout: Pick<PairwiseTransform, 'channels' | 'groupSize' | 'krot' | 'pairs'>;
   /** Set by stage 1, at stored precision. */
   transform: PairwiseTransform;
-  /** Set by stage 2, [in, cols] and [in / groupSize, cols]. */
-  trained?: { readonly weight: Float32Array; readonly scales: Float32Array; readonly zeros: Float32Array };
+  /** Set by stage 2, [in, cols] (the unit's own copy) and [in / groupSize, cols]. */
+  trained?: { readonly weight: Tensor; readonly scales: Float32Array; readonly zeros: Float32Array };
 }
 
 class BlockTrainer {
@@ -221,8 +221,9 @@ class BlockTrainer {
         }),
       keep: async () => {
         for (const [i, unit] of this.#units.entries()) {
+          backend.free(unit.trained?.weight);
           unit.trained = {
-            weight: await backend.download(trained[i].weight.value),
+            weight: await copy(backend, trained[i].weight.value),
             scales: await backend.download(trained[i].scales.value),
             zeros: await backend.download(trained[i].zeros.value),
           };
@@ -248,9 +249,9 @@ class BlockTrainer {
     const cols = turned.shape[1];
     const top = 2 ** grid.bits - 1;
     const minimum = new Float32Array(rounded.scales.length).fill(Infinity);
-    for (let at = 0; at < values.length; at++) {
-      const slot = Math.floor(at / cols / grid.groupSize) * cols + (at % cols);
-      minimum[slot] = Math.min(minimum[slot], values[at]);
+    for (let at = 0; at < values.length; at += cols) {
+      const first = Math.floor(at / cols / grid.groupSize) * cols;
+      for (let c = 0; c < cols; c++) minimum[first + c] = Math.min(minimum[first + c], values[at + c]);
     }
     backend.free(turned, rounded.values);
     const { scales } = rounded;
@@ -261,11 +262,8 @@ class BlockTrainer {
   async #round(unit: Unit): Promise<QuantizedPart[]> {
     const backend = this.#backend;
     const { grid, transform, inFeatures, outFeatures } = unit;
-    const source = unit.trained
-      ? await backend.upload(hostTensor('f32', unit.weight.shape, unit.trained.weight))
-      : unit.weight;
-    const turned = await backend.transformChannels(source, transform, 'forward');
-    if (unit.trained) backend.free(source);
+    const turned = await backend.transformChannels(unit.trained?.weight ?? unit.weight, transform, 'forward');
+    backend.free(unit.trained?.weight);
     if (!unit.trained) {
       const rounded = await backend.roundToNearest(turned, grid);
       backend.free(turned, rounded.values);
@@ -290,9 +288,10 @@ function encode(
   const scales = trained.scales.map((s) => roundToF16(Math.max(s, MIN_GRID_SCALE)));
   const zeros = Uint8Array.from(trained.zeros, (z) => clamp(Math.round(z)));
   const codes = new Uint8Array(values.length);
-  for (let at = 0; at < values.length; at++) {
-    const slot = Math.floor(at / cols / groupSize) * cols + (at % cols);
-    codes[at] = clamp(Math.round(values[at] / scales[slot]) + zeros[slot]);
+  for (let at = 0; at < values.length; at += cols) {
+    const first = Math.floor(at / cols / groupSize) * cols;
+    for (let c = 0; c < cols; c++)
+      codes[at + c] = clamp(Math.round(values[at + c] / scales[first + c]) + zeros[first + c]);
   }
   return { codes, zeros, scales };
 }

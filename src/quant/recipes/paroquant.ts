@@ -42,7 +42,9 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
   const gram = requireGram(task);
   const w = await channelMajor(backend, task.weights, inFeatures);
   // Pt: what the outputs should be, seen through the inputs that the quantized model has; (W·C)ᵀ = Cᵀ·Wt unless given.
-  const target = task.target ?? (await backend.matmul(task.cross ?? gram, w, { transposeA: true }));
+  const aims = aimsAtReference(task);
+  const wanted = aims ? task.target : undefined;
+  const target = wanted ?? (await backend.matmul((aims && task.cross) || gram, w, { transposeA: true }));
   const { transform, curve } = await learn(backend, task, gram, w, target);
 
   const { transformed, transformedGram } = task.activations
@@ -53,9 +55,19 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
       ? await roundCompensated(backend, transformed, transformedGram, grid)
       : await backend.roundToNearest(transformed, grid);
   const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
-  backend.free(w, target === task.target ? undefined : target, transformed, transformedGram, rounded.values);
+  backend.free(w, target === wanted ? undefined : target, transformed, transformedGram, rounded.values);
   const parts = splitRounded(rounded, grid, inFeatures, task.outFeatures, transform);
   return { parts, curve, stats: { error, ...curveStats(curve) } };
+}
+
+/**
+ * Whether a group makes good what earlier groups did wrong: its target is what the reference path's outputs are, seen through
+ * its own inputs. With inputs of 4 bits it is not: most of what could be told from them is their own rounding, least squares
+ * answers noisy inputs by shrinking the weights, and what is least per group adds up over blocks to a model that is worse by
+ * a fifth (docs/log.md).
+ */
+function aimsAtReference({ activations }: GroupTask): boolean {
+  return activations === undefined || activations.bits > 4;
 }
 
 /** What is rounded, and what its error is measured with, both in the transformed space. */
@@ -78,7 +90,7 @@ async function withExactInputs(
 
 /**
  * With activations rounded after the transform, the weights meet Q(T⁻ᵀx) = T⁻ᵀx + e: the Gram matrix grows by that of e,
- * measured on a sample, and the least-squares weight shrinks along the channels that rounding hurts most.
+ * measured on a sample.
  */
 async function withRoundedInputs(
   backend: Backend,
@@ -90,6 +102,10 @@ async function withRoundedInputs(
   const noise = await roundingNoise(backend, task, transform);
   const transformedGram = noise ? await backend.addScaled(exactGram, noise, 1, true) : exactGram;
   const weight = await backend.transformChannels(w, transform, 'forward');
+  if (!aimsAtReference(task)) {
+    backend.free(noise);
+    return { transformed: weight, transformedGram };
+  }
   const aim = await backend.transformChannels(target, transform, 'forward', 'activation');
   const transformed = await leastSquaresWeight(backend, transformedGram, weight, aim);
   backend.free(noise, weight, aim);

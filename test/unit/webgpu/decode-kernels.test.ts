@@ -7,10 +7,12 @@ import {
   activationGroups,
   activationKernel,
   rotationTable,
+  stagesOf,
   type ActivationSource,
 } from '../../../src/backends/webgpu/fast/activations.js';
 import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
-import { gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv.js';
+import { wholeAttentionKernel } from '../../../src/backends/webgpu/fast/attention-whole.js';
+import { gemvGroups, gemvKernel, gemvRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import {
   NO_TOKEN,
@@ -20,7 +22,7 @@ import {
 } from '../../../src/backends/webgpu/fast/sample.js';
 import { ownLinear } from '../../../src/backends/webgpu/linear.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
-import { randomPairs, xorPairs } from '../../../src/transforms/index.js';
+import { randomPairs } from '../../../src/transforms/index.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
 
 interface ActivationCase {
@@ -29,7 +31,7 @@ interface ActivationCase {
   readonly krot: number;
   readonly count: number;
   readonly batch: number;
-  readonly xor?: boolean;
+  readonly threads: number;
 }
 
 /** Unit roundoff of f16, in which activations and cached keys are stored. */
@@ -148,6 +150,67 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     });
   });
 
+  it.each([
+    { outs: [40, 8, 8], inFeatures: 256, groupSize: 64, rows: 4, teams: 4, split: 2, batch: 1, bias: true },
+    { outs: [37, 20], inFeatures: 384, groupSize: 128, rows: 2, teams: 2, split: 1, batch: 2, bias: false },
+  ])('int4 products of one dispatch %o', async (v) => {
+    const { outs, inFeatures, batch } = v;
+    const weights = outs.map((out) => randomWeight(out, inFeatures, v.groupSize));
+    const biases = outs.map((out) => normals(out));
+    const inputs = outs.map(() => chunks(normals(batch * inFeatures)));
+    const linears = await Promise.all(
+      weights.map(async (weight) => ownLinear(await backend.loadLinear({ kind: 'quantized', weight }))),
+    );
+    const variant = { ...v, f16, shuffle, residual: false, products: outs.length };
+    const stride = outs.reduce((a, b) => a + b);
+    const y = backend.gpu.buffer(batch * stride * 4);
+    const name = (base: string, i: number): string => (i === 0 ? base : `${base}${i}`);
+    const buffers = Object.fromEntries(
+      linears.flatMap((linear, i) => [
+        [name('w', i), linear.weights],
+        [name('grid', i), linear.grids],
+        [name('bias', i), toGpu(biases[i])],
+      ]),
+    );
+    backend.gpu.dispatch(
+      gemvKernel(variant),
+      {
+        ...buffers,
+        x: toGpu(Uint16Array.from(inputs.flatMap((x) => [...x.x]))),
+        factors: toGpu(Float32Array.from(inputs.flatMap((x) => [...x.factors]))),
+        y,
+      } as Record<'w' | 'grid' | 'bias' | 'x' | 'factors' | 'y' | 'residual', GPUBuffer>,
+      {
+        chunks: inFeatures / 32,
+        stride,
+        column: 0,
+        first: 0,
+        ...(Object.fromEntries(outs.map((out, i) => [name('outFeatures', i), out])) as Record<'outFeatures', number>),
+      },
+      [gemvGroups(variant, outs)],
+    );
+    const got = await floats(y, batch * stride);
+    let column = 0;
+    for (const [i, out] of outs.entries()) {
+      const w = dequantized(weights[i]);
+      for (let b = 0; b < batch; b++)
+        for (let r = 0; r < out; r++) {
+          let want = v.bias ? biases[i][r] : 0;
+          let norm = 0;
+          for (let c = 0; c < inFeatures; c++) {
+            const term = w[r * inFeatures + c] * inputs[i].value[b * inFeatures + c];
+            want += term;
+            norm += term * term;
+          }
+          const tolerance = (f16 ? 64 * F16 : 2 ** -18) * Math.sqrt(norm) + 1e-5;
+          expect(Math.abs(got[b * stride + column + r] - want), `product ${i}, row ${r} of ${b}`).toBeLessThan(
+            tolerance,
+          );
+        }
+      column += out;
+    }
+  });
+
   it.each([1, 3])('16-bit product with %i rows', async (batch) => {
     const [out, inFeatures] = [29, 416];
     const w = normals(out * inFeatures, 0.05).map(roundToF16);
@@ -169,18 +232,12 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       }
   });
 
-  function transforms(
-    channels: number,
-    groupSize: number,
-    krot: number,
-    count: number,
-    xor = false,
-  ): PairwiseTransform[] {
+  function transforms(channels: number, groupSize: number, krot: number, count: number): PairwiseTransform[] {
     return Array.from({ length: count }, (_, t) => ({
       channels,
       groupSize,
       krot,
-      pairs: (xor ? xorPairs : randomPairs)(channels, groupSize, krot, rng.fork(t)),
+      pairs: randomPairs(channels, groupSize, krot, rng.fork(t)),
       theta: normals((krot * channels) / 2, 1.5),
       channelScales: normals(channels).map((e) => Math.exp(0.3 * e)),
     }));
@@ -204,42 +261,35 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     'activations from %s',
     (source) => {
       it.each([
-        { channels: 640, groupSize: 128, krot: 8, count: 1, batch: 1 },
-        { channels: 640, groupSize: 128, krot: 8, count: 2, batch: 1, xor: true },
-        { channels: 192, groupSize: 64, krot: 5, count: 1, batch: 2, xor: true },
-        { channels: 160, groupSize: 32, krot: 8, count: 1, batch: 1, xor: true },
-        { channels: 384, groupSize: 64, krot: 3, count: 2, batch: 2 },
-        { channels: 352, groupSize: 32, krot: 8, count: 1, batch: 2 },
-        { channels: 256, groupSize: 128, krot: 0, count: 1, batch: 1 },
-      ])('%o', async ({ channels, groupSize, krot, count, batch, xor }: ActivationCase) => {
+        { channels: 640, groupSize: 128, krot: 8, count: 1, batch: 1, threads: 128 },
+        { channels: 384, groupSize: 64, krot: 5, count: 2, batch: 2, threads: 256 },
+        { channels: 224, groupSize: 32, krot: 3, count: 1, batch: 1, threads: 256 },
+        { channels: 160, groupSize: 32, krot: 8, count: 1, batch: 2, threads: 128 },
+        { channels: 192, groupSize: 64, krot: 0, count: 1, batch: 2, threads: 256 },
+      ])('%o', async ({ channels, groupSize, krot, count, batch, threads }: ActivationCase) => {
         const [splits, headDim] = [3, 32];
         const eps = 1e-5;
         const width = source === 'silu' ? 2 * channels : source === 'attention' ? splits * channels : channels;
         const input = normals(batch * width);
         const stats = Float32Array.from({ length: (2 * batch * splits * channels) / headDim }, () => 1 + rng.uniform());
-        const ts = transforms(channels, groupSize, krot, count, xor);
-        const tables = ts.map((t) => rotationTable(t));
-        const pairing = tables[0].pairing;
-        expect(pairing).toBe(xor || krot === 0 ? 'xor' : 'any');
-        const gain = ts.map((t) => t.channelScales);
-        const variant = { f16, shuffle, source, krot, pairing, groupSize, splits, headDim };
+        const ts = transforms(channels, groupSize, krot, count);
+        const gain = toGpu(Float32Array.from(ts.flatMap((t) => [...t.channelScales])));
         const x = backend.gpu.buffer(count * batch * channels * 2);
         const factors = backend.gpu.buffer((count * batch * channels) / 4);
+        const table = toGpu(Uint32Array.from(ts.flatMap((t) => [...rotationTable(t)])));
+        const buffers = {
+          source: toGpu(input),
+          ...(source === 'attention' && { stats: toGpu(stats) }),
+          gain,
+          table,
+          x,
+          factors,
+        };
         backend.gpu.dispatch(
-          activationKernel(variant),
-          {
-            source: toGpu(input),
-            ...(source === 'attention' && { stats: toGpu(stats) }),
-            gain: toGpu(Float32Array.from(gain.flatMap((g) => [...g]))),
-            ...(krot > 0 && {
-              table: toGpu(Uint32Array.from(tables.flatMap((t) => [...t.table]))),
-              masks: toGpu(Uint32Array.from(tables.flatMap((t) => [...t.masks]))),
-            }),
-            x,
-            factors,
-          } as Record<'source' | 'stats' | 'gain' | 'table' | 'masks' | 'x' | 'factors', GPUBuffer>,
-          { channels, eps, krot },
-          [activationGroups(channels, groupSize), batch, count],
+          activationKernel({ shuffle, source, stages: stagesOf(krot), threads, splits, headDim }),
+          buffers as Record<keyof typeof buffers | 'stats', GPUBuffer>,
+          { channels, eps },
+          [activationGroups(channels), batch, count],
         );
         const gotX = new Uint16Array(await backend.gpu.read(x, 0, count * batch * channels * 2));
         const gotF = await floats(factors, (count * batch * channels) / 16);
@@ -262,7 +312,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
                 }
                 values[c] /= sum;
               }
-              values[c] *= gain[t][c];
+              values[c] *= ts[t].channelScales[c];
             }
             const want = rotated(values, ts[t]);
             for (let c = 0; c < channels; c += 32) {
@@ -273,8 +323,9 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
                 const normal = f16BitsToF32(gotX[at + i]);
                 sum += normal;
                 expect(Math.abs(normal)).toBeLessThanOrEqual(1);
-                // Table angles are good to 2⁻¹³ each, over krot rotations of values up to a few times top.
-                expect(Math.abs(normal * top - want[c + i])).toBeLessThan(top * (F16 + 4 * krot * 2 ** -13) + 1e-6);
+                // Factors are good to 2⁻¹⁷, for values up to a few times top.
+                const angles = 4 * krot * 2 ** -17;
+                expect(Math.abs(normal * top - want[c + i])).toBeLessThan(top * (F16 + angles) + 1e-6);
               }
               expect(Math.abs(gotF[at / 16 + 1] - sum)).toBeLessThan(1e-4);
             }
@@ -283,107 +334,210 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     },
   );
 
+  interface AttentionShape {
+    readonly heads: number;
+    readonly kvHeads: number;
+    readonly headDim: number;
+    readonly rotaryDim: number;
+    readonly qkNorm: boolean;
+    readonly window: number;
+  }
+
+  /** Random inputs of an attention kernel, and what should come of them. */
+  function attentionCase(v: AttentionShape, position: number) {
+    const { heads, kvHeads, headDim, rotaryDim, window } = v;
+    const [batch, capacity, eps, scale] = [2, 96, 1e-6, headDim ** -0.5];
+    const width = (heads + 2 * kvHeads) * headDim;
+    const positions = Uint32Array.of(position, Math.max(0, position - 1));
+    const qkv = normals(batch * width);
+    const keys = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
+    const values = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
+    // What lies past a sequence's tokens is whatever was there before.
+    for (let head = 0; head < batch * kvHeads; head++) {
+      const from = head * capacity + positions[Math.floor(head / kvHeads)];
+      for (const data of [keys, values]) data.fill(NaN, from * headDim, (head + 1) * capacity * headDim);
+    }
+    const [qNorm, kNorm] = [normals(headDim), normals(headDim)];
+    const rope = new Float32Array(capacity * rotaryDim);
+    for (let p = 0; p < capacity; p++)
+      for (let d = 0; d < rotaryDim / 2; d++) {
+        const angle = p * 100 ** ((-2 * d) / rotaryDim);
+        rope.set([Math.cos(angle), Math.sin(angle)], ((p * rotaryDim) / 2) * 2 + 2 * d);
+      }
+    const head = (b: number, index: number, norm: Float32Array | undefined, turn: boolean): Float64Array => {
+      const x = Float64Array.from(qkv.subarray(b * width + index * headDim, b * width + (index + 1) * headDim));
+      if (norm && v.qkNorm) {
+        const mean = x.reduce((s, e) => s + e * e, 0) / headDim;
+        for (let d = 0; d < headDim; d++) x[d] *= norm[d] / Math.sqrt(mean + eps);
+      }
+      for (let d = 0; turn && d < rotaryDim / 2; d++) {
+        const [c, s] = rope.subarray(positions[b] * rotaryDim + 2 * d);
+        const [a, e] = [x[d], x[d + rotaryDim / 2]];
+        x[d] = a * c - e * s;
+        x[d + rotaryDim / 2] = e * c + a * s;
+      }
+      return x;
+    };
+    /** [batch, heads, headDim]. */
+    const want: Float64Array[] = [];
+    /** [batch, kvHeads, headDim] at `position`. */
+    const newKeys: Float64Array[] = [];
+    for (let b = 0; b < batch; b++) {
+      for (let kv = 0; kv < kvHeads; kv++) newKeys.push(head(b, heads + kv, kNorm, true));
+      for (let h = 0; h < heads; h++) {
+        const kv = Math.floor(h / (heads / kvHeads));
+        const q = head(b, h, qNorm, true);
+        const newValue = head(b, heads + kvHeads + kv, undefined, false);
+        const p = positions[b];
+        const out = new Float64Array(headDim);
+        let total = 0;
+        for (let t = window > 0 ? Math.max(0, p + 1 - window) : 0; t <= p; t++) {
+          const at = ((b * kvHeads + kv) * capacity + t) * headDim;
+          const key = t === p ? newKeys[b * kvHeads + kv] : keys.subarray(at, at + headDim);
+          const value = t === p ? newValue : values.subarray(at, at + headDim);
+          let score = 0;
+          for (let d = 0; d < headDim; d++) score += q[d] * key[d];
+          const weight = Math.exp(score * scale);
+          total += weight;
+          for (let d = 0; d < headDim; d++) out[d] += weight * value[d];
+        }
+        want.push(out.map((e) => e / total));
+      }
+    }
+    const bits = (data: Float32Array): Uint16Array => Uint16Array.from(data, f32ToF16Bits);
+    const buffers = {
+      qkv: toGpu(qkv),
+      ...(v.qkNorm && { qNorm: toGpu(qNorm), kNorm: toGpu(kNorm) }),
+      rope: toGpu(rope),
+      positions: toGpu(positions),
+      keys: toGpu(bits(keys)),
+      values: toGpu(bits(values)),
+    } as Record<'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values', GPUBuffer>;
+    const checkKeys = async (): Promise<void> => {
+      const got = new Uint16Array(await backend.gpu.read(buffers.keys, 0, keys.length * 2));
+      for (const [i, key] of newKeys.entries()) {
+        const at = (i * capacity + positions[Math.floor(i / kvHeads)]) * headDim;
+        for (let d = 0; d < headDim; d++)
+          expect(Math.abs(f16BitsToF32(got[at + d]) - key[d])).toBeLessThan(2 * F16 * (1 + Math.abs(key[d])));
+      }
+    };
+    return { batch, capacity, eps, scale, want, buffers, checkKeys };
+  }
+
   describe.each([
-    { heads: 4, kvHeads: 2, headDim: 32, rotaryDim: 32, qkNorm: true, splits: 2, window: 0 },
-    { heads: 6, kvHeads: 1, headDim: 16, rotaryDim: 16, qkNorm: false, splits: 1, window: 5 },
-    { heads: 8, kvHeads: 2, headDim: 64, rotaryDim: 64, qkNorm: true, splits: 3, window: 0 },
-    { heads: 2, kvHeads: 2, headDim: 128, rotaryDim: 64, qkNorm: false, splits: 2, window: 40 },
+    {
+      heads: 4,
+      kvHeads: 2,
+      headDim: 32,
+      rotaryDim: 32,
+      qkNorm: true,
+      splits: 2,
+      window: 0,
+      together: 2,
+      teams: 4,
+      unroll: 4,
+    },
+    {
+      heads: 6,
+      kvHeads: 1,
+      headDim: 16,
+      rotaryDim: 16,
+      qkNorm: false,
+      splits: 1,
+      window: 5,
+      together: 3,
+      teams: 2,
+      unroll: 2,
+    },
+    {
+      heads: 8,
+      kvHeads: 2,
+      headDim: 64,
+      rotaryDim: 64,
+      qkNorm: true,
+      splits: 3,
+      window: 0,
+      together: 4,
+      teams: 4,
+      unroll: 4,
+    },
+    {
+      heads: 2,
+      kvHeads: 2,
+      headDim: 128,
+      rotaryDim: 64,
+      qkNorm: false,
+      splits: 2,
+      window: 40,
+      together: 1,
+      teams: 8,
+      unroll: 1,
+    },
   ])('attention %o', (v) => {
     it.each([0, 1, 7, 90])('after %i tokens', async (position) => {
-      const { heads, kvHeads, headDim, rotaryDim, splits, window } = v;
-      const [batch, capacity, eps, scale] = [2, 96, 1e-6, headDim ** -0.5];
-      const width = (heads + 2 * kvHeads) * headDim;
-      const positions = Uint32Array.of(position, Math.max(0, position - 1));
-      const qkv = normals(batch * width);
-      const keys = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
-      const values = normals(batch * kvHeads * capacity * headDim).map(roundToF16);
-      // What lies past a sequence's tokens is whatever was there before.
-      for (let head = 0; head < batch * kvHeads; head++) {
-        const from = head * capacity + positions[Math.floor(head / kvHeads)];
-        for (const data of [keys, values]) data.fill(NaN, from * headDim, (head + 1) * capacity * headDim);
-      }
-      const [qNorm, kNorm] = [normals(headDim), normals(headDim)];
-      const rope = new Float32Array(capacity * rotaryDim);
-      for (let p = 0; p < capacity; p++)
-        for (let d = 0; d < rotaryDim / 2; d++) {
-          const angle = p * 100 ** ((-2 * d) / rotaryDim);
-          rope.set([Math.cos(angle), Math.sin(angle)], ((p * rotaryDim) / 2) * 2 + 2 * d);
-        }
-      const bits = (data: Float32Array): Uint16Array => Uint16Array.from(data, f32ToF16Bits);
-      const [keyBuffer, valueBuffer] = [toGpu(bits(keys)), toGpu(bits(values))];
+      const { heads, headDim, splits } = v;
+      const { batch, capacity, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
       const out = backend.gpu.buffer(batch * heads * splits * headDim * 4);
       const stats = backend.gpu.buffer(batch * heads * splits * 8);
       const variant = { ...v, shuffle };
       backend.gpu.dispatch(
         decodeAttentionKernel(variant),
-        {
-          qkv: toGpu(qkv),
-          ...(v.qkNorm && { qNorm: toGpu(qNorm), kNorm: toGpu(kNorm) }),
-          rope: toGpu(rope),
-          positions: toGpu(positions),
-          keys: keyBuffer,
-          values: valueBuffer,
-          out,
-          stats,
-        } as Record<'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats', GPUBuffer>,
+        { ...buffers, out, stats },
         { capacity, scale, eps },
         attentionGroups(variant, batch),
       );
       const gotOut = await floats(out, batch * heads * splits * headDim);
       const gotStats = await floats(stats, batch * heads * splits * 2);
-      const gotKeys = new Uint16Array(await backend.gpu.read(keyBuffer, 0, keys.length * 2));
+      await checkKeys();
+      for (let h = 0; h < batch * heads; h++) {
+        let [top, sum] = [-Infinity, 0];
+        const got = new Float64Array(headDim);
+        for (let s = 0; s < splits; s++) top = Math.max(top, gotStats[2 * (h * splits + s)]);
+        for (let s = 0; s < splits; s++) {
+          const at = h * splits + s;
+          if (gotStats[2 * at + 1] === 0) continue;
+          const weight = Math.exp(gotStats[2 * at] - top);
+          sum += weight * gotStats[2 * at + 1];
+          for (let d = 0; d < headDim; d++) got[d] += weight * gotOut[at * headDim + d];
+        }
+        // The new key and value are rounded to f16, as they are stored: scores move by F16·|q|·|k|·scale.
+        for (let d = 0; d < headDim; d++) expect(Math.abs(got[d] / sum - want[h][d])).toBeLessThan(30 * F16);
+      }
+    });
+  });
 
-      const head = (b: number, index: number, norm: Float32Array | undefined, turn: boolean): Float64Array => {
-        const x = Float64Array.from(qkv.subarray(b * width + index * headDim, b * width + (index + 1) * headDim));
-        if (norm && v.qkNorm) {
-          const mean = x.reduce((s, e) => s + e * e, 0) / headDim;
-          for (let d = 0; d < headDim; d++) x[d] *= norm[d] / Math.sqrt(mean + eps);
+  describe.each([
+    { heads: 4, kvHeads: 2, headDim: 128, rotaryDim: 128, qkNorm: true, window: 0, teams: 8, unroll: 2, krot: 8 },
+    { heads: 2, kvHeads: 2, headDim: 128, rotaryDim: 64, qkNorm: false, window: 30, teams: 8, unroll: 1, krot: 0 },
+  ])('attention of whole heads %o', (v) => {
+    it.each([0, 1, 31, 90])('after %i tokens', async (position) => {
+      const { heads, headDim, krot } = v;
+      const { batch, capacity, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
+      const channels = heads * headDim;
+      const [transform] = transforms(channels, 64, krot, 1);
+      const x = backend.gpu.buffer(batch * channels * 2);
+      const factors = backend.gpu.buffer((batch * channels) / 4);
+      const table = toGpu(rotationTable(transform));
+      backend.gpu.dispatch(
+        wholeAttentionKernel({ ...v, shuffle, stages: stagesOf(krot) }),
+        { ...buffers, gain: toGpu(transform.channelScales), table, x, factors },
+        { capacity, channels, scale, eps },
+        [heads, batch],
+      );
+      const gotX = new Uint16Array(await backend.gpu.read(x, 0, batch * channels * 2));
+      const gotF = await floats(factors, (batch * channels) / 16);
+      await checkKeys();
+      for (let b = 0; b < batch; b++) {
+        const attended = Float64Array.from(want.slice(b * heads, (b + 1) * heads).flatMap((e) => [...e]));
+        const turned = rotated(
+          attended.map((e, c) => e * transform.channelScales[c]),
+          transform,
+        );
+        for (let c = 0; c < channels; c++) {
+          const got = f16BitsToF32(gotX[b * channels + c]) * gotF[2 * ((b * channels + c) >> 5)];
+          expect(Math.abs(got - turned[c])).toBeLessThan(100 * F16);
         }
-        for (let d = 0; turn && d < rotaryDim / 2; d++) {
-          const [c, s] = rope.subarray(positions[b] * rotaryDim + 2 * d);
-          const [a, e] = [x[d], x[d + rotaryDim / 2]];
-          x[d] = a * c - e * s;
-          x[d + rotaryDim / 2] = e * c + a * s;
-        }
-        return x;
-      };
-      for (let b = 0; b < batch; b++)
-        for (let h = 0; h < heads; h++) {
-          const kv = Math.floor(h / (heads / kvHeads));
-          const q = head(b, h, qNorm, true);
-          const newKey = head(b, heads + kv, kNorm, true);
-          const newValue = head(b, heads + kvHeads + kv, undefined, false);
-          const p = positions[b];
-          const want = new Float64Array(headDim);
-          let total = 0;
-          for (let t = window > 0 ? Math.max(0, p + 1 - window) : 0; t <= p; t++) {
-            const at = ((b * kvHeads + kv) * capacity + t) * headDim;
-            const key = t === p ? newKey : keys.subarray(at, at + headDim);
-            const value = t === p ? newValue : values.subarray(at, at + headDim);
-            let score = 0;
-            for (let d = 0; d < headDim; d++) score += q[d] * key[d];
-            const weight = Math.exp(score * scale);
-            total += weight;
-            for (let d = 0; d < headDim; d++) want[d] += weight * value[d];
-            if (t === p)
-              for (let d = 0; d < headDim; d++)
-                expect(Math.abs(f16BitsToF32(gotKeys[at + d]) - newKey[d])).toBeLessThan(
-                  2 * F16 * (1 + Math.abs(newKey[d])),
-                );
-          }
-          let [top, sum] = [-Infinity, 0];
-          const got = new Float64Array(headDim);
-          for (let s = 0; s < splits; s++) top = Math.max(top, gotStats[2 * ((b * heads + h) * splits + s)]);
-          for (let s = 0; s < splits; s++) {
-            const at = (b * heads + h) * splits + s;
-            if (gotStats[2 * at + 1] === 0) continue;
-            const weight = Math.exp(gotStats[2 * at] - top);
-            sum += weight * gotStats[2 * at + 1];
-            for (let d = 0; d < headDim; d++) got[d] += weight * gotOut[at * headDim + d];
-          }
-          // The new key and value are rounded to f16, as they are stored: scores move by F16·|q|·|k|·scale.
-          for (let d = 0; d < headDim; d++) expect(Math.abs(got[d] / sum - want[d] / total)).toBeLessThan(30 * F16);
-        }
+      }
     });
   });
 

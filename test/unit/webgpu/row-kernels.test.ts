@@ -188,7 +188,7 @@ describe.skipIf(webgpuMissing)('whole-row kernels', () => {
           bias: linear.weights,
         },
         { chunks: inFeatures / 32, outFeatures, stride: outFeatures, column: 0, first: 0 },
-        [Math.ceil(outFeatures / gemvRowsPerGroup({ ...variant, residual: true, bias: false }))],
+        [Math.ceil(outFeatures / gemvRowsPerGroup(variant))],
       );
       const got = new Float32Array(await gpu.read(y, 0, batch * outFeatures * 4));
       for (let b = 0; b < batch; b++)

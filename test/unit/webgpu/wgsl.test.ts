@@ -2,16 +2,18 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { activationKernel } from '../../../src/backends/webgpu/fast/activations.js';
 import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
+import { wholeAttentionKernel } from '../../../src/backends/webgpu/fast/attention-whole.js';
 import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
 import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
 import { flashKernel } from '../../../src/backends/webgpu/fast/flash.js';
-import { GEMM_TILES, gemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
+import { GEMM_TILES, gemmKernel, scaledGemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
 import { gemvKernel } from '../../../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js';
 import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
 import { rotateDenseKernel } from '../../../src/backends/webgpu/fast/rotate-dense.js';
 import { embedTokensKernel, samplePickKernel, sampleSpansKernel } from '../../../src/backends/webgpu/fast/sample.js';
 import { narrowKernel } from '../../../src/backends/webgpu/kernels/convert.js';
+import { packColumnsKernel, packRowsKernel } from '../../../src/backends/webgpu/kernels/half-operands.js';
 import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js';
 import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
@@ -25,6 +27,11 @@ const bools = [false, true];
 const llama = signsOf(hadamardTransform(14336).base);
 const kernels: Kernel[] = [
   ...(['f16', 'bf16', 'f32'] as const).map(embedTokensKernel),
+  packRowsKernel,
+  packColumnsKernel(),
+  ...GEMM_TILES.map((tile) =>
+    scaledGemmKernel({ ...tile, weights: 'f16', groupSize: 0, bias: false, residual: false }),
+  ),
   sampleSpansKernel,
   samplePickKernel,
   ...bools.flatMap((f16) =>
@@ -32,20 +39,26 @@ const kernels: Kernel[] = [
       ...[1, 2, 4].map((split) =>
         gemvKernel({ f16, shuffle, rows: 4, teams: 4, split, batch: 2, groupSize: 128, residual: true, bias: true }),
       ),
+      ...bools.map((bias) =>
+        gemvKernel({
+          f16,
+          shuffle,
+          rows: 4,
+          teams: 4,
+          split: 2,
+          batch: 1,
+          groupSize: 64,
+          residual: false,
+          bias,
+          products: 3,
+        }),
+      ),
       ...(['f16', 'bf16'] as const).map((weights) =>
         denseGemvKernel({ f16, shuffle, rows: 4, teams: 2, batch: 2, weights }),
       ),
       ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
-        [32, 64, 128].flatMap((groupSize) =>
-          (
-            [
-              ['any', 0],
-              ['any', 8],
-              ['xor', 8],
-            ] as const
-          ).map(([pairing, krot]) =>
-            activationKernel({ f16, shuffle, source, krot, pairing, groupSize, splits: 4, headDim: 128 }),
-          ),
+        [0, 4].flatMap((stages) =>
+          [128, 256].map((threads) => activationKernel({ shuffle, source, stages, threads, splits: 5, headDim: 64 })),
         ),
       ),
       ...[16, 64, 128, 256].map((headDim) =>
@@ -58,7 +71,25 @@ const kernels: Kernel[] = [
           qkNorm: true,
           splits: 4,
           window: 0,
+          together: 4,
+          teams: 4,
+          unroll: 4,
         }),
+      ),
+      ...[8, 32].flatMap((teams) =>
+        bools.map((qkNorm) =>
+          wholeAttentionKernel({
+            shuffle,
+            heads: 8,
+            kvHeads: 2,
+            rotaryDim: 128,
+            qkNorm,
+            window: 0,
+            teams,
+            unroll: 2,
+            stages: qkNorm ? 4 : 0,
+          }),
+        ),
       ),
     ]),
   ),
@@ -72,6 +103,7 @@ const kernels: Kernel[] = [
           tileK: 256,
           depth,
           stagger: true,
+          guard: depth > 1,
           columns,
           weights,
           groupSize: 128,

@@ -1,22 +1,20 @@
 // What stands before an int4 product, in one dispatch: a source (RMSNorm, SiLU·mul, attention's parts, or a plain vector), the
-// transform (scale + K rotations), and the normalised f16 chunks that gemv.ts reads.
+// transform (scale + K rotations), and the normalised f16 chunks that gemv.ts reads. A thread per channel, a workgroup per 128 channels.
 //
-// A group of 32, 64 or 128 channels lives in the registers of 32 lanes, a rotation exchanges values by subgroup shuffles:
-// no workgroup barrier, no memory between rotations. Where a rotation pairs channel c with c xor m (as our recipes choose
-// pairs), a lane's partners are all in one other lane: one vector shuffle, and 2 bytes of table per channel; other pairs
-// take a shuffle per channel and 4 bytes. Tables and gains are asked for before the norm's sum, to be there after it. Bytes
-// per row: the source once (RMSNorm: once more per workgroup), the tables, 2 out. Subgroups of fewer than 32 lanes exchange
-// through workgroup memory instead.
+// Rotations go two at a time: one after the other they give each channel as a sum of four, itself, its partner in the first, its
+// partner in the second, and that one's partner in the first. Eight rotations are four such stages, whatever the pairs: four fused
+// multiply-adds and one exchange through workgroup memory each, half the exchanges that rotations one by one need, and
+// exchanges are what takes the time (latency: a step's rotations are a few thousand operations). The table holds the four
+// factors as f32 whose seven lowest bits are the channel to multiply: nothing to decode, at 16 bytes per channel and stage,
+// factors good to 2⁻¹⁷. A norm's sum of squares runs beside the first stage: rotations are linear, so that its factor may come
+// last. Bytes per row: the source once (RMSNorm: once more per workgroup), the tables, 2 out.
 import type { PairwiseTransform } from '../../../ops/backend.js';
 import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
-import { halfFeatures, halfWgsl, type Arithmetic } from './half.js';
 import { CHUNK } from './gemv.js';
 
-/** Lanes that hold a group. */
+/** Channels per workgroup: whole rotation groups of 32, 64 or 128. */
+export const SLICE = 128;
 const TEAM = 32;
-/** Groups per workgroup. */
-const TEAMS = 4;
-const THREADS = TEAM * TEAMS;
 
 /** Where the values come from. */
 export type ActivationSource =
@@ -29,341 +27,281 @@ export type ActivationSource =
   /** source [batch, channels] as it is. */
   | 'plain';
 
-/** How rotations pair channels: any way, or channel c of a group with c xor a mask of the group and rotation. */
-export type Pairing = 'any' | 'xor';
-
 /** A variant of {@link activationKernel}. */
-export interface ActivationVariant extends Arithmetic {
+export interface ActivationVariant {
+  /** Reduce by subgroup shuffles (subgroups of at least 32 lanes), else through workgroup memory. */
   readonly shuffle: boolean;
   readonly source: ActivationSource;
-  /** Rotations; 0 applies the gain alone. At most 8 with xor pairing. */
-  readonly krot: number;
-  readonly pairing: Pairing;
-  /** Channels per group: 32, 64 or 128; divides the channels. */
-  readonly groupSize: number;
-  /** For source `attention`: its shape. */
+  /** Pairs of rotations; 0 applies the gain alone. */
+  readonly stages: number;
+  /** Threads per workgroup: a multiple of 128. More share a norm's sum and the combination of attention's parts. */
+  readonly threads: number;
+  /** For source `attention`: its shape; headDim a multiple of 4. */
   readonly splits?: number;
   readonly headDim?: number;
 }
 
-type Buffers = 'source' | 'stats' | 'gain' | 'table' | 'masks' | 'x' | 'factors';
+type Buffers = 'source' | 'stats' | 'gain' | 'table' | 'x' | 'factors';
 
 /** Workgroups per row and transform. */
-export const activationGroups = (channels: number, groupSize: number): number =>
-  Math.ceil(channels / groupSize / TEAMS);
+export const activationGroups = (channels: number): number => Math.ceil(channels / SLICE);
 
-const list = (n: number, f: (s: number) => string, separator = ', '): string =>
-  Array.from({ length: n }, (_, s) => f(s)).join(separator);
+/** Pairs of rotations of a transform. */
+export const stagesOf = (krot: number): number => Math.ceil(krot / 2);
+
+const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
+  Array.from({ length: n }, (_, i) => f(i)).join(separator);
+
+/** Loads of a norm's row that a thread has in flight. */
+const LOADS = 8;
 
 /**
- * Dispatch: x = {@link activationGroups}, y = batch, z = transforms. Buffers: gain [transforms, channels] f32; table and masks
- * per transform, see {@link rotationTable}; x [transforms, batch, channels] f16; factors [transforms, batch, channels/32].
+ * Dispatch: x = {@link activationGroups}, y = batch, z = transforms. Buffers: gain [transforms, channels] f32; table [transforms, stages,
+ * channels] of {@link rotationTable}; x [transforms, batch, channels] f16; factors [transforms, batch, channels/32].
  */
-export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channels' | 'eps' | 'krot'> {
-  const slots = v.groupSize / TEAM;
-  const vector = slots === 1 ? 'f32' : `vec${slots}<f32>`;
-  const xor = v.krot > 0 && v.pairing === 'xor';
-  const value: Record<ActivationSource, string> = {
-    norm: 'source[b * width + at] * scale',
-    silu: 'silu(source[b * 2u * width + at]) * source[(b * 2u + 1u) * width + at]',
-    attention: 'combined(b, first)',
-    plain: 'source[b * width + at]',
-  };
-  const splits = v.splits ?? 1;
+export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channels' | 'eps'> {
+  const { stages, threads, shuffle } = v;
+  const teams = threads / TEAM;
+  const wide = v.source === 'norm' || v.source === 'attention';
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
-    source: read(vector),
+    source: read(wide ? 'vec4<f32>' : 'f32'),
     ...(v.source === 'attention' ? { stats: read('vec2<f32>') } : {}),
-    gain: read(vector),
-    ...(v.krot > 0 ? { table: read(tableType(v, slots)) } : {}),
-    ...(xor ? { masks: read('vec2<u32>') } : {}),
-    x: write(slots === 4 ? 'vec2<u32>' : 'u32'),
+    gain: read('f32'),
+    ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
+    x: write('u32'),
     factors: write('vec2<f32>'),
   };
-  return defineKernel<Buffers, 'channels' | 'eps' | 'krot'>({
-    name: `activations.${v.source}.k${v.krot}${xor ? 'x' : ''}.g${v.groupSize}${v.f16 ? '' : '.f32'}`,
-    features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
+  const own: Record<ActivationSource, string> = {
+    norm: 'source[(b * params.channels + at) / 4u][at & 3u]',
+    silu: 'silu(source[b * 2u * params.channels + at]) * source[(b * 2u + 1u) * params.channels + at]',
+    attention: 'combined(b, first, local)',
+    plain: 'source[b * params.channels + at]',
+  };
+  return defineKernel<Buffers, 'channels' | 'eps'>({
+    name: `activations.${v.source}.s${stages}.t${threads}${v.source === 'attention' ? `.p${v.splits ?? 1}` : ''}`,
+    features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<Buffers, BufferSpec>,
-    params: { channels: 'u32', eps: 'f32', krot: 'u32' },
+    params: { channels: 'u32', eps: 'f32' },
     body: /* wgsl */ `
-${halfWgsl(v)}
-// The channels of a lane.
-alias V = ${vector};
-const SLOTS = ${slots}u;
-${v.source === 'norm' ? `var<workgroup> sums: array<f32, ${THREADS}>;` : ''}
-${v.shuffle ? '' : `var<workgroup> shared_x: array<f32, ${v.groupSize * TEAMS}>;\nvar<workgroup> shared_r: array<f32, ${THREADS}>;`}
+${memory(v)}
+${v.source === 'norm' ? `var<workgroup> sums: array<f32, ${shuffle ? teams : threads}>;` : ''}
+${v.source === 'attention' ? combination(v) : ''}
+fn silu(g: f32) -> f32 { return g / (1.0 + exp(-g)); }
 
-${v.krot > 0 ? `var<workgroup> entries: array<${tableType(v, slots)}, ${v.krot * THREADS}>;` : ''}
-
-fn silu(g: V) -> V { return g / (1.0 + exp(-g)); }
-fn squared(e: V) -> f32 { return ${slots === 1 ? 'e * e' : 'dot(e, e)'}; }
-${
-  v.source === 'attention'
-    ? /* wgsl */ `
-const SPLITS = ${splits}u;
-const HEAD = ${v.headDim ?? 1}u;
-// Attention's parts of the head that the lane's channels, from c on, belong to: Σ exp(max − top) · part / Σ exp(max − top) · sum.
-fn combined(b: u32, c: u32) -> V {
-  let head = (b * (params.channels / HEAD) + c / HEAD) * SPLITS;
-  let at = head * (HEAD / SLOTS) + (c % HEAD) / SLOTS;
-${list(splits, (s) => `  let p${s} = stats[head + ${s}u]; let e${s} = source[at + ${s}u * (HEAD / SLOTS)];`, '\n')}
-  var top = p0.x;
-${list(splits, (s) => `  top = max(top, p${s}.x);`, '\n')}
-  var sum = 0.0;
-  var out = V();
-  // Parts without keys were not written: their values may be anything, infinities too.
-${list(splits, (s) => `  { let w = select(0.0, exp(p${s}.x - top), p${s}.y > 0.0); sum = fma(w, p${s}.y, sum); out += select(V(), w * e${s}, w > 0.0); }`, '\n')}
-  return out / sum;
-}`
-    : ''
-}
-
-@compute @workgroup_size(${THREADS})
+@compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>,
-        @builtin(local_invocation_index) local: u32${v.shuffle ? ', @builtin(subgroup_invocation_id) sg: u32' : ''}) {
-  let lane = local & 31u;
-  let team = local >> 5u;
+        @builtin(local_invocation_index) local: u32) {
   let b = wg.y;
-  let groups = params.channels / ${v.groupSize}u;
-  let width = params.channels / SLOTS;
-  let inside = wg.x * ${TEAMS}u + team < groups;
-  let group = select(0u, wg.x * ${TEAMS}u + team, inside);
-  let first = group * ${v.groupSize}u + lane * SLOTS;
-  let at = first / SLOTS;
-  let own = gain[wg.z * width + at];
-${v.krot > 0 ? tableLoads(v, slots) : ''}
+  let first = wg.x * ${SLICE}u;
+  let lane = local & ${SLICE - 1}u;
+  let inside = ${threads > SLICE ? `local < ${SLICE}u && ` : ''}first + lane < params.channels;
+  let at = select(0u, first + lane, inside);
+${entries(v, 'wg.z')}
+  let own = gain[wg.z * params.channels + at];
+${v.source === 'norm' ? squares(v) : ''}
+  var v = own * (${own[v.source]});
+${turns(v)}
 ${
   v.source === 'norm'
-    ? /* wgsl */ `
-  var squares = 0.0;
-  // Several loads in flight: the sum waits for memory, not for its own additions.
-  var c = local;
-  for (; c + ${3 * THREADS}u < width; c += ${4 * THREADS}u) {
-${list(4, (i) => `    let e${i}_ = source[b * width + c + ${i * THREADS}u];`, '\n')}
-    squares += squared(e0_) + squared(e1_) + squared(e2_) + squared(e3_);
-  }
-  for (; c < width; c += ${THREADS}u) { squares += squared(source[b * width + c]); }
-  ${
-    v.shuffle
-      ? `${[16, 8, 4, 2, 1].map((m) => `squares += subgroupShuffleXor(squares, ${m}u);`).join(' ')}
-  if (lane == 0u) { sums[team] = squares; }
-  workgroupBarrier();
-  squares = ${list(TEAMS, (t) => `sums[${t}]`, ' + ')};`
-      : `sums[local] = squares;
-  workgroupBarrier();
-  squares = 0.0;
-  for (var i = 0u; i < ${THREADS}u; i++) { squares += sums[i]; }`
-  }
-  let scale = inverseSqrt(squares / f32(params.channels) + params.eps);`
+    ? `${stages > 0 ? '' : '  workgroupBarrier();\n'}${
+        shuffle
+          ? `  let squares = ${list(teams, (t) => `sums[${t}]`, ' + ')};`
+          : `  var squares = 0.0;
+  for (var i = 0u; i < ${threads}u; i++) { squares += sums[i]; }`
+      }
+  v *= inverseSqrt(squares / f32(params.channels) + params.eps);`
     : ''
 }
-  var v: V = own * (${value[v.source]});
-${v.krot > 0 ? rotations(v, slots) : ''}
-${pack(v, slots)}
+${pack(v, '(wg.z * count.y + b) * params.channels + first + lane')}
 }`,
   });
 }
 
-/** Type of a lane's entry in the table. */
-function tableType(v: ActivationVariant, slots: number): string {
-  const words = v.pairing === 'xor' ? Math.max(1, slots / 2) : slots;
-  return words === 1 ? 'u32' : `vec${words}<u32>`;
+/** What the parts below depend on. */
+export type SliceVariant = Pick<ActivationVariant, 'shuffle' | 'stages' | 'threads'>;
+
+/** WGSL: workgroup memory of {@link turns} and {@link pack}. */
+export function memory({ shuffle, stages }: SliceVariant): string {
+  return `${stages > 0 ? `var<workgroup> shared_v: array<f32, ${2 * SLICE}>;` : ''}
+${shuffle ? '' : `var<workgroup> shared_r: array<f32, ${SLICE}>;`}`;
 }
 
-const slot = (name: string, s: number, slots: number): string => (slots === 1 ? name : `${name}.${'xyzw'[s]}`);
-
-/**
- * WGSL: asks for the lane's entries of every rotation and parks them in workgroup memory, each lane its own (no barrier). The
- * rotations then run in a loop that the compiler can't unroll: a dispatch runs its code once, and fetching eight copies of
- * it would take longer than running them.
- */
-function tableLoads(v: ActivationVariant, slots: number): string {
-  const entries = v.pairing === 'xor' && slots === 1 ? '(width / 2u)' : 'width';
-  const index = v.pairing === 'xor' && slots === 1 ? 'at / 2u' : 'at';
-  return `${list(v.krot, (k) => `  entries[${k * THREADS}u + local] = table[(wg.z * ${v.krot}u + ${k}u) * ${entries} + ${index}];`, '\n')}
-${v.pairing === 'xor' ? '  let mask = masks[wg.z * groups + group];' : ''}`;
+/** WGSL: asks for the entries of channel `at` in transform `transform`. */
+export function entries({ stages }: SliceVariant, transform: string): string {
+  return list(stages, (s) => `  let t${s} = table[(${transform} * ${stages}u + ${s}u) * params.channels + at];`);
 }
 
-/** WGSL: tangents `t` and signs `flip` of the half angles of rotation k from its entry e. */
-function angles(v: ActivationVariant, slots: number): string {
-  const signed = slots === 1 ? 'i32' : `vec${slots}<i32>`;
-  if (v.pairing === 'xor') {
-    const halves =
-      slots === 4
-        ? 'vec4<i32>(i32(e.x << 16u), i32(e.x), i32(e.y << 16u), i32(e.y))'
-        : slots === 2
-          ? 'vec2<i32>(i32(e << 16u), i32(e))'
-          : 'i32(e << select(16u, 0u, (lane & 1u) == 1u))';
-    const shift = slots === 1 ? '17u' : `vec${slots}(17u)`;
-    return `    let bits = ${halves};
-    let t = V(bits >> ${shift}) * ${1 / 16383};
-    let flip = select(V(1.0), V(-1.0), (bits & ${signed}(0x10000)) != ${signed}(0));`;
-  }
-  const parts = (f: (e: string) => string): string =>
-    `${slots === 1 ? '' : 'V'}(${list(slots, (s) => f(slot('e', s, slots)))})`;
-  return `    let t = ${parts((e) => `f32(i32(${e} << 16u) >> 16u)`)} * ${1 / 32767};
-    let flip = ${parts((e) => `select(1.0, -1.0, (${e} & 0x800000u) != 0u)`)};`;
-}
-
-/** WGSL: the rotation of v with its partners o; 1 / (1 + t²) as a square, since a division takes ten instructions. */
-const TURN = 'let u = t * t; let r = inverseSqrt(1.0 + u); v = flip * r * r * (2.0 * t * o + (1.0 - u) * v);';
-
-/** WGSL: xor mask of rotation k within the group. */
-const MASK = '(select(mask.y, mask.x, k < 4u) >> ((k & 3u) * 8u)) & 255u';
-
-/** WGSL: all rotations of v. */
-function rotations(v: ActivationVariant, slots: number): string {
-  const loop = (body: string): string => `  for (var k = 0u; k < params.krot; k++) {
-    let e = entries[k * ${THREADS}u + local];
-${body}
-${angles(v, slots)}
-    ${TURN}
-${v.shuffle ? '' : '    workgroupBarrier();'}
-  }`;
-  if (!v.shuffle) {
-    const partner = (s: number): string =>
-      v.pairing === 'xor' ? `((lane * SLOTS + ${s}u) ^ m)` : `((${slot('e', s, slots)} >> 16u) & 127u)`;
-    return `  let home = team * ${v.groupSize}u;
-${loop(`${v.pairing === 'xor' ? `    let m = ${MASK};` : ''}
-${list(slots, (s) => `    shared_x[home + lane * SLOTS + ${s}u] = ${slot('v', s, slots)};`, '\n')}
-    workgroupBarrier();
-    var o: V;
-${list(slots, (s) => `    ${slot('o', s, slots)} = shared_x[home + ${partner(s)}];`, '\n')}`)}`;
-  }
-  if (v.pairing === 'xor') {
-    const swaps =
-      slots === 4
-        ? 'w = select(w, w.yxwz, (m & 1u) != 0u); w = select(w, w.zwxy, (m & 2u) != 0u);'
-        : slots === 2
-          ? 'w = select(w, w.yx, (m & 1u) != 0u);'
-          : '';
-    return loop(`    let m = ${MASK};
-    var w = v; ${swaps}
-    let o = subgroupShuffle(w, sg ^ (m >> ${Math.log2(slots)}u));`);
-  }
-  const pick =
-    slots === 1
-      ? 'f'
-      : slots === 2
-        ? 'select(f.x, f.y, i == 1u)'
-        : 'select(select(f.x, f.y, i == 1u), select(f.z, f.w, i == 3u), i >= 2u)';
-  return `  let base = sg & ~31u;
-${loop(`    var o: V;
-${list(
-  slots,
-  (s) => {
-    const e = slot('e', s, slots);
-    return `    { let f = subgroupShuffle(v, base | (((${e} >> 16u) & 127u) / SLOTS)); let i = (${e} >> 16u) & ${slots - 1}u; ${slot('o', s, slots)} = ${pick}; }`;
-  },
-  '\n',
-)}`)}`;
-}
-
-/** Normalises chunks of 32 channels to |x| ≤ 1 and writes them with their factor and sum. */
-function pack(v: ActivationVariant, slots: number): string {
-  const lanes = CHUNK / slots;
-  const masks = [16, 8, 4, 2, 1].filter((m) => m < lanes);
-  const reduce = (name: string, combine: (a: string, b: string) => string, start: string): string =>
-    v.shuffle
-      ? masks.map((m) => `  ${name} = ${combine(name, `subgroupShuffleXor(${name}, ${m}u)`)};`).join('\n')
-      : `  shared_r[local] = ${name};
+/** WGSL: all stages over v, the value of the thread's channel `lane` of the slice. */
+export function turns({ stages, threads }: SliceVariant): string {
+  return list(stages, (s) => {
+    const half = `${(s & 1) * SLICE}u`;
+    const term = (e: string): string => `shared_v[${half} + (t${s}.${e} & 127u)]`;
+    return `  ${threads > SLICE ? `if (local < ${SLICE}u) ` : ''}{ shared_v[${half} + lane] = v; }
   workgroupBarrier();
-  { let home = local & ~${lanes - 1}u; ${name} = ${start};
-    for (var i = 0u; i < ${lanes}u; i++) { ${name} = ${combine(name, 'shared_r[home + i]')}; } }
-  workgroupBarrier();`;
-  const out = '((wg.z * count.y + b) * params.channels + first)';
-  const words = {
-    4: `let word = vec2<u32>(pack2x16float(n.xy), pack2x16float(n.zw));
-  var sum = dot(vec4(unpack2x16float(word.x), unpack2x16float(word.y)), vec4(1.0));`,
-    2: `let word = pack2x16float(n);
-  var sum = dot(unpack2x16float(word), vec2(1.0));`,
-    1: v.shuffle
-      ? `let word = pack2x16float(vec2(n, subgroupShuffleXor(n, 1u)));
-  var sum = unpack2x16float(word).x;`
-      : `shared_r[local] = n;
-  workgroupBarrier();
-  let word = pack2x16float(vec2(n, shared_r[local ^ 1u]));
-  workgroupBarrier();
-  var sum = unpack2x16float(word).x;`,
-  }[slots];
-  const store = {
-    4: `x[${out} / 4u] = word;`,
-    2: `x[${out} / 2u] = word;`,
-    1: `if ((lane & 1u) == 0u) { x[${out} / 2u] = word; }`,
-  }[slots];
-  const size =
-    slots === 1
-      ? 'abs(v)'
-      : slots === 2
-        ? 'max(abs(v.x), abs(v.y))'
-        : 'max(max(abs(v.x), abs(v.y)), max(abs(v.z), abs(v.w)))';
+  v = fma(bitcast<f32>(t${s}.x), v, fma(bitcast<f32>(t${s}.y), ${term('y')},
+    fma(bitcast<f32>(t${s}.z), ${term('z')}, bitcast<f32>(t${s}.w) * ${term('w')})));`;
+  });
+}
+
+/** WGSL: the threads' parts of a row's sum of squares, for `sums`, which the next barrier publishes. */
+function squares({ threads, shuffle }: ActivationVariant): string {
   return /* wgsl */ `
-  var top = ${size};
-${reduce('top', (a, b) => `max(${a}, ${b})`, '0.0')}
-  let n = v * select(1.0 / top, 0.0, top == 0.0);
-  ${words}
-${reduce('sum', (a, b) => `${a} + ${b}`, '0.0')}
-  if (inside) {
-    ${store}
-    if ((lane & ${lanes - 1}u) == 0u) { factors[${out} / ${CHUNK}u] = vec2(top, sum); }
+  let width = params.channels / 4u;
+  var square = 0.0;
+  // Several loads in flight: the sum waits for memory, not for its own additions.
+  var c = local;
+  for (; c + ${(LOADS - 1) * threads}u < width; c += ${LOADS * threads}u) {
+${list(LOADS, (i) => `    let e${i} = source[b * width + c + ${i * threads}u];`)}
+    square += ${list(LOADS, (i) => `dot(e${i}, e${i})`, ' + ')};
+  }
+  for (; c < width; c += ${threads}u) { let e = source[b * width + c]; square += dot(e, e); }
+  ${
+    shuffle
+      ? `${list(5, (i) => `square += subgroupShuffleXor(square, ${16 >> i}u);`, ' ')}
+  if ((local & 31u) == 0u) { sums[local / 32u] = square; }`
+      : 'sums[local] = square;'
   }`;
 }
 
-/** Tables of a transform; see {@link rotationTable}. */
-export interface RotationTable {
-  readonly pairing: Pairing;
-  readonly table: Uint32Array<ArrayBuffer>;
-  /** [groups, 2] words of four masks each; empty with pairing `any`. */
-  readonly masks: Uint32Array<ArrayBuffer>;
+/**
+ * WGSL: `combined`, the channel of a thread from attention's parts: Σ exp(max − top) · part / Σ exp(max − top) · sum. A team takes
+ * four channels per lane and every so-manieth part, so that the loads of all parts are in flight together.
+ */
+function combination(v: ActivationVariant): string {
+  const teams = v.threads / TEAM;
+  const splits = v.splits ?? 1;
+  const turns = Math.ceil(splits / teams);
+  return /* wgsl */ `
+const SPLITS = ${splits}u;
+const HEAD = ${v.headDim ?? 1}u;
+var<workgroup> parts: array<vec4<f32>, ${v.threads}>;
+var<workgroup> weights: array<vec2<f32>, ${v.threads}>;
+fn combined(b: u32, first: u32, local: u32) -> f32 {
+  let team = local / ${TEAM}u;
+  let c = min(first + 4u * (local % ${TEAM}u), params.channels - 4u);
+  let head = (b * (params.channels / HEAD) + c / HEAD) * SPLITS;
+  let base = head * (HEAD / 4u) + (c % HEAD) / 4u;
+${list(
+  turns,
+  (
+    i,
+  ) => `  let s${i} = min(team + ${i * teams}u, SPLITS - 1u); let p${i} = stats[head + s${i}]; let e${i} = source[base + s${i} * (HEAD / 4u)];
+  // Parts without keys may hold anything, infinities too.
+  let full${i} = p${i}.y > 0.0 && team + ${i * teams}u < SPLITS;`,
+)}
+  var top = -1e30;
+${list(turns, (i) => `  top = max(top, select(-1e30, p${i}.x, full${i}));`)}
+  var sum = 0.0;
+  var out = vec4<f32>();
+${list(turns, (i) => `  { let w = select(0.0, exp(p${i}.x - top), full${i}); sum += select(0.0, w * p${i}.y, full${i}); out += select(vec4<f32>(), w * e${i}, full${i}); }`)}
+  parts[local] = out;
+  weights[local] = vec2(top, sum);
+  workgroupBarrier();
+  let quad = (local % ${SLICE}u) / 4u;
+${list(teams, (t) => `  let w${t} = weights[${t * TEAM}u + quad];`)}
+  var whole = w0.x;
+${list(teams - 1, (t) => `  whole = max(whole, w${t + 1}.x);`)}
+  var total = 0.0;
+  var value = 0.0;
+${list(teams, (t) => `  { let w = exp(w${t}.x - whole); total = fma(w, w${t}.y, total); value = fma(w, parts[${t * TEAM}u + quad][local & 3u], value); }`)}
+  return value / total;
+}`;
 }
 
 /**
- * Rotations as the kernels read them. A half angle's tangent gives sine and cosine without trigonometry; beyond a quarter turn the
- * angle is taken half a turn further and both outputs change sign. With pairing `any` [krot, channels] words: the tangent as a
- * signed 16-bit fraction (angles to 6e-5), the partner in bits 16–22, the sign in bit 23. With `xor` [krot, channels] 16-bit
- * words: the tangent in 15 bits (angles to 1.2e-4), the sign in the lowest; and a mask per group and rotation.
+ * WGSL: normalises chunks of 32 channels of v to |x| ≤ 1 and writes them with their factor and sum, from where the expression `row`
+ * says; threads that are not `inside` write nothing.
  */
-export function rotationTable(transform: PairwiseTransform, pairing: Pairing = pairingOf(transform)): RotationTable {
-  const { channels, groupSize, krot, pairs, theta } = transform;
-  const xor = pairing === 'xor';
-  const table = new Uint32Array(xor ? (krot * channels) / 2 : krot * channels);
-  const halves = new Uint16Array(table.buffer);
-  const masks = new Uint32Array(xor ? (2 * channels) / groupSize : 0);
-  const masksBytes = new Uint8Array(masks.buffer);
-  for (let k = 0; k < krot; k++) {
-    for (let p = 0; p < channels / 2; p++) {
-      const group = Math.floor((2 * p) / groupSize);
-      const base = k * channels + group * groupSize;
-      const [i, j] = [pairs[k * channels + 2 * p], pairs[k * channels + 2 * p + 1]];
-      let angle = Math.atan2(Math.sin(theta[(k * channels) / 2 + p]), Math.cos(theta[(k * channels) / 2 + p]));
-      let flip = 0;
-      if (Math.abs(angle) > Math.PI / 2) {
-        angle -= Math.sign(angle) * Math.PI;
-        flip = 1;
-      }
-      const tangent = Math.tan(angle / 2);
-      if (xor) {
-        const t = Math.round(tangent * 16383);
-        halves[base + i] = (t << 1) | flip;
-        halves[base + j] = (-t << 1) | flip;
-        masksBytes[group * 8 + k] = i ^ j;
-      } else {
-        const t = Math.round(tangent * 32767);
-        table[base + i] = ((t & 0xffff) | (j << 16) | (flip << 23)) >>> 0;
-        table[base + j] = ((-t & 0xffff) | (i << 16) | (flip << 23)) >>> 0;
-      }
-    }
-  }
-  return { pairing, table, masks };
+export function pack({ shuffle, threads }: SliceVariant, row: string): string {
+  const reduce = (name: string, combine: (a: string, b: string) => string, masks: readonly number[]): string =>
+    masks.map((m) => `  ${name} = ${combine(name, `subgroupShuffleXor(${name}, ${m}u)`)};`).join('\n');
+  const max = (a: string, b: string): string => `max(${a}, ${b})`;
+  const add = (a: string, b: string): string => `${a} + ${b}`;
+  // Threads beyond the slice do as the others, on their slots' twins.
+  const share = (name: string): string =>
+    `  workgroupBarrier();\n  ${threads > SLICE ? `if (local < ${SLICE}u) { shared_r[lane] = ${name}; }` : `shared_r[lane] = ${name};`}\n  workgroupBarrier();`;
+  return /* wgsl */ `
+  let row = ${row};
+  var top = abs(v);
+${
+  shuffle
+    ? reduce('top', max, [16, 8, 4, 2, 1])
+    : `${share('top')}
+  { let home = lane & ~31u; for (var i = 0u; i < 32u; i++) { top = max(top, shared_r[home + i]); } }`
+}
+  let n = v * select(1.0 / top, 0.0, top == 0.0);
+${shuffle ? '  let other = subgroupShuffleXor(n, 1u);' : `${share('n')}\n  let other = shared_r[lane ^ 1u];`}
+  // The lower channel of two lies in the lower half; both lanes hold the same word but for the order.
+  let word = pack2x16float(vec2(n, other));
+  // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others: a bit
+  // that they can't know to be 0 stops them.
+  let pair = unpack2x16float(word | (params.channels >> 31u));
+  var sum = pair.x + pair.y;
+${
+  shuffle
+    ? reduce('sum', add, [16, 8, 4, 2])
+    : `${share('sum')}
+  { sum = 0.0; let home = lane & ~31u; for (var i = 0u; i < 32u; i += 2u) { sum += shared_r[home + i]; } }`
+}
+  if (inside) {
+    if ((lane & 1u) == 0u) { x[row / 2u] = word; }
+    if ((lane & 31u) == 0u) { factors[row / ${CHUNK}u] = vec2(top, sum); }
+  }`;
 }
 
-/** Whether every rotation of every group pairs channels by one mask, and the kernel has room for the masks. */
-export function pairingOf({ channels, groupSize, krot, pairs }: PairwiseTransform): Pairing {
-  if (krot > 8) return 'any';
-  for (let k = 0; k < krot; k++)
-    for (let c = 0; c < channels; c += groupSize) {
-      const at = k * channels + c;
-      const mask = pairs[at] ^ pairs[at + 1];
-      for (let p = 2; p < groupSize; p += 2) if ((pairs[at + p] ^ pairs[at + p + 1]) !== mask) return 'any';
+const bits = new DataView(new ArrayBuffer(4));
+
+/** The f32 nearest to `value` whose seven lowest bits are `index`. */
+function tagged(value: number, index: number): number {
+  bits.setFloat32(0, value);
+  const word = bits.getUint32(0);
+  const sign = word & 0x80000000;
+  const magnitude = word & 0x7fffffff;
+  return (sign | (Math.max(0, magnitude - index + 64) & ~127) | index) >>> 0;
+}
+
+/** Rotations two at a time [stages, channels, 4]: factors, each with the channel of its slice that it multiplies. */
+export function rotationTable({
+  channels,
+  groupSize,
+  krot,
+  pairs,
+  theta,
+}: PairwiseTransform): Uint32Array<ArrayBuffer> {
+  const stages = stagesOf(krot);
+  const table = new Uint32Array(stages * channels * 4);
+  /** Of rotation k: each channel's cosine, signed sine, and partner. Rotation krot, if krot is odd, leaves all as it is. */
+  const rotation = (k: number): { cos: Float64Array; sin: Float64Array; partner: Uint32Array } => {
+    const out = {
+      cos: new Float64Array(channels).fill(1),
+      sin: new Float64Array(channels),
+      partner: Uint32Array.from({ length: channels }, (_, c) => c),
+    };
+    for (let p = 0; k < krot && p < channels / 2; p++) {
+      const base = Math.floor((2 * p) / groupSize) * groupSize;
+      const [i, j] = [base + pairs[k * channels + 2 * p], base + pairs[k * channels + 2 * p + 1]];
+      const angle = theta[(k * channels) / 2 + p];
+      out.cos[i] = out.cos[j] = Math.cos(angle);
+      out.sin[i] = Math.sin(angle);
+      out.sin[j] = -Math.sin(angle);
+      out.partner[i] = j;
+      out.partner[j] = i;
     }
-  return 'xor';
+    return out;
+  };
+  for (let s = 0; s < stages; s++) {
+    const [a, b] = [rotation(2 * s), rotation(2 * s + 1)];
+    for (let c = 0; c < channels; c++) {
+      const d = b.partner[c];
+      const terms: readonly (readonly [number, number])[] = [
+        [b.cos[c] * a.cos[c], c],
+        [b.cos[c] * a.sin[c], a.partner[c]],
+        [b.sin[c] * a.cos[d], d],
+        [b.sin[c] * a.sin[d], a.partner[d]],
+      ];
+      for (const [i, [factor, channel]] of terms.entries())
+        table[(s * channels + c) * 4 + i] = tagged(factor, channel % SLICE);
+    }
+  }
+  return table;
 }

@@ -7,11 +7,7 @@
 // kernel after this one (activations.ts, source `attention`).
 import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
 
-/** Teams of 32 lanes per workgroup. */
-const TEAMS = 4;
 const TEAM = 32;
-/** Keys a lane group takes before the running maximum is updated. */
-const UNROLL = 4;
 
 /** A variant of {@link decodeAttentionKernel}. */
 export interface AttentionVariant {
@@ -26,20 +22,19 @@ export interface AttentionVariant {
   readonly splits: number;
   /** Keys seen, 0 for all. */
   readonly window: number;
+  /** Query heads per workgroup: a divisor of heads / kvHeads. */
+  readonly together: number;
+  /** Teams of 32 lanes per workgroup. */
+  readonly teams: number;
+  /** Keys a lane group takes before the running maximum is updated. */
+  readonly unroll: number;
 }
 
 type Buffers = 'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
 
-/** Query heads per workgroup: the largest divisor of the group that keeps the accumulators in registers. */
-export function headsPerGroup({ heads, kvHeads }: { heads: number; kvHeads: number }): number {
-  const group = heads / kvHeads;
-  for (const n of [4, 3, 2]) if (group % n === 0) return n;
-  return 1;
-}
-
 /** Workgroups: x = head blocks, y = splits, z = batch. */
 export const attentionGroups = (v: AttentionVariant, batch: number): [number, number, number] => [
-  v.heads / headsPerGroup(v),
+  v.heads / v.together,
   v.splits,
   batch,
 ];
@@ -50,8 +45,7 @@ export const attentionGroups = (v: AttentionVariant, batch: number): [number, nu
  * splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of exponentials).
  */
 export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'capacity' | 'scale' | 'eps'> {
-  const { headDim, rotaryDim, splits } = v;
-  const q = headsPerGroup(v);
+  const { headDim, rotaryDim, splits, together: q, teams: TEAMS, unroll: UNROLL } = v;
   const lanes = headDim / 8;
   const perTeam = TEAM / lanes;
   const each = (n: number, f: (i: number) => string, sep = '\n'): string =>
@@ -62,7 +56,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
   return defineKernel<Buffers, 'capacity' | 'scale' | 'eps'>({
-    name: `attention.decode.d${headDim}.q${q}.s${splits}`,
+    name: `attention.decode.d${headDim}.q${q}.t${TEAMS}.u${UNROLL}.s${splits}`,
     features: v.shuffle ? ['subgroups'] : [],
     buffers: {
       qkv: read('f32'),
@@ -82,9 +76,9 @@ const HEADS = ${v.heads}u;
 const KV = ${v.kvHeads}u;
 const WIDTH = ${(v.heads + 2 * v.kvHeads) * headDim}u;
 // The new q heads, then the new k, then v; then, after the walk over the keys, each lane group's results.
-var<workgroup> head: array<f32, ${(q + 2) * headDim}>;
+var<workgroup> head: array<vec4<f32>, ${((q + 2) * headDim) / 4}>;
 var<workgroup> squares: array<f32, ${q + 1}>;
-var<workgroup> parts: array<f32, ${TEAMS * perTeam * headDim * q}>;
+var<workgroup> parts: array<vec4<f32>, ${(TEAMS * perTeam * headDim * q) / 4}>;
 var<workgroup> tops: array<f32, ${TEAMS * perTeam * q}>;
 var<workgroup> totals: array<f32, ${TEAMS * perTeam * q}>;
 ${v.shuffle ? '' : `var<workgroup> dots: array<f32, ${TEAM * TEAMS}>;`}
@@ -93,8 +87,8 @@ fn half8(w: vec4<u32>) -> array<vec4<f32>, 2> {
   return array<vec4<f32>, 2>(vec4(unpack2x16float(w.x), unpack2x16float(w.y)), vec4(unpack2x16float(w.z), unpack2x16float(w.w)));
 }
 fn packed(at: u32) -> vec4<u32> {
-  return vec4(pack2x16float(vec2(head[at], head[at + 1u])), pack2x16float(vec2(head[at + 2u], head[at + 3u])),
-              pack2x16float(vec2(head[at + 4u], head[at + 5u])), pack2x16float(vec2(head[at + 6u], head[at + 7u])));
+  let a = head[at / 4u]; let b = head[at / 4u + 1u];
+  return vec4(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
 }
 
 @compute @workgroup_size(${TEAM * TEAMS})
@@ -110,6 +104,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let low = begin + wg.y * span;
   let high = min(low + span, position + 1u);
   let owner = low <= position && position < low + span;
+  if (low > position) {
+    // No keys: nothing but to say so.
+    if (local < ${q}u) { stats[(b * HEADS + firstHead + local) * ${splits}u + wg.y] = vec2(-1e30, 0.0); }
+    return;
+  }
 
   let cache = (b * KV + kv) * params.capacity;
   // The first keys and values are on their way while the new heads are prepared.
@@ -125,21 +124,17 @@ ${steady ? `  let turn = rope[position * ${rotaryDim / 2}u + local % ${rotaryDim
   for (var i = local; i < ${(q + 2) * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D;
     let source = select(select(HEADS + KV + kv, HEADS + kv, h == ${q}u), firstHead + h, h < ${q}u);
-    head[i] = qkv[b * WIDTH + source * D + i % D];
+    head[i / 4u][i & 3u] = qkv[b * WIDTH + source * D + i % D];
   }
   workgroupBarrier();
 ${
   v.qkNorm
     ? /* wgsl */ `
-  if (local < ${q + 1}u) {
-    var s = 0.0;
-    for (var d = 0u; d < D; d++) { let e = head[local * D + (d + local * 33u) % D]; s = fma(e, e, s); }
-    squares[local] = inverseSqrt(s / f32(D) + params.eps);
-  }
+${squaresOfHeads(v)}
   workgroupBarrier();
   for (var i = local; i < ${(q + 1) * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D;
-    head[i] *= squares[h] * select(kNorm[i % D], qNorm[i % D], h < ${q}u);
+    head[i / 4u][i & 3u] *= squares[h] * select(kNorm[i % D], qNorm[i % D], h < ${q}u);
   }
   workgroupBarrier();`
     : ''
@@ -147,9 +142,10 @@ ${
   for (var i = local; i < ${((q + 1) * rotaryDim) / 2}u; i += ${TEAM * TEAMS}u) {
     let h = i / ${rotaryDim / 2}u; let d = i % ${rotaryDim / 2}u;
 ${steady ? '' : `    let turn = rope[position * ${rotaryDim / 2}u + d];`}
-    let x = head[h * D + d]; let y = head[h * D + d + ${rotaryDim / 2}u];
-    head[h * D + d] = x * turn.x - y * turn.y;
-    head[h * D + d + ${rotaryDim / 2}u] = y * turn.x + x * turn.y;
+    let low = h * D + d; let up = low + ${rotaryDim / 2}u;
+    let x = head[low / 4u][low & 3u]; let y = head[up / 4u][up & 3u];
+    head[low / 4u][low & 3u] = x * turn.x - y * turn.y;
+    head[up / 4u][up & 3u] = y * turn.x + x * turn.y;
   }
   workgroupBarrier();
   if (owner && local < 2u * LANES) {
@@ -163,8 +159,7 @@ ${each(
   q,
   (
     h,
-  ) => `  let qa${h} = vec4(head[${h}u * D + part * 8u], head[${h}u * D + part * 8u + 1u], head[${h}u * D + part * 8u + 2u], head[${h}u * D + part * 8u + 3u]) * params.scale;
-  let qb${h} = vec4(head[${h}u * D + part * 8u + 4u], head[${h}u * D + part * 8u + 5u], head[${h}u * D + part * 8u + 6u], head[${h}u * D + part * 8u + 7u]) * params.scale;
+  ) => `  let qa${h} = head[(${h}u * D + part * 8u) / 4u] * params.scale; let qb${h} = head[(${h}u * D + part * 8u) / 4u + 1u] * params.scale;
   var oa${h} = vec4<f32>(); var ob${h} = vec4<f32>(); var m${h} = -1e30; var l${h} = 0.0;`,
 )}
   let newKey = packed(${q}u * D + part * 8u);
@@ -172,16 +167,13 @@ ${each(
   // A bound that is the same for all lanes: barriers and shuffles below need it.
   for (var base = low; base < low + span; base += ${group}u) {
     if (base >= high) { break; }
+    // The new key, also for lanes past the end: there may be anything, and nothing times infinity is not nothing.
     let key = base + slot;
 ${each(
   UNROLL,
   (u) => `    let k${u} = key + ${u * TEAMS * perTeam}u; let in${u} = k${u} < high;
-    if (k${u} == position) { kw${u} = newKey; vw${u} = newValue; }`,
+    if (k${u} >= position) { kw${u} = newKey; vw${u} = newValue; }`,
 )}
-    // Past the end there may be anything, and nothing times infinity is not nothing.
-    if (base + ${group}u > high) {
-${each(UNROLL, (u) => `      if (!in${u}) { vw${u} = vec4<u32>(); }`)}
-    }
 ${each(UNROLL, (u) => `    let kf${u} = half8(kw${u});`)}
 ${each(q, (h) =>
   each(
@@ -197,7 +189,7 @@ ${each(UNROLL, (u) => `      { let at = (cache + min(k${u} + ${group}u, position
     }
 ${each(
   q,
-  (h) => `    { let top = max(max(max(s${h}_0, s${h}_1), max(s${h}_2, s${h}_3)), m${h});
+  (h) => `    { var top = m${h}; ${each(UNROLL, (u) => `top = max(top, s${h}_${u});`, ' ')}
       let keep = exp(m${h} - top);
       l${h} *= keep; oa${h} *= keep; ob${h} *= keep; m${h} = top;
 ${each(UNROLL, (u) => `      { let p = select(0.0, exp(s${h}_${u} - top), in${u}); l${h} += p; oa${h} = fma(vec4(p), vf${u}[0], oa${h}); ob${h} = fma(vec4(p), vf${u}[1], ob${h}); }`)}
@@ -207,33 +199,63 @@ ${each(UNROLL, (u) => `      { let p = select(0.0, exp(s${h}_${u} - top), in${u}
 
   // Combine the lane groups.
   if (part == 0u) {
-${each(q, (h) => `    tops[slot * ${q}u + ${h}u] = m${h}; totals[slot * ${q}u + ${h}u] = l${h};`)}
+${each(q, (h) => `    tops[slot * ${q}u + ${h}u] = m${h};`)}
   }
   workgroupBarrier();
+  var mine = 0.0;
 ${each(
   q,
   (h) => `  {
     var top = -1e30;
     for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { top = max(top, tops[i * ${q}u + ${h}u]); }
     let weight = exp(m${h} - top);
-    let at = (${h * TEAMS * perTeam}u + slot) * D + part * 8u;
-${each(4, (i) => `    parts[at + ${i}u] = oa${h}[${i}] * weight; parts[at + ${i + 4}u] = ob${h}[${i}] * weight;`)}
-    if (local == ${h}u) {
-      var sum = 0.0;
-      for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { sum += totals[i * ${q}u + ${h}u] * exp(tops[i * ${q}u + ${h}u] - top); }
-      stats[(b * HEADS + firstHead + ${h}u) * ${splits}u + wg.y] = vec2(top, sum);
-    }
+    let at = ((${h * TEAMS * perTeam}u + slot) * D + part * 8u) / 4u;
+    parts[at] = oa${h} * weight; parts[at + 1u] = ob${h} * weight;
+    if (part == 0u) { totals[slot * ${q}u + ${h}u] = l${h} * weight; }
+    if (local == ${h}u) { mine = top; }
   }`,
 )}
   workgroupBarrier();
+  if (local < ${q}u) {
+    var sum = 0.0;
+    for (var i = 0u; i < ${TEAMS * perTeam}u; i++) { sum += totals[i * ${q}u + local]; }
+    stats[(b * HEADS + firstHead + local) * ${splits}u + wg.y] = vec2(mine, sum);
+  }
   for (var i = local; i < ${q * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D; let d = i % D;
     var sum = 0.0;
-    for (var s = 0u; s < ${TEAMS * perTeam}u; s++) { sum += parts[(h * ${TEAMS * perTeam}u + s) * D + d]; }
+    for (var s = 0u; s < ${TEAMS * perTeam}u; s++) { let at = (h * ${TEAMS * perTeam}u + s) * D + d; sum += parts[at / 4u][at & 3u]; }
     out[((b * HEADS + firstHead + h) * ${splits}u + wg.y) * D + d] = sum;
   }
 }`,
   });
+}
+
+/** WGSL: the factors of qk-norm, a team of lanes per head: one lane per head alone would wait a microsecond on its own additions. */
+function squaresOfHeads({ headDim, shuffle, teams, together: q }: AttentionVariant): string {
+  if (!shuffle)
+    return `  if (local < ${q + 1}u) {
+    var s = 0.0;
+    for (var d = 0u; d < D; d++) { let at = local * D + (d + local * 33u) % D; let e = head[at / 4u][at & 3u]; s = fma(e, e, s); }
+    squares[local] = inverseSqrt(s / f32(D) + params.eps);
+  }`;
+  // Unrolled over the heads of a team, since shuffles stand in no branch.
+  const rounds = Array.from({ length: Math.ceil((q + 1) / teams) }, (_, r) => {
+    const terms = Array.from(
+      { length: Math.ceil(headDim / TEAM) },
+      (_, i) =>
+        `{ let at = h * D + min(lane + ${i * TEAM}u, D - 1u); let e = head[at / 4u][at & 3u]; s += select(0.0, e * e, lane + ${i * TEAM}u < D); }`,
+    ).join('\n    ');
+    return `  {
+    let h = min(local / ${TEAM}u + ${r * teams}u, ${q}u);
+    var s = 0.0;
+    ${terms}
+    ${[16, 8, 4, 2, 1].map((m) => `s += subgroupShuffleXor(s, ${m}u);`).join(' ')}
+    if (lane == 0u) { squares[h] = inverseSqrt(s / f32(D) + params.eps); }
+  }`;
+  });
+  return `  let lane = local % ${TEAM}u;
+${rounds.join('\n')}`;
 }
 
 /** WGSL: the sum of `name` over the lanes that share a key, in all of them. */

@@ -26,6 +26,8 @@ export interface BatchGemmVariant {
   /** Steps whose loads are under way. */
   readonly depth: number;
   readonly stagger: boolean;
+  /** For trial: the last steps load nothing. */
+  readonly guard: boolean;
   /** Sequences as the units see them: 16 or 32. */
   readonly columns: number;
   readonly weights: 'int4' | 'f16' | 'bf16';
@@ -85,26 +87,26 @@ export function batchGemmKernel(v: BatchGemmVariant): Kernel<BatchGemmBuffer, Pa
     weights === 'f16'
       ? ''
       : 'fn wide(w: u32) -> u32 { return packH(h2(f16(bitcast<f32>(w << 16u)), f16(bitcast<f32>(w & 0xffff0000u)))); }';
-  // The last load of a thread may lie past the tile.
+  // Loads are never in a branch of their own, or the compiler waits for them at its end: past the tile, the sequences or the
+  // channels they read what is last, and the factor becomes zero where it is used.
   const within = (i: number, count: number): string =>
+    (i + 1) * threads > count ? `min(local + ${i * threads}u, ${count - 1}u)` : `local + ${i * threads}u`;
+  const unless = (i: number, count: number): string =>
     (i + 1) * threads > count ? `if (local + ${i * threads}u < ${count}u) ` : '';
   const load = (d: number): string => `
 ${each(
   loadsW,
-  (i) => `      ${within(i, countW)}{ let at = local + ${i * threads}u;
+  (i) => `      { let at = ${within(i, countW)};
         let n = min(first + at / ${perRowW}u, params.outFeatures - 1u);
         let c = min(step * ${perRowW}u + at % ${perRowW}u, words - 1u);
         w${d}_${i} = w[n * words + c];${int4 ? ` g${d}_${i} = grid[n * groups + c / ${v.groupSize / CHUNK}u];` : ''} }`,
 )}
 ${each(
   loadsX,
-  (i) => `      ${within(i, countX)}{ let at = local + ${i * threads}u;
-        let b = at / ${perRowX}u; let c = step * ${perRowX}u + at % ${perRowX}u;
-        x${d}_${i} = vec4<u32>(); f${d}_${i} = 0.0;
-        if (b < params.batch && c < params.chunks * 4u) {
-          let at4 = params.first * 4u + b * params.chunks * 4u + c;
-          x${d}_${i} = x[at4]; f${d}_${i} = factors[at4 / 4u].x;
-        } }`,
+  (i) => `      { let at = ${within(i, countX)};
+        let b = min(at / ${perRowX}u, params.batch - 1u); let c = min(step * ${perRowX}u + at % ${perRowX}u, params.chunks * 4u - 1u);
+        let at4 = params.first * 4u + b * params.chunks * 4u + c;
+        x${d}_${i} = x[at4]; f${d}_${i} = factors[at4 / 4u].x; }`,
 )}`;
   const dequantize = (d: number, i: number): string =>
     `let s = h2(bitcast<vec2<f16>>(g${d}_${i}).x); let z = h2(f16(g${d}_${i} >> 16u) - 8h);
@@ -116,7 +118,7 @@ ${each(
   const store = (d: number): string => `
 ${each(
   loadsW,
-  (i) => `      ${within(i, countW)}{ let at = local + ${i * threads}u;
+  (i) => `      ${unless(i, countW)}{ let at = local + ${i * threads}u;
         let to = (at / ${perRowW}u) * ${stride}u + (at % ${perRowW}u) * ${int4 ? 4 : 1}u;
         ${
           int4
@@ -126,7 +128,9 @@ ${each(
 )}
 ${each(
   loadsX,
-  (i) => `      ${within(i, countX)}{ let at = local + ${i * threads}u; let f = h2(f16(f${d}_${i} * params.shift));
+  (i) => `      ${unless(i, countX)}{ let at = local + ${i * threads}u;
+        let there = at / ${perRowX}u < params.batch && now * ${perRowX}u + at % ${perRowX}u < params.chunks * 4u;
+        let f = h2(f16(select(0.0, f${d}_${i} * params.shift, there)));
         tile[${rows * stride}u + (at / ${perRowX}u) * ${stride}u + at % ${perRowX}u] = vec4(packH(unpackH(x${d}_${i}.x) * f), packH(unpackH(x${d}_${i}.y) * f), packH(unpackH(x${d}_${i}.z) * f), packH(unpackH(x${d}_${i}.w) * f)); }`,
 )}`;
   const multiply = each(
@@ -142,7 +146,7 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<BatchGemmBuffer, Params>({
-    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.stagger ? '.s' : ''}${v.residual ? '.res' : ''}`,
+    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.stagger ? '.s' : ''}${v.guard ? '.g' : ''}${v.residual ? '.res' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       w: read('vec4<u32>'),
@@ -183,14 +187,15 @@ ${each(
   (d) => `${each(loadsW, (i) => `  var w${d}_${i}: vec4<u32>;${int4 ? ` var g${d}_${i}: u32;` : ''}`)}
 ${each(loadsX, (i) => `  var x${d}_${i}: vec4<u32>; var f${d}_${i}: f32;`)}`,
 )}
-${each(depth, (d) => `  if (${d}u < steps) { let step = ${d}u + turn - select(0u, steps, ${d}u + turn >= steps);${load(d)} }`)}
+${each(depth, (d) => `  { let step = (${d}u + turn) % steps;${load(d)} }`)}
   for (var base = 0u; base < steps; base += ${depth}u) {
 ${each(
   depth,
   (d) => `    ${depth > 1 ? `if (base + ${d}u < steps) ` : ''}{
+      let now = base + ${d}u + turn - select(0u, steps, base + ${d}u + turn >= steps);
 ${store(d)}
       workgroupBarrier();
-      if (base + ${d + depth}u < steps) { let step = base + ${d + depth}u + turn - select(0u, steps, base + ${d + depth}u + turn >= steps);${load(d)} }
+      ${v.guard ? `if (base + ${d + depth}u < steps) ` : ''}{ let step = ${v.guard ? `base + ${d + depth}u + turn - select(0u, steps, base + ${d + depth}u + turn >= steps)` : `(base + ${d + depth}u + turn) % steps`};${load(d)} }
 ${multiply}
       workgroupBarrier();
     }`,

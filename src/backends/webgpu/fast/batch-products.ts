@@ -1,5 +1,5 @@
 // Which kernel multiplies by a weight when a plan decodes several sequences, and in what shape.
-import type { GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
+import type { BufferSlice, GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
 import { batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
 import { variants } from '../kernel.js';
 import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
@@ -7,7 +7,7 @@ import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
 /** Most sequences that the kernels take. */
 export const MOST_SEQUENCES = 32;
 /** Fewest sequences from which the weights are worth matrix units, and fewest for the tiled product; see docs/log-kernels.md. */
-const [MATRIX_BATCH, TILED_BATCH] = [2, 5];
+const [MATRIX_BATCH, TILED_BATCH] = [5, 5];
 
 /** How products of several sequences are computed: on matrix units, or in tiles on GPUs without. */
 export type BatchProductKind = 'matrix' | 'tiled';
@@ -34,13 +34,16 @@ const SHIFT = { norm: 1, attention: 2 ** -4, silu: 2 ** -6 } as const;
 const gemmKernel = variants(batchGemmKernel);
 const tiledKernel = variants(batchTiledKernel);
 
-type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth' | 'stagger'>;
+type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth' | 'stagger' | 'guard'>;
 
 /** Enough workgroups to fill the GPU first, then as many rows in each as X is worth. */
-export function batchGemmShape(outFeatures: number): Shape {
-  const common = { warpsM: 1, tileK: 128, depth: 2, stagger: true };
-  if (outFeatures >= 64 * 256) return { rows: 64, warps: 4, ...common };
-  return { rows: 32, warps: 4, ...common };
+export function batchGemmShape(outFeatures: number, inFeatures: number): Shape {
+  const common = { warpsM: 1, depth: 2, stagger: true, guard: true };
+  if (outFeatures >= 64 * 256) return { ...common, rows: 64, warps: 8, warpsM: 2, tileK: 128 };
+  if (outFeatures < 32 * 128) return { ...common, rows: 16, warps: 8, tileK: 256 };
+  return inFeatures >= 8192
+    ? { ...common, rows: 32, warps: 8, tileK: 256 }
+    : { ...common, rows: 32, warps: 4, tileK: 128 };
 }
 
 /** A product of all sequences, its buffers and parameters as batchGemmKernel's. */
@@ -52,7 +55,9 @@ export interface BatchProduct {
   readonly bias: boolean;
   /** Where the activations come from. */
   readonly source: keyof typeof SHIFT;
-  readonly buffers: Readonly<Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer>>;
+  readonly buffers: Readonly<
+    Record<'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias', GPUBuffer | BufferSlice>
+  >;
   readonly params: Readonly<Record<'chunks' | 'outFeatures' | 'stride' | 'column' | 'first', number>>;
 }
 
@@ -65,7 +70,7 @@ export function batchProduct(gpu: GpuDevice, kind: BatchProductKind, product: Ba
     const kernel = tiledKernel({ ...variant, columns: roundUp(batch, 8), f16: gpu.capabilities.f16 });
     return gpu.prepare(kernel, buffers, uniforms, spread(params.outFeatures / BATCH_TILED_ROWS));
   }
-  const shape = batchGemmShape(params.outFeatures);
+  const shape = batchGemmShape(params.outFeatures, params.chunks * 32);
   const kernel = gemmKernel({ ...variant, columns: roundUp(batch, 16), ...shape });
   return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows));
 }

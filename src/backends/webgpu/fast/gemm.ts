@@ -32,6 +32,7 @@ export interface GemmVariant extends GemmTile {
 }
 
 export type GemmBuffers = 'x' | 'weights' | 'grids' | 'bias' | 'residual' | 'out';
+type GemmKernel<B extends string> = Kernel<B, 'm' | 'n' | 'k'>;
 
 /** Sums leave through the tile of x in strips of 16 × 32 per subgroup: 8 times 16 bytes a row and once against conflicts. */
 const STRIP = 16 * 9;
@@ -76,7 +77,12 @@ export function chooseGemmTile(m: number, n: number, k: number, groupSize: numbe
  * Buffers: x [m, k/8] of 8 f16; weights [n, k/8] of 8 f16 or bf16, or [n, k/8] of 8 codes with grids [n, k/group]; bias [n];
  * residual and out [m, n/4] of 4 f32. k is a multiple of tileK, n of 4.
  */
-export const gemmKernel = variants((v: GemmVariant): Kernel<GemmBuffers, 'm' | 'n' | 'k'> => {
+export const gemmKernel = (v: GemmVariant): GemmKernel<GemmBuffers> => make(v, false);
+
+/** The same, times both of `factors`: what undoes the scales of operands. */
+export const scaledGemmKernel = (v: GemmVariant): GemmKernel<GemmBuffers | 'factors'> => make(v, true);
+
+const make = variants((v: GemmVariant, scaled: boolean): GemmKernel<GemmBuffers | 'factors'> => {
   const { tileM, tileN, tileK, warpsM, warpsN } = v;
   const threads = warpsM * warpsN * 32;
   // Tiles are arrays of 16 bytes (8 channels): one store for what one load brought. Rows are padded by one.
@@ -120,8 +126,8 @@ ${each(subN, (j) => `      let fw${j} = subgroupMatrixLoad<subgroup_matrix_right
 ${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiplyAccumulate(fx${i}, fw${j}, c${i}_${j});`))}
     }`,
   );
-  return defineKernel<GemmBuffers, 'm' | 'n' | 'k'>({
-    name: `gemmMatrix.${v.weights}.${tileM}x${tileN}x${tileK}.${warpsM}x${warpsN}`,
+  return defineKernel<GemmBuffers | 'factors', 'm' | 'n' | 'k'>({
+    name: `gemmMatrix.${v.weights}.${tileM}x${tileN}x${tileK}.${warpsM}x${warpsN}${scaled ? '.scaled' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       x: read('vec4<u32>'),
@@ -129,8 +135,9 @@ ${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiply
       ...(int4 ? { grids: read('u32') } : {}),
       ...(v.bias ? { bias: read('vec4<f32>') } : {}),
       ...(v.residual ? { residual: read('vec4<f32>') } : {}),
+      ...(scaled ? { factors: read('f32') } : {}),
       out: write('vec4<f32>'),
-    } as Record<GemmBuffers, BufferSpec>,
+    } as Record<GemmBuffers | 'factors', BufferSpec>,
     params: { m: 'u32', n: 'u32', k: 'u32' },
     body: /* wgsl */ `
 ${halfWgsl({ f16: true })}
@@ -182,7 +189,7 @@ ${each(subM, (i) =>
     for (var r = lane / 8u; r < 16u; r += 4u) {
       let m = wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u + r;
       if (m < params.m && n < columns) {
-        out[m * columns + n] = bitcast<vec4<f32>>(tileX[begin + r * 9u + at])${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};
+        out[m * columns + n] = bitcast<vec4<f32>>(tileX[begin + r * 9u + at])${scaled ? ' * factors[0] * factors[1]' : ''}${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};
       }
     }
     workgroupBarrier();

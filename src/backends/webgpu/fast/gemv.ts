@@ -30,47 +30,99 @@ export interface GemvVariant extends Arithmetic {
   readonly residual: boolean;
   /** Adds a bias per row of W. */
   readonly bias: boolean;
+  /**
+   * Products in one dispatch (default 1), each of a weight of its own with an input of its own, their outputs side by side. A
+   * dispatch each would leave most of the GPU idle at every boundary.
+   */
+  readonly products?: number;
   /** x is signed bytes (row.ts), multiplied in integers; default f16. */
   readonly integers?: boolean;
 }
 
-type GemvBuffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
+/** Most products of one dispatch: q, k and v. */
+export const MAX_PRODUCTS = 3;
+const SUFFIXES = ['', '1', '2'] as const;
+type Suffix = (typeof SUFFIXES)[number];
+/** Further products' buffers and parameters have numbers after these names. */
+type GemvBuffers = 'w' | 'grid' | 'bias' | 'x' | 'factors' | 'y' | 'residual';
+type GemvParams = 'chunks' | 'stride' | 'column' | 'first' | 'outFeatures';
 
 /** Rows of W that one workgroup finishes. */
-export const gemvRowsPerGroup = (v: GemvVariant): number => (v.teams / v.split) * v.rows;
+export const gemvRowsPerGroup = (v: Pick<GemvVariant, 'rows' | 'teams' | 'split'>): number =>
+  (v.teams / v.split) * v.rows;
+
+/** Workgroups of a dispatch over weights of so many rows: none of them serves two. */
+export const gemvGroups = (v: Pick<GemvVariant, 'rows' | 'teams' | 'split'>, outFeatures: readonly number[]): number =>
+  outFeatures.reduce((sum, out) => sum + Math.ceil(out / gemvRowsPerGroup(v)), 0);
+
+/** Storage buffers of a variant, which devices limit. */
+export const gemvBuffers = (v: Pick<GemvVariant, 'bias' | 'residual' | 'products'>): number =>
+  3 + (v.residual ? 1 : 0) + (v.products ?? 1) * (v.bias ? 3 : 2);
 
 /**
  * Buffers: w [out, in/32] of 16 bytes; grid [out, in/group] words (scale as f16, zero point above); x [batch, in/32] of 64 bytes; factors
  * [batch, in/32] (factor, sum of normalised x); y, residual [batch, stride] f32, the product's
- * columns from `column`; x and factors are read from chunk `first`; bias [out] f32.
+ * columns from `column`; x and factors are read from chunk `first`; bias [out] f32. Further products' weights have numbers after
+ * their names; their columns follow, as do their rows of x. Workgroups: {@link gemvGroups}.
  */
-export function gemvKernel(
-  v: GemvVariant,
-): Kernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'> {
+export function gemvKernel(v: GemvVariant): Kernel<GemvBuffers, GemvParams> {
+  const products = SUFFIXES.slice(0, v.products ?? 1);
   const { rows, teams, split, batch } = v;
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const cells = rows * batch;
-  const optional: Partial<Record<GemvBuffers, ReturnType<typeof read>>> = {
-    ...(v.residual ? { residual: read('f32') } : {}),
-    ...(v.bias ? { bias: read('f32') } : {}),
-  };
-  return defineKernel<GemvBuffers, 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first'>({
-    name: `gemv.${v.integers ? 'int8' : v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${v.residual ? '.res' : ''}`,
+  const walk = (
+    i: Suffix,
+  ): string => `  for (var c = (team % ${split}u) * ${TEAM}u + lane; c < params.chunks; c += ${TEAM * split}u) {
+${each(rows, (r) => `    let w${r}_ = w${i}[row${r} * params.chunks + c];`)}
+${each(rows, (r) => `    let g${r} = gridOf(grid${i}[row${r} * gridStride + c / GROUP_CHUNKS]);`)}
+${each(
+  batch,
+  (b) => `    {
+      let at = first + ${b}u * params.chunks + c;
+      ${v.integers ? 'let x0 = x[at * 2u]; let x1 = x[at * 2u + 1u];' : 'let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];'}
+      let f = factors[at];
+${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}_, ${v.integers ? 'x0, x1' : 'x0, x1, x2, x3'}) - g${r}.y * f.y, acc${b * rows + r});`)}
+    }`,
+)}
+  }`;
+  const weights = products.flatMap((i) => [
+    [`w${i}`, read('vec4<u32>')] as const,
+    [`grid${i}`, read('u32')] as const,
+    ...(v.bias ? [[`bias${i}`, read('f32')] as const] : []),
+  ]);
+  return defineKernel<GemvBuffers, GemvParams>({
+    name: `gemv.${v.integers ? 'int8' : v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${products.length > 1 ? `.p${products.length}` : ''}${v.residual ? '.res' : ''}`,
     features: [...(v.integers ? [] : halfFeatures(v)), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: {
-      w: read('vec4<u32>'),
-      grid: read('u32'),
+      ...Object.fromEntries(weights),
       x: read('vec4<u32>'),
       factors: read('vec2<f32>'),
       y: write('f32'),
-      ...optional,
+      ...(v.residual ? { residual: read('f32') } : {}),
     } as Record<GemvBuffers, ReturnType<typeof read>>,
-    params: { chunks: 'u32', outFeatures: 'u32', stride: 'u32', column: 'u32', first: 'u32' },
+    params: {
+      chunks: 'u32',
+      stride: 'u32',
+      column: 'u32',
+      first: 'u32',
+      ...Object.fromEntries(products.map((i) => [`outFeatures${i}`, 'u32'])),
+    } as Record<GemvParams, 'u32'>,
     body: /* wgsl */ `
 ${v.integers ? '' : halfWgsl(v)}
 const GROUP_CHUNKS = ${v.groupSize / CHUNK}u;
 ${split > 1 || !v.shuffle ? `var<workgroup> partial: array<f32, ${teams * cells * (v.shuffle ? 1 : TEAM)}>;` : ''}
 
+${
+  v.bias
+    ? `fn biasOf(product: u32, out: u32) -> f32 {
+${products
+  .slice(1)
+  .map((i) => `  if (product == ${i}u) { return bias${i}[out]; }`)
+  .join('\n')}
+  return bias[out];
+}`
+    : ''
+}
 ${v.integers ? INTEGER_DOT : HALF_DOT}
 
 @compute @workgroup_size(${TEAM * teams})
@@ -78,23 +130,23 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
         @builtin(local_invocation_index) local: u32) {
   let lane = local & 31u;
   let team = local >> 5u;
-  let row = ((wg.y * groups.x + wg.x) * ${teams / split}u + team / ${split}u) * ${rows}u;
+  var tile = wg.y * groups.x + wg.x;
+  var outs = params.outFeatures;
+  var column = params.column;
+  var first = params.first;
+  var product = 0u;
+${products
+  .slice(1)
+  .map(
+    (i) => `  { let tiles = (outs + ${gemvRowsPerGroup(v) - 1}u) / ${gemvRowsPerGroup(v)}u;
+    if (product + 1u == ${i}u && tile >= tiles) { tile -= tiles; column += outs; first += ${batch}u * params.chunks; outs = params.outFeatures${i}; product = ${i}u; } }`,
+  )
+  .join('\n')}
+  let row = (tile * ${teams / split}u + team / ${split}u) * ${rows}u;
   let gridStride = params.chunks / GROUP_CHUNKS;
-${each(rows, (r) => `  let row${r} = min(row + ${r}u, params.outFeatures - 1u);`)}
+${each(rows, (r) => `  let row${r} = min(row + ${r}u, outs - 1u);`)}
 ${each(cells, (i) => `  var acc${i} = 0.0;`)}
-  for (var c = (team % ${split}u) * ${TEAM}u + lane; c < params.chunks; c += ${TEAM * split}u) {
-${each(rows, (r) => `    let w${r} = w[row${r} * params.chunks + c];`)}
-${each(rows, (r) => `    let g${r} = gridOf(grid[row${r} * gridStride + c / GROUP_CHUNKS]);`)}
-${each(
-  batch,
-  (b) => `    {
-      let at = params.first + ${b}u * params.chunks + c;
-      ${v.integers ? 'let x0 = x[at * 2u]; let x1 = x[at * 2u + 1u];' : 'let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];'}
-      let f = factors[at];
-${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}, ${v.integers ? 'x0, x1' : 'x0, x1, x2, x3'}) - g${r}.y * f.y, acc${b * rows + r});`)}
-    }`,
-)}
-  }
+${products.map((i, p) => `${p > 0 ? '  else ' : '  '}${products.length > 1 ? `if (product == ${p}u) ` : ''}{\n${walk(i)}\n  }`).join('\n')}
 ${reduction(v)}
 }`,
   });
@@ -139,9 +191,9 @@ function reduction(v: GemvVariant): string {
   const lines: string[] = [];
   const store = (value: string): string => /* wgsl */ `
       let out = row + cell % ${rows}u;
-      if (out < params.outFeatures) {
-        let at = (cell / ${rows}u) * params.stride + params.column + out;
-        y[at] = ${value}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + bias[out]' : ''};
+      if (out < outs) {
+        let at = (cell / ${rows}u) * params.stride + column + out;
+        y[at] = ${value}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + biasOf(product, out)' : ''};
       }`;
   if (v.shuffle) {
     for (let i = 0; i < cells; i++)

@@ -1,11 +1,12 @@
 // The decode plan: every dispatch of one token's step, prepared once over statically planned buffers and run again for each
-// token. About nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate |
-// o + residual | norm + rotate | gate and up | SiLU·mul + rotate | down + residual.
-import { GyreError, ensure } from '../../../core/errors.js';
+// token. Nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate | o + residual |
+// norm + rotate | gate and up | SiLU·mul + rotate | down + residual. While the context is short, attention and what follows are one.
+import { ensure } from '../../../core/errors.js';
 import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/backend.js';
 import { checkBufferSize } from '../capabilities.js';
-import type { GpuDevice, PreparedDispatch } from '../device.js';
-import { activationGroups, activationKernel, type ActivationSource, type Pairing } from './activations.js';
+import type { BufferSlice, GpuDevice, PreparedDispatch } from '../device.js';
+import { activationGroups, activationKernel, stagesOf, type ActivationSource } from './activations.js';
+import { WHOLE_HEAD, wholeAttentionKernel, wholeMemory, type WholeAttentionVariant } from './attention-whole.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
 import {
   MOST_SEQUENCES,
@@ -14,7 +15,7 @@ import {
   denseProductKind,
   type BatchProduct,
 } from './batch-products.js';
-import { CHUNK, gemvKernel, gemvRowsPerGroup } from './gemv.js';
+import { CHUNK, MAX_PRODUCTS, gemvBuffers, gemvGroups, gemvKernel } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import { prepareRow, type RowVariant } from './row.js';
 import {
@@ -33,9 +34,9 @@ export interface PlanWeight {
   readonly outFeatures: number;
   /** Of int4's grid; the input's chunk otherwise. */
   readonly groupSize: number;
-  readonly codes: GPUBuffer;
+  readonly codes: GPUBuffer | BufferSlice;
   /** Of int4; any buffer otherwise. */
-  readonly grid: GPUBuffer;
+  readonly grid: GPUBuffer | BufferSlice;
   readonly bias?: GPUBuffer;
   /** Its input comes as signed bytes; see PlanRow. */
   readonly integers?: boolean;
@@ -54,14 +55,12 @@ export interface PlanGroup {
   readonly weights: readonly PlanWeight[];
   /** Rotations; 0 for none. */
   readonly krot: number;
-  /** Channels per rotation group; without rotations any of 32, 64, 128 that divides the input. */
-  readonly rotationGroup: number;
   /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
   readonly gain: GPUBuffer;
   /** Instead of rotations, for a single weight. */
   readonly row?: PlanRow;
-  /** How rotations pair channels, and their tables of all weights, see rotationTable. Undefined without rotations. */
-  readonly rotations?: { readonly pairing: Pairing; readonly table: GPUBuffer; readonly masks?: GPUBuffer };
+  /** Tables of all weights' transforms, see rotationTable. Undefined without rotations. */
+  readonly table?: GPUBuffer;
 }
 
 /** One block's weights and cache. */
@@ -146,7 +145,9 @@ export class DecodePlan implements DecodeProgram {
   readonly batch: number;
   readonly capacity: number;
   readonly #gpu: GpuDevice;
-  readonly #step: PreparedDispatch[] = [];
+  /** A step's dispatches while every sequence is short, and after that. */
+  readonly #short: PreparedDispatch[] = [];
+  readonly #long: PreparedDispatch[] = [];
   readonly #buffers: GPUBuffer[] = [];
   readonly #tokens: GPUBuffer;
   readonly #positions: GPUBuffer;
@@ -192,7 +193,7 @@ export class DecodePlan implements DecodeProgram {
       hidden,
     );
     const several = batchProductKind(gpu, batch);
-    const splits = splitsFor(capacity, kvHeads * batch);
+    const splits = splitsFor(capacity, kvHeads * batch, batch >= 16 ? 512 : 256);
     // The largest of the buffers below, before any is made.
     for (const [what, bytes] of Object.entries({
       logits: batch * vocab * 4,
@@ -216,7 +217,10 @@ export class DecodePlan implements DecodeProgram {
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
-    const push = (dispatch: PreparedDispatch): void => void this.#step.push(dispatch);
+    let steps = [this.#short, this.#long];
+    const push = (dispatch: PreparedDispatch): void => {
+      for (const step of steps) step.push(dispatch);
+    };
     const activate = (
       source: ActivationSource,
       input: GPUBuffer,
@@ -230,32 +234,11 @@ export class DecodePlan implements DecodeProgram {
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
-      const kernel = activationKernel({
-        f16,
-        shuffle,
-        source,
-        krot: group.krot,
-        pairing: group.rotations?.pairing ?? 'any',
-        groupSize: group.rotationGroup,
-        splits,
-        headDim,
-      });
-      const buffers = {
-        source: input,
-        stats,
-        gain: group.gain,
-        table: group.rotations?.table ?? group.gain,
-        masks: group.rotations?.masks ?? group.gain,
-        x: halves,
-        factors,
-      };
-      push(
-        gpu.prepare(kernel, buffers, { channels, eps: model.eps, krot: group.krot }, [
-          activationGroups(channels, group.rotationGroup),
-          batch,
-          count,
-        ]),
-      );
+      // A whole row's sum, and the parts of 128 channels, are work for more threads than channels.
+      const threads = source === 'attention' ? 256 : 128;
+      const kernel = activationKernel({ shuffle, source, stages: stagesOf(group.krot), threads, splits, headDim });
+      const buffers = { source: input, stats, gain: group.gain, table: group.table ?? group.gain, x: halves, factors };
+      push(gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [activationGroups(channels), batch, count]));
     };
     const multiply = (
       weights: readonly PlanWeight[],
@@ -264,10 +247,17 @@ export class DecodePlan implements DecodeProgram {
       residual?: GPUBuffer,
     ): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
-      let column = 0;
-      for (const [i, weight] of weights.entries()) {
-        const { kind, inFeatures, outFeatures, groupSize, codes, grid, bias } = weight;
-        const shape = gemvShape(outFeatures, inFeatures, batch);
+      const [{ kind, inFeatures, integers = false }] = weights;
+      const chunks = inFeatures / CHUNK;
+      const batched = kind === 'int4' && !batches(weights[0]) ? undefined : several;
+      // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
+      const product = batched ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+      const most = product ? 1 : MAX_PRODUCTS;
+      let [column, done] = [0, 0];
+      for (const run of runsOf(weights, residual !== undefined, most, gpu.limits.maxStorageBuffersPerShaderStage)) {
+        const [{ outFeatures, groupSize, codes, grid, bias }] = run;
+        const outs = run.map((w) => w.outFeatures);
+        const rows = outs.reduce((sum, out) => sum + out, 0);
         const variant = {
           f16,
           shuffle,
@@ -275,8 +265,9 @@ export class DecodePlan implements DecodeProgram {
           groupSize,
           residual: residual !== undefined,
           bias: bias !== undefined,
-          integers: weight.integers ?? false,
-          ...shape,
+          integers,
+          products: run.length,
+          ...gemvShape(rows, inFeatures, batch),
         };
         const buffers = {
           w: codes,
@@ -287,24 +278,21 @@ export class DecodePlan implements DecodeProgram {
           residual: residual ?? grid,
           bias: bias ?? grid,
         };
-        const chunks = inFeatures / CHUNK;
-        const params = { chunks, outFeatures, stride, column, first: i * batch * chunks };
-        column += outFeatures;
-        // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
-        const batched = kind === 'int4' && !batches(weight) ? undefined : several;
-        const product = batched ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+        const params = { chunks, outFeatures, stride, column, first: done * batch * chunks };
+        column += rows;
+        done += run.length;
         if (product) {
           push(batchProduct(gpu, product, { ...variant, weights: kind, source, buffers, params }));
           continue;
         }
-        push(
-          gpu.prepare(
-            gemvKernel(variant),
-            buffers,
-            params,
-            groupsOf(Math.ceil(outFeatures / gemvRowsPerGroup(variant))),
-          ),
-        );
+        const named = {
+          ...buffers,
+          ...numbered('w', run, (w) => w.codes),
+          ...numbered('grid', run, (w) => w.grid),
+          ...numbered('bias', run, (w) => w.bias ?? w.grid),
+        };
+        const sizes = { ...params, ...numbered('outFeatures', run, (w) => w.outFeatures) };
+        push(gpu.prepare(gemvKernel(variant), named, sizes, groupsOf(gemvGroups(variant, outs))));
       }
     };
 
@@ -319,6 +307,16 @@ export class DecodePlan implements DecodeProgram {
     for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
       multiply(block.qkv.weights, 'norm', qkv);
+      const cached = {
+        qkv,
+        qNorm: block.qNorm ?? x,
+        kNorm: block.kNorm ?? x,
+        rope: model.rope,
+        positions: this.#positions,
+        keys: block.keys,
+        values: block.values,
+      };
+      const scale = headDim ** -0.5;
       const attention = {
         shuffle,
         heads,
@@ -326,35 +324,43 @@ export class DecodePlan implements DecodeProgram {
         headDim,
         rotaryDim: model.rotaryDim,
         qkNorm: block.qNorm !== undefined,
-        splits,
         window: block.window,
       };
+      // That kernel ends with o's rotations inside a head.
+      const whole = block.o.row
+        ? undefined
+        : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
+      if (whole) {
+        steps = [this.#short];
+        const table = block.o.table ?? block.o.gain;
+        push(
+          gpu.prepare(
+            wholeAttentionKernel(whole),
+            { ...cached, gain: block.o.gain, table, x: halves, factors },
+            { capacity, channels: attended, scale, eps: model.eps },
+            [heads, batch],
+          ),
+        );
+        steps = [this.#long];
+      }
+      const ranged = { ...attention, splits, ...attentionShape(heads / kvHeads) };
       push(
         gpu.prepare(
-          decodeAttentionKernel(attention),
-          {
-            qkv,
-            qNorm: block.qNorm ?? x,
-            kNorm: block.kNorm ?? x,
-            rope: model.rope,
-            positions: this.#positions,
-            keys: block.keys,
-            values: block.values,
-            out: parts,
-            stats,
-          },
-          { capacity, scale: headDim ** -0.5, eps: model.eps },
-          attentionGroups(attention, batch),
+          decodeAttentionKernel(ranged),
+          { ...cached, out: parts, stats },
+          { capacity, scale, eps: model.eps },
+          attentionGroups(ranged, batch),
         ),
       );
       activate('attention', parts, block.o, attended, block.o.weights.length);
+      steps = [this.#short, this.#long];
       multiply(block.o.weights, 'attention', middle, x);
       activate('norm', middle, block.gateUp, hidden, block.gateUp.weights.length);
       multiply(block.gateUp.weights, 'norm', gateUp);
       activate('silu', gateUp, block.down, intermediate, block.down.weights.length);
       multiply(block.down.weights, 'silu', x, middle);
     }
-    activate('norm', x, { krot: 0, rotationGroup: plainGroup(hidden), gain: model.finalNorm }, hidden, 1);
+    activate('norm', x, { krot: 0, gain: model.finalNorm }, hidden, 1);
     if (model.head.kind === 'int4') {
       multiply([model.head.weight], 'norm', this.#logits);
     } else if (several) {
@@ -407,9 +413,9 @@ export class DecodePlan implements DecodeProgram {
     );
   }
 
-  /** The dispatches of one token's step, in order. */
+  /** The dispatches of the next step, in order. */
   get dispatches(): readonly PreparedDispatch[] {
-    return this.#step;
+    return this.#lengths.every((length) => length < WHOLE_KEYS) ? this.#short : this.#long;
   }
 
   /** Sets each sequence's next input token, the tokens its cache holds, and how to choose what follows. */
@@ -459,7 +465,6 @@ export class DecodePlan implements DecodeProgram {
     for (let i = 0; i < count; i++) {
       slots.push(...this.#lengths.map((position) => position % RING));
       this.#advance();
-      this.#gpu.run(this.#step);
     }
     const ring = new Uint32Array(await this.#gpu.read(this.#history, 0, RING * batch * 4));
     const out = new Uint32Array(count * batch);
@@ -476,10 +481,10 @@ export class DecodePlan implements DecodeProgram {
   /** Submits one step without reading its tokens back. */
   run(): void {
     this.#advance();
-    this.#gpu.run(this.#step);
     this.#gpu.flush();
   }
 
+  /** Records a step. */
   #advance(): void {
     const { capacity } = this;
     ensure(
@@ -487,6 +492,7 @@ export class DecodePlan implements DecodeProgram {
       'context-length',
       () => `the caches hold ${capacity} tokens, and all are there`,
     );
+    this.#gpu.run(this.dispatches);
     for (const [b, length] of this.#lengths.entries()) this.#lengths[b] = Math.min(length + 1, this.#ends[b]);
   }
 
@@ -508,21 +514,72 @@ export const FEW_SEQUENCES = 8;
 export const batches = ({ integers, groupSize }: Pick<PlanWeight, 'integers' | 'groupSize'>): boolean =>
   !integers && PLAN_GROUPS.includes(groupSize);
 
+/** Values of a dispatch's products by the names of its buffers or parameters: `w`, `w1`, `w2`. */
+function numbered<N extends string, T>(
+  name: N,
+  run: readonly PlanWeight[],
+  value: (weight: PlanWeight) => T,
+): Record<N, T> {
+  return Object.fromEntries(run.map((weight, i) => [i === 0 ? name : `${name}${i}`, value(weight)])) as Record<N, T>;
+}
+
+/** Weights of one input by dispatch: up to `most` together that have bindings enough, and are alike. */
+function runsOf(weights: readonly PlanWeight[], residual: boolean, most: number, bindings: number): PlanWeight[][] {
+  const runs: PlanWeight[][] = [];
+  for (const weight of weights) {
+    const last = runs.at(-1);
+    const bias = weight.bias !== undefined;
+    const fits =
+      last &&
+      last.length < most &&
+      gemvBuffers({ bias, residual, products: last.length + 1 }) <= bindings &&
+      last[0].kind === weight.kind &&
+      last[0].groupSize === weight.groupSize &&
+      (last[0].bias !== undefined) === bias;
+    if (fits) last.push(weight);
+    else runs.push([weight]);
+  }
+  return runs;
+}
+
 /** Workgroups over x and y. */
 function groupsOf(count: number): [number, number] {
   const y = Math.ceil(count / 65535);
   return [Math.ceil(count / y), y];
 }
 
-/** The largest of 128, 64, 32 that divides the channels. */
-export function plainGroup(channels: number): number {
-  for (const size of [128, 64, 32]) if (channels % size === 0) return size;
-  throw new GyreError('unsupported', `the fused decode path needs a multiple of 32 channels, found ${channels}`);
+/** Keys up to which a head's attention in one workgroup is quicker than many, and their combination. */
+const WHOLE_KEYS = 1024;
+
+/** Workgroups of wholeAttentionKernel up to which they run at once on a large GPU. */
+const WHOLE_GROUPS = 128;
+
+/** The variant of wholeAttentionKernel for a model's attention, where the kernel takes it and the device has room for it. */
+function wholeVariant(
+  shape: Omit<WholeAttentionVariant, 'teams' | 'unroll'> & { readonly headDim: number },
+  batch: number,
+  limits: GPUSupportedLimits,
+): WholeAttentionVariant | undefined {
+  if (shape.headDim !== WHOLE_HEAD || shape.heads * batch > WHOLE_GROUPS) return undefined;
+  for (const teams of [16, 8]) {
+    const variant = { ...shape, teams, unroll: 4 };
+    if (
+      teams * 32 <= limits.maxComputeInvocationsPerWorkgroup &&
+      wholeMemory(variant) <= limits.maxComputeWorkgroupStorageSize
+    )
+      return variant;
+  }
+  return undefined;
+}
+
+/** How attention shares its work: up to four query heads per workgroup, as many as keep the accumulators in registers. */
+export function attentionShape(group: number): { together: number; teams: number; unroll: number } {
+  return { together: [4, 3, 2].find((n) => group % n === 0) ?? 1, teams: 4, unroll: 4 };
 }
 
 /** Ranges of keys: enough workgroups for short contexts to be quick, ranges of at least 64 keys. */
-export function splitsFor(capacity: number, workgroups: number): number {
-  const wanted = Math.ceil(256 / workgroups);
+export function splitsFor(capacity: number, workgroups: number, fill = 256): number {
+  const wanted = Math.ceil(fill / workgroups);
   return Math.max(1, Math.min(wanted, Math.ceil(capacity / 64), 48));
 }
 

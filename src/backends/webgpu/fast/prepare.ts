@@ -17,7 +17,6 @@ import {
   FEW_SEQUENCES,
   PLAN_GROUPS,
   PLAN_HEADS,
-  plainGroup,
   type PlanBlock,
   type PlanGroup,
   type PlanModel,
@@ -126,7 +125,7 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
     const row = rowOf(products);
     if (row) {
       const gain = normWeight ?? new Float32Array(channels).fill(1);
-      return { weights, krot: 0, rotationGroup: plainGroup(channels), gain: upload(gain), row };
+      return { weights, krot: 0, gain: upload(gain), row };
     }
     const transforms = products.map(({ transform }) => (transform as GpuTransform | undefined)?.source);
     const gain = new Float32Array(products.length * channels);
@@ -134,23 +133,9 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
       for (let c = 0; c < channels; c++)
         gain[i * channels + c] = (normWeight?.[c] ?? 1) * (transform?.channelScales[c] ?? 1);
     const [transform] = transforms;
-    if (!transform || transform.krot === 0)
-      return { weights, krot: 0, rotationGroup: plainGroup(channels), gain: upload(gain) };
+    if (!transform || transform.krot === 0) return { weights, krot: 0, gain: upload(gain) };
     const tables = transforms.flatMap((t) => (t ? [rotationTable(t)] : []));
-    // One kernel serves all products: with pairs of any kind among them, all take the general tables.
-    const pairing = tables.every((t) => t.pairing === 'xor') ? 'xor' : 'any';
-    const same = transforms.flatMap((t) => (t ? [rotationTable(t, pairing)] : []));
-    return {
-      weights,
-      krot: transform.krot,
-      rotationGroup: transform.groupSize,
-      gain: upload(gain),
-      rotations: {
-        pairing,
-        table: upload(concat(same.map((t) => t.table))),
-        ...(pairing === 'xor' && { masks: upload(concat(same.map((t) => t.masks))) }),
-      },
-    };
+    return { weights, krot: transform.krot, gain: upload(gain), table: upload(concat(tables)) };
   };
   const make = async (): Promise<Omit<PlanBlock, 'keys' | 'values'>[]> => {
     const blocks: Omit<PlanBlock, 'keys' | 'values'>[] = [];
