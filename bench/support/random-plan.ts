@@ -1,10 +1,11 @@
 // A decoder with random weights in the real layout, made in GPU memory: for timing, not for talking.
 import type { BufferSlice, GpuDevice } from '../../src/backends/webgpu/device.js';
+import { signsOf } from '../../src/backends/webgpu/fast/hadamard.js';
 import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
 import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
-import { randomPairs } from '../../src/transforms/index.js';
+import { hadamardTransform, randomPairs, type HadamardOptions } from '../../src/transforms/index.js';
 import { randomBuffer } from './gpu.js';
 
 /** Shapes of a decoder. */
@@ -79,8 +80,11 @@ export const SHAPES: readonly DecoderShape[] = [
   },
 ];
 
-/** AWQ has no transform; ParoQuant one per linear group, with pairs of any kind, or one per projection as published. */
-export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection';
+/**
+ * AWQ has no transform; ParoQuant one per linear group, with pairs of any kind, or one per projection as published. QuaRot has
+ * Hadamard transforms before o and down and one grid per output, its activations in 16 bits or in 8; SmoothRot runs the same.
+ */
+export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection' | 'quarot' | 'quarot-a8' | 'smoothrot-a8';
 
 /** A decoder's weights without its caches: made once, planned with several kinds of transforms. */
 export class RandomDecoder {
@@ -155,9 +159,9 @@ export class RandomDecoder {
       ...this.#common,
       blocks: this.#weights.map((w) => ({
         qkv: this.#group(kind, split ? [w.q, w.k, w.v] : [w.qkv], true),
-        o: this.#group(kind, [w.o], false),
+        o: this.#group(kind, [w.o], false, { inner: headDim }),
         gateUp: this.#group(kind, split ? [w.gate, w.up] : [w.gateUp], true),
-        down: this.#group(kind, [w.down], false),
+        down: this.#group(kind, [w.down], false, {}),
         ...(qkNorm && { qNorm: this.#norm, kNorm: this.#norm }),
         keys: this.#gpu.buffer(bytes),
         values: this.#gpu.buffer(bytes),
@@ -197,8 +201,27 @@ export class RandomDecoder {
     };
   }
 
-  #group(kind: PlanKind, weights: readonly PlanWeight[], norm: boolean): PlanGroup {
+  #group(kind: PlanKind, weights: readonly PlanWeight[], norm: boolean, online?: HadamardOptions): PlanGroup {
     const channels = weights[0].inFeatures;
+    if (kind === 'quarot' || kind === 'quarot-a8' || kind === 'smoothrot-a8') {
+      const integers = kind !== 'quarot';
+      const transform = online && hadamardTransform(channels, online);
+      const m = transform ? Math.sqrt(transform.base.length) : 1;
+      const hadamard = transform && {
+        m,
+        p: transform.order / m,
+        inner: transform.inner,
+        signs: signsOf(transform.base),
+      };
+      return {
+        weights: weights.map((w) => ({ ...w, groupSize: channels, integers })),
+        krot: 0,
+        gain: this.#full(channels, 1),
+        ...((hadamard || integers) && {
+          row: { ...(hadamard && { hadamard }), ...(integers && { grid: { top: 127, clip: 1 } }) },
+        }),
+      };
+    }
     const count = channels * weights.length;
     // Norms have weights of their own in every model; elsewhere AWQ multiplies by nothing.
     const own = norm || kind !== 'awq';

@@ -75,9 +75,15 @@ export class LinearGroup {
     return this.#products.length;
   }
 
-  /** The products, for a backend that decodes models as a whole; undefined when the input takes a transform of the group's own. */
+  /**
+   * The products, for a backend that decodes models as a whole; undefined when the input takes a transform of the group's own and then
+   * one of theirs.
+   */
   get decodeProducts(): readonly DecodeProduct[] | undefined {
-    return this.#before ? undefined : this.#products;
+    const before = this.#before;
+    if (!before) return this.#products;
+    if (this.#products.some(({ transform }) => transform)) return undefined;
+    return this.#products.map(({ weight }) => ({ weight, transform: before }));
   }
 
   /** x [rows, in] → [rows, Σ out], plus `residual` when the group is one product. */

@@ -26,50 +26,59 @@ describe.skipIf(webgpuMissing)('fused decoding on WebGPU', () => {
     await temporary.remove();
   });
 
-  // One case with every feature: SwiftShader takes seconds to compile each of its kernels.
-  it('chooses the tokens that decoding op by op finds likeliest', { timeout: 400_000 }, async () => {
-    const settings = { method: 'paroquant', groupSize: 64, krot: 3, share: false } as const;
-    const rng = createRng(2);
-    const ids = Int32Array.from({ length: SEQUENCES * LENGTH }, () => rng.int(0, 4096));
-    const out = path.join(temporary.folder, `${settings.method}-${settings.groupSize}`);
-    await quantizeCheckpoint({
-      model: MODEL,
-      out,
-      device: 'cpu',
-      steps: 2,
-      calibrationTokens: { ids, sequences: SEQUENCES, length: LENGTH, description: 'random' },
-      ...settings,
-    });
-    const source = await openModel(await folderFiles(out));
-    const decoder = await loadDecoder(backend, source);
-    try {
-      const prompt = Int32Array.from({ length: 9 }, () => rng.int(0, 4096));
-      const cache = await decoder.createCache(1, 32);
-      const program = await decoder.prepareDecode(cache);
-      expect(program, 'the plan takes this model').toBeDefined();
-      program?.release();
-      decoder.releaseCache(cache);
-      const fused = await collect(generate(decoder, prompt, { maxTokens: 6, stopIds: [] }));
-      expect(fused.ids).toHaveLength(6);
-      // The plain path over prompt and answer at once: every chosen token's logit beside the largest of its row.
-      const text = Int32Array.from([...prompt, ...fused.ids]);
-      const hidden = await decoder.hidden(text);
-      const logits = await decoder.logits(hidden);
-      const rows = await backend.download(logits);
-      backend.free(hidden, logits);
-      const vocab = decoder.config.vocabSize;
-      for (const [i, id] of fused.ids.entries()) {
-        const row = rows.subarray((prompt.length - 1 + i) * vocab, (prompt.length + i) * vocab);
-        const top = row.reduce((a, b) => Math.max(a, b), -Infinity);
-        expect(top - row[id], `token ${i}`).toBeLessThan(0.05);
+  // Few cases with every feature between them: SwiftShader takes seconds to compile each of their kernels.
+  it.each([
+    { method: 'paroquant', groupSize: 64, krot: 3, share: false },
+    // Hadamard transforms before o and down, codes of 8 bits, one grid per output.
+    { method: 'smoothrot', actBits: 8, kvBits: 16 },
+  ] as const)(
+    '$method: chooses the tokens that decoding op by op finds likeliest',
+    { timeout: 400_000 },
+    async (settings) => {
+      const rng = createRng(2);
+      const ids = Int32Array.from({ length: SEQUENCES * LENGTH }, () => rng.int(0, 4096));
+      const out = path.join(temporary.folder, settings.method);
+      await quantizeCheckpoint({
+        model: MODEL,
+        out,
+        device: 'cpu',
+        steps: 2,
+        calibrationTokens: { ids, sequences: SEQUENCES, length: LENGTH, description: 'random' },
+        ...settings,
+      });
+      const source = await openModel(await folderFiles(out));
+      const decoder = await loadDecoder(backend, source);
+      try {
+        const prompt = Int32Array.from({ length: 9 }, () => rng.int(0, 4096));
+        const cache = await decoder.createCache(1, 32);
+        const program = await decoder.prepareDecode(cache);
+        expect(program, 'the plan takes this model').toBeDefined();
+        program?.release();
+        decoder.releaseCache(cache);
+        const fused = await collect(generate(decoder, prompt, { maxTokens: 6, stopIds: [] }));
+        expect(fused.ids).toHaveLength(6);
+        // The plain path over prompt and answer at once: every chosen token's logit beside the largest of its row.
+        const text = Int32Array.from([...prompt, ...fused.ids]);
+        const hidden = await decoder.hidden(text);
+        const logits = await decoder.logits(hidden);
+        const rows = await backend.download(logits);
+        backend.free(hidden, logits);
+        const vocab = decoder.config.vocabSize;
+        for (const [i, id] of fused.ids.entries()) {
+          const row = rows.subarray((prompt.length - 1 + i) * vocab, (prompt.length + i) * vocab);
+          const top = row.reduce((a, b) => Math.max(a, b), -Infinity);
+          expect(top - row[id], `token ${i}`).toBeLessThan(0.05);
+        }
+        // Drawn tokens: the same for a seed.
+        const draw = () =>
+          collect(
+            generate(decoder, prompt, { maxTokens: 3, stopIds: [], temperature: 1, topK: 5, topP: 0.95, seed: 1 }),
+          );
+        expect((await draw()).ids).toEqual((await draw()).ids);
+      } finally {
+        decoder.release();
+        await source.checkpoint.close();
       }
-      // Drawn tokens: the same for a seed.
-      const draw = () =>
-        collect(generate(decoder, prompt, { maxTokens: 3, stopIds: [], temperature: 1, topK: 5, topP: 0.95, seed: 1 }));
-      expect((await draw()).ids).toEqual((await draw()).ids);
-    } finally {
-      decoder.release();
-      await source.checkpoint.close();
-    }
-  });
+    },
+  );
 });

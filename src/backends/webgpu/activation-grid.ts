@@ -3,7 +3,7 @@ import { ensure } from '../../core/errors.js';
 import type { ActivationGrid } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
 import { encodeRowsKernel, quantizeRunsKernel } from './kernels/activation-grid.js';
-import { makeTensor, spread, type GpuTensor } from './tensor.js';
+import { HalfTensor, makeTensor, spread, type GpuTensor } from './tensor.js';
 
 /** Channels of one grid in rows of n. @throws GyreError unless rows can be rounded onto the grid. */
 export function gridRun({ bits, groupSize, clip }: ActivationGrid, n: number): number {
@@ -35,7 +35,7 @@ export function quantizeRows(gpu: GpuDevice, x: GpuTensor, grid: ActivationGrid)
   return out;
 }
 
-/** Rows as signed bytes, and a scale for each. */
+/** Rows as signed bytes, and a scale and the sum of codes for each. */
 export interface EncodedRows {
   readonly codes: GPUBuffer;
   readonly scales: GPUBuffer;
@@ -44,15 +44,15 @@ export interface EncodedRows {
 /** Symmetric per-token codes of x, `words` words a row; see encodeRowsKernel for their order. */
 export function encodeRows(
   gpu: GpuDevice,
-  x: GpuTensor,
+  x: GpuTensor | HalfTensor,
   grid: ActivationGrid,
   { words, paired }: { words: number; paired: boolean },
 ): EncodedRows {
   const { rows, cols } = x.matrix;
   const codes = gpu.buffer(4 * rows * words, 'codes of activations');
-  const scales = gpu.buffer(4 * rows, 'scales of activations');
+  const scales = gpu.buffer(8 * rows, 'scales of activations');
   gpu.dispatch(
-    encodeRowsKernel(paired, cols),
+    encodeRowsKernel({ paired, size: cols, halves: x instanceof HalfTensor }),
     { x, codes, scales },
     { runs: rows, size: cols, words, top: topOf(grid), clip: grid.clip },
     spread(rows),

@@ -2,8 +2,16 @@
 import { ensure, GyreError } from '../../core/errors.js';
 import type { HadamardTransform, TransformHandle } from '../../ops/backend.js';
 import type { GpuDevice } from './device.js';
+import {
+  hadamardRowsKernel,
+  hadamardRowsMemory,
+  hadamardRowsTakes,
+  hadamardRowsThreads,
+  signsOf,
+  type HadamardRowsVariant,
+} from './fast/hadamard.js';
 import { hadamardKernel, hadamardMemory, type HadamardStage } from './kernels/hadamard.js';
-import { makeTensor, spread, type GpuTensor } from './tensor.js';
+import { makeHalf, makeTensor, spread, type GpuTensor, type HalfTensor } from './tensor.js';
 
 /** Elements that a workgroup takes at least, where vectors are short. */
 const BUSY = 1024;
@@ -65,6 +73,46 @@ function stagesOf(memory: number, m: number, p: number, inner: number): Hadamard
   return [...stagesOf(memory, 1, low, inner), ...stagesOf(memory, 1, p / low, inner * low)];
 }
 
+/** Channels from which a workgroup of the fast kernel has work enough. */
+const LONG = 256;
+
+/** The fast kernel's variant for a stage, a row being a run of it; undefined where it doesn't take it. */
+function rowsVariant(
+  gpu: GpuDevice,
+  handle: GpuHadamard,
+  { m, p, inner }: HadamardStage,
+  { direction, halves }: { readonly direction: 'forward' | 'inverse'; readonly halves: boolean },
+): HadamardRowsVariant | undefined {
+  const shape = { channels: m * p * inner, m, p, inner, halves };
+  const memory = gpu.limits.maxComputeWorkgroupStorageSize;
+  if (!hadamardRowsTakes(shape) || shape.channels < LONG || hadamardRowsMemory(shape) > memory) return undefined;
+  return {
+    ...shape,
+    signs: m > 1 ? signsOf(handle.source.base, direction) : '',
+    threads: hadamardRowsThreads(shape.channels),
+    bits: 4,
+    f16: halves && m > 12 && gpu.capabilities.f16,
+  };
+}
+
+/** H·x / √n on rows of f16; undefined where no kernel for them takes the transform. */
+export function hadamardHalf(gpu: GpuDevice, x: HalfTensor, handle: GpuHadamard): HalfTensor | undefined {
+  const { rows, cols } = x.matrix;
+  ensure(
+    cols === handle.channels,
+    'tensor-shape',
+    () => `a transform of ${handle.channels} channels was given ${cols}`,
+  );
+  const { order, inner, base } = handle.source;
+  const m = Math.sqrt(base.length);
+  const variant = rowsVariant(gpu, handle, { m, p: order / m, inner }, { direction: 'forward', halves: true });
+  if (!variant) return undefined;
+  const y = makeHalf(gpu, rows, cols);
+  const runs = x.elements / variant.channels;
+  gpu.dispatch(hadamardRowsKernel(variant), { x, y }, { rows: runs }, spread(runs));
+  return y;
+}
+
 /** See {@link applyHadamard}. */
 export interface HadamardOptions {
   /** Default 'forward'. */
@@ -94,6 +142,12 @@ export function applyHadamard(
     const { m, p, inner } = stage;
     const n = m * p;
     const vectors = x.elements / n;
+    const variant = inPlace || index > 0 ? undefined : rowsVariant(gpu, handle, stage, { direction, halves: false });
+    if (variant) {
+      const rows = x.elements / variant.channels;
+      gpu.dispatch(hadamardRowsKernel(variant), { x, y: out }, { rows }, spread(rows));
+      continue;
+    }
     let together = Math.min(32, 2 ** Math.ceil(Math.log2(BUSY / n)), 2 ** Math.floor(Math.log2(vectors)));
     // Across an inner axis neighbours in memory are neighbouring vectors: at least a few, for whole cache lines.
     if (inner > 1) together = Math.max(together, Math.min(16, 2 ** Math.floor(Math.log2(inner))));

@@ -20,7 +20,7 @@ import type {
 import { quantizeRows } from './activation-grid.js';
 import { attention, copySequences, GpuKvCache, GpuRope, splitHeads } from './attention.js';
 import type { GpuDevice } from './device.js';
-import { GpuHadamard } from './hadamard.js';
+import { GpuHadamard, hadamardHalf } from './hadamard.js';
 import { placeColumnsKernel } from './kernels/columns.js';
 import { MAX_GEMV_ROWS } from './kernels/linear.js';
 import { rmsNormHalfKernel, rmsNormKernel } from './kernels/norm.js';
@@ -165,9 +165,15 @@ export class WebGpuInference implements InferenceOps {
 
   rotate(x: Tensor, transform: TransformHandle): Tensor {
     const input = ownAny(x);
-    const half =
-      input instanceof HalfTensor && transform instanceof GpuTransform && rotateHalf(this.#gpu, input, transform);
-    return half || rotate(this.#gpu, own(input), transform);
+    return (
+      (input instanceof HalfTensor && this.#rotateHalf(input, transform)) || rotate(this.#gpu, own(input), transform)
+    );
+  }
+
+  /** Undefined where no kernel for rows of f16 takes the transform. */
+  #rotateHalf(x: HalfTensor, transform: TransformHandle): HalfTensor | undefined {
+    if (transform instanceof GpuTransform) return rotateHalf(this.#gpu, x, transform);
+    return transform instanceof GpuHadamard ? hadamardHalf(this.#gpu, x, transform) : undefined;
   }
 
   quantizeRows(x: Tensor, grid: ActivationGrid): Tensor {

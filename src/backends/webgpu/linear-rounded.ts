@@ -2,9 +2,16 @@
 import type { ActivationGrid, QuantizedWeight } from '../../ops/backend.js';
 import { encodeRows } from './activation-grid.js';
 import type { GpuDevice } from './device.js';
+import {
+  hasIntegerMatrices,
+  integerMatrixGroups,
+  integerMatrixKernel,
+  integerMatrixTakes,
+  integerMatrixTile,
+} from './fast/gemm-integer.js';
 import { INTEGER_TILE, integerGemmKernel, integerWords, type IntegerBits } from './kernels/linear-integer.js';
 import type { ProductBuffers } from './kernels/linear.js';
-import type { GpuTensor } from './tensor.js';
+import type { GpuTensor, HalfTensor } from './tensor.js';
 
 /** The zero point of bytes that become signed ones. */
 const MIDDLE = 128;
@@ -20,6 +27,14 @@ export function fitsIntegers(weight: QuantizedWeight, activations: ActivationGri
   return activations.symmetric && perToken && narrow && groupSize % 32 === 0 && groupSize <= 2 ** 16;
 }
 
+/** Whether matrix units for bytes take a product. */
+export function onIntegerUnits(
+  gpu: GpuDevice,
+  { outFeatures, inFeatures, groupSize }: Omit<IntegerOperand, 'bits'>,
+): boolean {
+  return hasIntegerMatrices(gpu.capabilities) && integerMatrixTakes(outFeatures, inFeatures, groupSize);
+}
+
 /** What a product in integers needs of a weight. */
 export interface IntegerOperand {
   readonly inFeatures: number;
@@ -28,10 +43,13 @@ export interface IntegerOperand {
   readonly groupSize: number;
 }
 
-/** out = Q(x) · Wᵀ + bias + residual in integers. `buffers` as for products of floats; its `x` is ignored. */
+/**
+ * out = Q(x) · Wᵀ + bias + residual in integers, on matrix units where the GPU has them for bytes. `buffers` as for products of
+ * floats; its `x` is ignored.
+ */
 export function integerLinear(
   gpu: GpuDevice,
-  x: GpuTensor,
+  x: GpuTensor | HalfTensor,
   weight: IntegerOperand,
   grid: ActivationGrid,
   buffers: Omit<ProductBuffers, 'x'>,
@@ -41,12 +59,24 @@ export function integerLinear(
   const { inFeatures, outFeatures, bits, groupSize } = weight;
   const words = integerWords(inFeatures);
   const { codes, scales } = encodeRows(gpu, x, grid, { words, paired: bits === 4 });
-  gpu.dispatch(
-    integerGemmKernel(bits),
-    { ...buffers, codes, scales },
-    { rows, outFeatures, words, groupWords: groupSize / 4, groupsPerRow: inFeatures / groupSize, ...options },
-    [Math.ceil(outFeatures / INTEGER_TILE), Math.ceil(rows / INTEGER_TILE)],
-  );
+  const operands = { ...buffers, codes, scales };
+  if (onIntegerUnits(gpu, weight)) {
+    const tile = integerMatrixTile(rows, outFeatures);
+    const { hasBias, hasResidual } = options;
+    gpu.dispatch(
+      integerMatrixKernel({ ...tile, bits, bias: hasBias !== 0, residual: hasResidual !== 0 }),
+      operands,
+      { m: rows, n: outFeatures, k: inFeatures },
+      integerMatrixGroups(tile, rows, outFeatures),
+    );
+  } else {
+    gpu.dispatch(
+      integerGemmKernel(bits),
+      operands,
+      { rows, outFeatures, words, groupWords: groupSize / 4, groupsPerRow: inFeatures / groupSize, ...options },
+      [Math.ceil(outFeatures / INTEGER_TILE), Math.ceil(rows / INTEGER_TILE)],
+    );
+  }
   gpu.release(codes);
   gpu.release(scales);
 }

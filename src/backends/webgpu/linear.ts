@@ -10,7 +10,7 @@ import { embedKernel } from './kernels/embed.js';
 import type { IntegerBits } from './kernels/linear-integer.js';
 import { GEMM_TILE, gemmKernel, GEMV_OUTPUTS, gemvKernel, isGemvAligned, MAX_GEMV_ROWS } from './kernels/linear.js';
 import { packGridKernel, packKernel, perWord, type WeightFormat } from './kernels/weights.js';
-import { fitsIntegers, integerLinear } from './linear-rounded.js';
+import { fitsIntegers, integerLinear, onIntegerUnits } from './linear-rounded.js';
 import {
   elementGroups,
   freeTensor,
@@ -221,11 +221,13 @@ export function applyLinear(
 ): GpuTensor {
   const { activations, integers } = linear;
   if (!activations) return product(gpu, ownAny(x), linear, residual, half);
-  const input = own(x);
-  // A few rows are bound by reading the weight: the same sum on rounded values costs the same.
-  if (integers && input.matrix.rows > MAX_GEMV_ROWS) return product(gpu, input, linear, residual, false);
-  const rounded = quantizeRows(gpu, input, activations);
-  const out = product(gpu, rounded, linear, residual, false);
+  const any = ownAny(x);
+  // A few rows are bound by reading the weight: the same sum on rounded values costs the same. With f16 allowed its matrix units
+  // on rounded values are faster than integers without any.
+  if (integers && any.matrix.rows > MAX_GEMV_ROWS && (!half || onIntegerUnits(gpu, linear)))
+    return product(gpu, any, linear, residual, false);
+  const rounded = quantizeRows(gpu, own(x), activations);
+  const out = product(gpu, rounded, linear, residual, half);
   freeTensor(gpu, rounded);
   return out;
 }
@@ -278,8 +280,9 @@ function product(
     return out;
   }
   const tiledHalf = many && given instanceof HalfTensor;
+  const inIntegers = many && linear.activations !== undefined && linear.integers !== undefined && !half;
   const buffers = {
-    x: tiledHalf ? given : own(given),
+    x: inIntegers || tiledHalf ? given : own(given),
     weights,
     // Kernels do not read what is absent; something must be bound.
     grids: linear.grids ?? weights,
@@ -288,9 +291,9 @@ function product(
     out,
   };
   const [hasBias, hasResidual] = [Number(linear.bias !== undefined), Number(add !== undefined)];
-  if (linear.activations && linear.integers && rows > MAX_GEMV_ROWS) {
+  if (inIntegers && linear.activations && linear.integers) {
     const operand = { inFeatures, outFeatures, groupSize, bits: linear.integers };
-    integerLinear(gpu, own(given), operand, linear.activations, buffers, { hasBias, hasResidual });
+    integerLinear(gpu, given, operand, linear.activations, buffers, { hasBias, hasResidual });
     return out;
   }
   const params = { rows, inFeatures, outFeatures, wordsPerRow, groupsPerRow, groupSize, hasBias, hasResidual };

@@ -1,7 +1,9 @@
 // Hadamard transforms on the GPU beyond the conformance suite's: orders that take two stages, the inverse, in place, per head.
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { f16BitsToF32, f32ToF16Bits, roundToF16 } from '../../../src/core/dtype.js';
 import { createRng } from '../../../src/core/rng.js';
 import { hostTensor } from '../../../src/core/tensor.js';
+import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
 import { applyHadamard as onGpu, GpuHadamard } from '../../../src/backends/webgpu/hadamard.js';
 import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
 import { own } from '../../../src/backends/webgpu/tensor.js';
@@ -17,13 +19,13 @@ describe.skipIf(webgpuMissing)('Hadamard transforms on the GPU', () => {
   const rng = createRng(3);
 
   /** Relative to the norm of a transformed run: an f32 sum of n terms in log₂ p + m steps, far below 1e-5. */
-  function expectClose(got: Float32Array, want: Float64Array): void {
+  function expectClose(got: Float32Array, want: Float64Array, tolerance = 1e-6): void {
     let [difference, norm] = [0, 0];
     want.forEach((w, i) => {
       difference += (got[i] - w) ** 2;
       norm += w * w;
     });
-    expect(Math.sqrt(difference / norm)).toBeLessThan(1e-6);
+    expect(Math.sqrt(difference / norm)).toBeLessThan(tolerance);
   }
 
   // The orders of DESIGN §8, across heads too; 14336 and 11008 are longer than a workgroup's memory.
@@ -53,6 +55,38 @@ describe.skipIf(webgpuMissing)('Hadamard transforms on the GPU', () => {
       backend.free(y);
     }
     handle.free(backend.gpu);
+  });
+
+  it.each([
+    [64, 32],
+    [1536, 64],
+    [4096, 128],
+    [4096, 256],
+    [10240, 256],
+    [14336, 256],
+  ])('many rows of %i channels, %i threads: f16 and f32', async (channels, threads) => {
+    const { gpu } = backend;
+    const rows = 3;
+    const host = Float32Array.from({ length: rows * channels }, () => roundToF16(rng.normal()));
+    const transform = hadamardTransform(channels);
+    const m = Math.sqrt(transform.base.length);
+    for (const halves of [true, false]) {
+      const shape = { channels, inner: 1, m, p: channels / m, halves };
+      if (hadamardRowsMemory(shape) > gpu.limits.maxComputeWorkgroupStorageSize) continue;
+      for (const direction of ['forward', 'inverse'] as const) {
+        const data = halves ? Uint16Array.from(host, f32ToF16Bits) : host;
+        const [x, y] = [gpu.buffer(data.byteLength), gpu.buffer(data.byteLength)];
+        gpu.upload(x, data);
+        const kernel = hadamardRowsKernel({ ...shape, signs: signsOf(transform.base, direction), threads, bits: 4 });
+        gpu.dispatch(kernel, { x, y }, { rows }, [rows]);
+        const bytes = await gpu.read(y, 0, data.byteLength);
+        const got = halves ? Float32Array.from(new Uint16Array(bytes), f16BitsToF32) : new Float32Array(bytes);
+        // Three roundings to f16 of 2^-11 / √12 each, or those of f32.
+        expectClose(got, applyHadamard(Float64Array.from(host), transform, direction), halves ? 6e-4 : 1e-6);
+        gpu.release(x);
+        gpu.release(y);
+      }
+    }
   });
 
   it('takes rows of several runs: heads', async () => {

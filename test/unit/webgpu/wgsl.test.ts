@@ -17,9 +17,14 @@ import { packColumnsKernel, packRowsKernel } from '../../../src/backends/webgpu/
 import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js';
 import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
+import { integerMatrixKernel, integerMatrixTile } from '../../../src/backends/webgpu/fast/gemm-integer.js';
+import { hadamardRowsKernel, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
+import { rowKernel } from '../../../src/backends/webgpu/fast/row.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
+import { hadamardTransform } from '../../../src/transforms/index.js';
 
 const bools = [false, true];
+const llama = signsOf(hadamardTransform(14336).base);
 const kernels: Kernel[] = [
   ...(['f16', 'bf16', 'f32'] as const).map(embedTokensKernel),
   packRowsKernel,
@@ -109,6 +114,35 @@ const kernels: Kernel[] = [
     ),
     ...bools.map((f16) => batchTiledKernel({ f16, columns: 24, weights, groupSize: 64, residual: true, bias: true })),
   ]),
+  ...([4, 8] as const).flatMap((bits) =>
+    bools.map((bias) => integerMatrixKernel({ ...integerMatrixTile(2048, 4096), bits, bias, residual: !bias })),
+  ),
+  hadamardRowsKernel({
+    channels: 14336,
+    inner: 1,
+    m: 28,
+    p: 512,
+    signs: llama,
+    halves: true,
+    threads: 256,
+    bits: 4,
+    f16: true,
+  }),
+  ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
+    bools.map((codes) =>
+      rowKernel({
+        source,
+        channels: 14336,
+        hadamard: { m: 28, p: 512, inner: 1, signs: llama },
+        codes,
+        threads: 1024,
+        memory: 49152,
+        subgroups: codes,
+        splits: 4,
+        headDim: 128,
+      }),
+    ),
+  ),
   ...bools.flatMap((f16) => [
     ...[32, 64, 128].map((groupSize) => rotateRowsKernel({ f16, krot: 8, groupSize })),
     rmsNormHalfKernel(true, { f16 }),

@@ -35,6 +35,8 @@ export interface GemvVariant extends Arithmetic {
    * dispatch each would leave most of the GPU idle at every boundary.
    */
   readonly products?: number;
+  /** x is signed bytes (row.ts), multiplied in integers; default f16. */
+  readonly integers?: boolean;
 }
 
 /** Most products of one dispatch: q, k and v. */
@@ -77,9 +79,9 @@ ${each(
   batch,
   (b) => `    {
       let at = first + ${b}u * params.chunks + c;
-      let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];
+      ${v.integers ? 'let x0 = x[at * 2u]; let x1 = x[at * 2u + 1u];' : 'let x0 = x[at * 4u]; let x1 = x[at * 4u + 1u]; let x2 = x[at * 4u + 2u]; let x3 = x[at * 4u + 3u];'}
       let f = factors[at];
-${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}_, x0, x1, x2, x3) - g${r}.y * f.y, acc${b * rows + r});`)}
+${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r}_, ${v.integers ? 'x0, x1' : 'x0, x1, x2, x3'}) - g${r}.y * f.y, acc${b * rows + r});`)}
     }`,
 )}
   }`;
@@ -89,8 +91,8 @@ ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r
     ...(v.bias ? [[`bias${i}`, read('f32')] as const] : []),
   ]);
   return defineKernel<GemvBuffers, GemvParams>({
-    name: `gemv.${v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${products.length > 1 ? `.p${products.length}` : ''}${v.residual ? '.res' : ''}`,
-    features: [...halfFeatures(v), ...(v.shuffle ? (['subgroups'] as const) : [])],
+    name: `gemv.${v.integers ? 'int8' : v.f16 ? 'f16' : 'f32'}.g${v.groupSize}.r${rows}.t${teams}.s${split}.b${batch}${products.length > 1 ? `.p${products.length}` : ''}${v.residual ? '.res' : ''}`,
+    features: [...(v.integers ? [] : halfFeatures(v)), ...(v.shuffle ? (['subgroups'] as const) : [])],
     buffers: {
       ...Object.fromEntries(weights),
       x: read('vec4<u32>'),
@@ -106,7 +108,7 @@ ${each(rows, (r) => `      acc${b * rows + r} = fma(f.x * g${r}.x, chunkDot(w${r
       ...Object.fromEntries(products.map((i) => [`outFeatures${i}`, 'u32'])),
     } as Record<GemvParams, 'u32'>,
     body: /* wgsl */ `
-${halfWgsl(v)}
+${v.integers ? '' : halfWgsl(v)}
 const GROUP_CHUNKS = ${v.groupSize / CHUNK}u;
 ${split > 1 || !v.shuffle ? `var<workgroup> partial: array<f32, ${teams * cells * (v.shuffle ? 1 : TEAM)}>;` : ''}
 
@@ -121,22 +123,7 @@ ${products
 }`
     : ''
 }
-// Scale, and zero point less 8.
-fn gridOf(word: u32) -> vec2<f32> { return vec2(unpack2x16float(word).x, f32(word >> 16u) - 8.0); }
-
-fn chunkDot(c: vec4<u32>, x0: vec4<u32>, x1: vec4<u32>, x2: vec4<u32>, x3: vec4<u32>) -> f32 {
-  let a = codes8(c.x); let b = codes8(c.y); let d = codes8(c.z); let e = codes8(c.w);
-  var s = a[0] * unpackH(x0.x); var t = b[0] * unpackH(x1.x);
-  s = fma(a[1], unpackH(x0.y), s); t = fma(b[1], unpackH(x1.y), t);
-  s = fma(a[2], unpackH(x0.z), s); t = fma(b[2], unpackH(x1.z), t);
-  s = fma(a[3], unpackH(x0.w), s); t = fma(b[3], unpackH(x1.w), t);
-  s = fma(d[0], unpackH(x2.x), s); t = fma(e[0], unpackH(x3.x), t);
-  s = fma(d[1], unpackH(x2.y), s); t = fma(e[1], unpackH(x3.y), t);
-  s = fma(d[2], unpackH(x2.z), s); t = fma(e[2], unpackH(x3.z), t);
-  s = fma(d[3], unpackH(x2.w), s); t = fma(e[3], unpackH(x3.w), t);
-  let r = s + t;
-  return f32(r.x) + f32(r.y);
-}
+${v.integers ? INTEGER_DOT : HALF_DOT}
 
 @compute @workgroup_size(${TEAM * teams})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -164,6 +151,38 @@ ${reduction(v)}
 }`,
   });
 }
+
+/** WGSL: a grid's scale, and its zero point less what codes are less of; a chunk's codes times its activations. */
+const HALF_DOT = /* wgsl */ `
+// Scale, and zero point less 8.
+fn gridOf(word: u32) -> vec2<f32> { return vec2(unpack2x16float(word).x, f32(word >> 16u) - 8.0); }
+
+fn chunkDot(c: vec4<u32>, x0: vec4<u32>, x1: vec4<u32>, x2: vec4<u32>, x3: vec4<u32>) -> f32 {
+  let a = codes8(c.x); let b = codes8(c.y); let d = codes8(c.z); let e = codes8(c.w);
+  var s = a[0] * unpackH(x0.x); var t = b[0] * unpackH(x1.x);
+  s = fma(a[1], unpackH(x0.y), s); t = fma(b[1], unpackH(x1.y), t);
+  s = fma(a[2], unpackH(x0.z), s); t = fma(b[2], unpackH(x1.z), t);
+  s = fma(a[3], unpackH(x0.w), s); t = fma(b[3], unpackH(x1.w), t);
+  s = fma(d[0], unpackH(x2.x), s); t = fma(e[0], unpackH(x3.x), t);
+  s = fma(d[1], unpackH(x2.y), s); t = fma(e[1], unpackH(x3.y), t);
+  s = fma(d[2], unpackH(x2.z), s); t = fma(e[2], unpackH(x3.z), t);
+  s = fma(d[3], unpackH(x2.w), s); t = fma(e[3], unpackH(x3.w), t);
+  let r = s + t;
+  return f32(r.x) + f32(r.y);
+}`;
+
+/** The same with activations as signed bytes in the order of the codes' nibbles: exact sums, one instruction for four products. */
+const INTEGER_DOT = /* wgsl */ `
+fn gridOf(word: u32) -> vec2<f32> { return vec2(unpack2x16float(word).x, f32(word >> 16u)); }
+
+fn chunkDot(c: vec4<u32>, x0: vec4<u32>, x1: vec4<u32>) -> f32 {
+  let low = c & vec4(0x0f0f0f0fu);
+  let high = (c >> vec4(4u)) & vec4(0x0f0f0f0fu);
+  return f32(
+    dot4I8Packed(low.x, x0.x) + dot4I8Packed(high.x, x0.y) + dot4I8Packed(low.y, x0.z) + dot4I8Packed(high.y, x0.w) +
+    dot4I8Packed(low.z, x1.x) + dot4I8Packed(high.z, x1.y) + dot4I8Packed(low.w, x1.z) + dot4I8Packed(high.w, x1.w)
+  );
+}`;
 
 /** Sums acc over lanes and splits and writes the results. */
 function reduction(v: GemvVariant): string {

@@ -17,6 +17,7 @@ import {
 } from './batch-products.js';
 import { CHUNK, MAX_PRODUCTS, gemvBuffers, gemvGroups, gemvKernel } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
+import { prepareRow, type RowVariant } from './row.js';
 import {
   NO_TOKEN,
   SAMPLE_SPAN,
@@ -37,6 +38,15 @@ export interface PlanWeight {
   /** Of int4; any buffer otherwise. */
   readonly grid: GPUBuffer | BufferSlice;
   readonly bias?: GPUBuffer;
+  /** Its input comes as signed bytes; see PlanRow. */
+  readonly integers?: boolean;
+}
+
+/** What happens to a group's input as a whole row, in place of rotations inside groups of channels. */
+export interface PlanRow {
+  readonly hadamard?: RowVariant['hadamard'];
+  /** Rounds the row onto a symmetric grid; its weights are `integers`. */
+  readonly grid?: { readonly top: number; readonly clip: number };
 }
 
 /** The products of one linear group and the transforms of their input. */
@@ -47,6 +57,8 @@ export interface PlanGroup {
   readonly krot: number;
   /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
   readonly gain: GPUBuffer;
+  /** Instead of rotations, for a single weight. */
+  readonly row?: PlanRow;
   /** Tables of all weights' transforms, see rotationTable. Undefined without rotations. */
   readonly table?: GPUBuffer;
 }
@@ -216,6 +228,12 @@ export class DecodePlan implements DecodeProgram {
       channels: number,
       count: number,
     ): void => {
+      if (group.row) {
+        const { row, gain } = group;
+        const buffers = { source: input, stats, gain, x: halves, factors };
+        push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
+        return;
+      }
       // A whole row's sum, and the parts of 128 channels, are work for more threads than channels.
       const threads = source === 'attention' ? 256 : 128;
       const kernel = activationKernel({ shuffle, source, stages: stagesOf(group.krot), threads, splits, headDim });
@@ -229,10 +247,11 @@ export class DecodePlan implements DecodeProgram {
       residual?: GPUBuffer,
     ): void => {
       const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
-      const [{ kind, inFeatures }] = weights;
+      const [{ kind, inFeatures, integers = false }] = weights;
       const chunks = inFeatures / CHUNK;
+      const batched = kind === 'int4' && !batches(weights[0]) ? undefined : several;
       // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
-      const product = several ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
+      const product = batched ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
       const most = product ? 1 : MAX_PRODUCTS;
       let [column, done] = [0, 0];
       for (const run of runsOf(weights, residual !== undefined, most, gpu.limits.maxStorageBuffersPerShaderStage)) {
@@ -246,6 +265,7 @@ export class DecodePlan implements DecodeProgram {
           groupSize,
           residual: residual !== undefined,
           bias: bias !== undefined,
+          integers,
           products: run.length,
           ...gemvShape(rows, inFeatures, batch),
         };
@@ -306,7 +326,10 @@ export class DecodePlan implements DecodeProgram {
         qkNorm: block.qNorm !== undefined,
         window: block.window,
       };
-      const whole = wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
+      // That kernel ends with o's rotations inside a head.
+      const whole = block.o.row
+        ? undefined
+        : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
       if (whole) {
         steps = [this.#short];
         const table = block.o.table ?? block.o.gain;
@@ -483,6 +506,13 @@ export class DecodePlan implements DecodeProgram {
     for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
   }
 }
+
+/** Most sequences where products take them one by one. */
+export const FEW_SEQUENCES = 8;
+
+/** Whether kernels for several sequences at once take a weight: neither codes of activations nor one grid per output. */
+export const batches = ({ integers, groupSize }: Pick<PlanWeight, 'integers' | 'groupSize'>): boolean =>
+  !integers && PLAN_GROUPS.includes(groupSize);
 
 /** Values of a dispatch's products by the names of its buffers or parameters: `w`, `w1`, `w2`. */
 function numbered<N extends string, T>(

@@ -3,18 +3,24 @@
 import type { DecodeProduct, DecodeProgram, DecodeSpec, KvCacheHandle, Tensor } from '../../../ops/backend.js';
 import { GpuKvCache, GpuRope } from '../attention.js';
 import type { GpuDevice } from '../device.js';
+import { GpuHadamard } from '../hadamard.js';
 import { ownLinear, type GpuLinear } from '../linear.js';
 import { GpuTransform } from '../rotation.js';
 import { downloadTensor, own } from '../tensor.js';
 import { rotationTable } from './activations.js';
 import { CHUNK } from './gemv.js';
+import { signsOf } from './hadamard.js';
+import { rowTakes } from './row.js';
 import {
+  batches,
   DecodePlan,
+  FEW_SEQUENCES,
   PLAN_GROUPS,
   PLAN_HEADS,
   type PlanBlock,
   type PlanGroup,
   type PlanModel,
+  type PlanRow,
   type PlanWeight,
 } from './plan.js';
 
@@ -116,6 +122,11 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
     const weights = products.map(({ weight }) => planWeight(ownLinear(weight)));
     const channels = weights[0].inFeatures;
     const normWeight = norm && (await downloadTensor(gpu, norm));
+    const row = rowOf(products);
+    if (row) {
+      const gain = normWeight ?? new Float32Array(channels).fill(1);
+      return { weights, krot: 0, gain: upload(gain), row };
+    }
     const transforms = products.map(({ transform }) => (transform as GpuTransform | undefined)?.source);
     const gain = new Float32Array(products.length * channels);
     for (const [i, transform] of transforms.entries())
@@ -147,19 +158,57 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
 }
 
 function planWeight(linear: GpuLinear): PlanWeight {
-  const { inFeatures, outFeatures, weights, grids, bias, format } = linear;
+  const { inFeatures, outFeatures, weights, grids, bias, format, activations } = linear;
   const kind = format.kind === 'f16' || format.kind === 'bf16' ? format.kind : 'int4';
-  const groupSize = kind === 'int4' ? linear.groupSize : CHUNK;
-  return { kind, inFeatures, outFeatures, groupSize, codes: weights, grid: grids ?? weights, ...(bias && { bias }) };
+  return {
+    kind,
+    inFeatures,
+    outFeatures,
+    groupSize: kind === 'int4' ? linear.groupSize : CHUNK,
+    codes: weights,
+    grid: grids ?? weights,
+    ...(bias && { bias }),
+    ...(activations && { integers: true }),
+  };
+}
+
+/** What a group does to its input as a whole row; undefined where it only rotates inside groups of channels. */
+function rowOf([{ weight, transform }]: readonly DecodeProduct[]): PlanRow | undefined {
+  const { activations } = ownLinear(weight);
+  const hadamard = transform instanceof GpuHadamard ? rowHadamard(transform) : undefined;
+  if (!hadamard && !activations) return undefined;
+  return {
+    ...(hadamard && { hadamard }),
+    ...(activations && { grid: { top: 2 ** (activations.bits - 1) - 1, clip: activations.clip } }),
+  };
+}
+
+function rowHadamard({ source: { base, order, inner } }: GpuHadamard): NonNullable<PlanRow['hadamard']> {
+  const m = Math.sqrt(base.length);
+  return { m, p: order / m, inner, signs: signsOf(base) };
+}
+
+/** Whether the whole-row kernels take a group: one product, a Hadamard transform or none, codes of 4-bit weights. */
+function takesRow(products: readonly DecodeProduct[]): boolean {
+  const [{ weight, transform }] = products;
+  const linear = ownLinear(weight);
+  const plain = transform === undefined || transform instanceof GpuHadamard;
+  const integers = linear.activations === undefined || linear.integers === 4;
+  const hadamard = transform instanceof GpuHadamard ? rowHadamard(transform) : undefined;
+  return products.length === 1 && plain && integers && rowTakes(linear.inFeatures, hadamard);
 }
 
 /** Whether the fused kernels take a model: int4 in groups they know or 16 bits, the head likewise, plain f16 caches. */
 function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
   const { embedding, head } = spec;
   const isInt4 = (linear: GpuLinear): boolean =>
-    linear.format.kind === 'int' && linear.format.bits === 4 && PLAN_GROUPS.includes(linear.groupSize);
+    linear.format.kind === 'int' && linear.format.bits === 4 && linear.groupSize % CHUNK === 0;
   const isDense = ({ format, inFeatures }: GpuLinear): boolean =>
     (format.kind === 'f16' || format.kind === 'bf16') && inFeatures % CHUNK === 0;
+  const group = (products: readonly DecodeProduct[]): boolean =>
+    rowOf(products)
+      ? takesRow(products) && products.every(({ weight }) => isInt4(ownLinear(weight)))
+      : products.every(product) && uniform(products);
   const product = ({ weight, transform }: DecodeProduct): boolean =>
     (isInt4(ownLinear(weight)) || isDense(ownLinear(weight))) &&
     ownLinear(weight).activations === undefined &&
@@ -174,16 +223,20 @@ function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
       return a?.krot === b?.krot && a?.groupSize === b?.groupSize;
     });
   };
+  const alone = [{ weight: head }, ...spec.blocks.flatMap((b) => [...b.qkv, ...b.o, ...b.gateUp, ...b.down])].some(
+    ({ weight }) => isInt4(ownLinear(weight)) && !batches(planWeight(ownLinear(weight))),
+  );
+  const most = alone ? FEW_SEQUENCES : DecodePlan.maxBatch;
   const heads = ownLinear(head).format;
   const table = ownLinear(embedding).format;
   return (
     PLAN_HEADS.includes(spec.headDim) &&
     spec.hidden % 32 === 0 &&
     spec.rope instanceof GpuRope &&
-    caches.every((cache) => cache instanceof GpuKvCache && cache.batch <= DecodePlan.maxBatch) &&
+    caches.every((cache) => cache instanceof GpuKvCache && cache.grid === undefined && cache.batch <= most) &&
     table.kind !== 'int' &&
     (heads.kind === 'f16' || heads.kind === 'bf16' || isInt4(ownLinear(head))) &&
-    spec.blocks.every((b) => [b.qkv, b.o, b.gateUp, b.down].every((group) => group.every(product) && uniform(group))) &&
+    spec.blocks.every((b) => [b.qkv, b.o, b.gateUp, b.down].every(group)) &&
     // One product adds the residual.
     spec.blocks.every((b) => b.o.length === 1 && b.down.length === 1)
   );

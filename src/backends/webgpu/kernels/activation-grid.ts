@@ -25,14 +25,16 @@ fn codeOf(x: f32, grid: vec2<f32>, top: f32) -> f32 {
 }`;
 
 /** WGSL: lo and hi of x[begin … begin + size) on every thread. */
-const range = (threads: number): { declarations: string; statements: string } => ({
-  declarations: `var<workgroup> ranges: array<vec2<f32>, ${threads}>;`,
+const range = (threads: number, halves = false): { declarations: string; statements: string } => ({
+  declarations: `var<workgroup> ranges: array<vec2<f32>, ${threads}>;
+fn element(at: u32) -> f32 { return ${halves ? 'unpack2x16float(x[at / 2u])[at % 2u]' : 'x[at]'}; }`,
   statements: /* wgsl */ `
-  var lo = x[begin];
+  var lo = element(begin);
   var hi = lo;
   for (var i = lid; i < params.size; i += ${threads}u) {
-    lo = min(lo, x[begin + i]);
-    hi = max(hi, x[begin + i]);
+    let e = element(begin + i);
+    lo = min(lo, e);
+    hi = max(hi, e);
   }
   ranges[lid] = vec2(lo, hi);
   for (var reach = ${threads / 2}u; reach > 0u; reach >>= 1u) {
@@ -79,31 +81,42 @@ ${statements}
   });
 });
 
+/** Options of {@link encodeRowsKernel}. */
+export interface EncodeVariant {
+  /** For 4-bit weights. */
+  readonly paired: boolean;
+  /** Channels of a row. */
+  readonly size: number;
+  /** x is f16, two to a word. */
+  readonly halves: boolean;
+}
+
 /**
  * Symmetric codes of rows of `size` channels, four signed bytes to a word, in the order that products in integers read (`words`
- * per row; channels past the end are 0), and each row's scale. Of every 8 channels the first word holds 0, 4, 1, 5 and the
+ * per row; channels past the end are 0), and each row's scale and sum of codes. Of every 8 channels the first word holds 0, 4, 1, 5 and the
  * second 2, 6, 3, 7 where `paired` (4-bit weights: see kernels/weights.ts), else they lie one after the other.
  */
-export const encodeRowsKernel = variants((paired: boolean, size: number) => {
+export const encodeRowsKernel = variants(({ paired, size, halves }: EncodeVariant) => {
   const threads = threadsFor(size);
-  const { declarations, statements } = range(threads);
+  const { declarations, statements } = range(threads, halves);
   return defineKernel({
-    name: `encodeRows.${threads}${paired ? '.paired' : ''}`,
-    buffers: { x: read('f32'), codes: write('u32'), scales: write('f32') },
+    name: `encodeRows.${threads}${paired ? '.paired' : ''}${halves ? '.f16' : ''}`,
+    buffers: { x: read(halves ? 'u32' : 'f32'), codes: write('u32'), scales: write('vec2<f32>') },
     params: { runs: 'u32', size: 'u32', words: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
 ${grid(true)}
 ${declarations}
+var<workgroup> sums: array<i32, ${threads}>;
 fn codeAt(begin: u32, channel: u32, grid: vec2<f32>) -> i32 {
   if (channel >= params.size) { return 0; }
-  return i32(codeOf(x[begin + channel], grid, params.top));
+  return i32(codeOf(element(begin + channel), grid, params.top));
 }
 ${entry(threads)}
   let begin = run * params.size;
 ${statements}
   let grid = dynamicGrid(lo, hi, params.clip, params.top);
-  if (lid == 0u) { scales[run] = grid.y; }
+  var sum = 0;
   for (var w = lid; w < params.words; w += ${threads}u) {
 ${
   paired
@@ -113,7 +126,14 @@ ${
     let code = vec4(codeAt(begin, c, grid), codeAt(begin, c + 1u, grid), codeAt(begin, c + 2u, grid), codeAt(begin, c + 3u, grid));`
 }
     codes[run * params.words + w] = pack4xI8(code);
+    sum += code.x + code.y + code.z + code.w;
   }
+  sums[lid] = sum;
+  for (var reach = ${threads / 2}u; reach > 0u; reach >>= 1u) {
+    workgroupBarrier();
+    if (lid < reach) { sums[lid] += sums[lid + reach]; }
+  }
+  if (lid == 0u) { scales[run] = vec2(grid.y, f32(sums[0])); }
 }`,
   });
 });

@@ -17,7 +17,7 @@ export type IntegerBits = 4 | 8;
 export const integerWords = (inFeatures: number): number => inFeatures / 4;
 
 /**
- * Groups are whole steps. `weights` as in weights.ts; `codes` [rows, words], `scales` [rows] of the activations, in the
+ * Groups are whole steps. `weights` as in weights.ts; `codes` [rows, words], `scales` [rows] (scale, sum) of the activations, in the
  * order that encodeRowsKernel gives for these weights.
  */
 export const integerGemmKernel = variants((bits: IntegerBits) =>
@@ -25,7 +25,7 @@ export const integerGemmKernel = variants((bits: IntegerBits) =>
     name: `integerGemm.int${bits}`,
     buffers: {
       codes: read('u32'),
-      scales: read('f32'),
+      scales: read('vec2<f32>'),
       weights: read('u32'),
       grids: read('u32'),
       bias: read('f32'),
@@ -103,7 +103,7 @@ ${
   for (var i = 0u; i < 4u; i++) {
     let r = row + mine * 4u + i;
     if (r < params.rows) {
-      let scale = scales[r];
+      let scale = scales[r].x;
       for (var j = 0u; j < 4u; j++) {
         let o = output + column * 4u + j;
         if (o < params.outFeatures) {
