@@ -1,7 +1,7 @@
 // W4A4KV4, W4A8KV8 and W4A16 on the bundled model and on stressed copies of it (synthetic: massive activations planted by
 // gyre stress): perplexity, KL and task accuracy of RTN, GPTQ, SmoothQuant, QuaRot, SmoothRot and ParoQuant over seeds of the
-// rotation. One file of results per variant, bench/results/smoothrot-<variant>.json; a run goes on where one was stopped,
-// and several variants can run at once in processes of their own.
+// rotation. One file of results per variant, bench/results/smoothrot-<variant>.json, or smoothrot-<variant>.<part>.json with
+// --part; a run goes on where one was stopped, and several can run at once, each with files of its own.
 // Run: npx tsx bench/smoothrot.ts [--variants plain,all-500,few-500] [--methods quarot-gptq,…] [--seeds 0,1,2]
 //      [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--calib FILE…] [--tokens FILE]
 // --tokens: a JSON file {ids, sequences, length, description} of calibration tokens instead, so that runs on several devices share them.
@@ -21,7 +21,7 @@ import { quantizeCheckpoint, type QuantizeOptions } from '../src/quantize.node.j
 import { stressCheckpoint, SYNTHETIC } from '../src/stress.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
 import { round, writeResult } from './support/results.js';
-import { METHODS, readRows, summarize, tables, type Row } from './support/smoothrot-table.js';
+import { METHODS, readAllRows, readRows, summarize, tables, type Row } from './support/smoothrot-table.js';
 
 const { values: options } = parseArgs({
   options: {
@@ -36,11 +36,13 @@ const { values: options } = parseArgs({
     model: { type: 'string', default: path.join(import.meta.dirname, '../models/gyre-14m') },
     calib: { type: 'string', multiple: true },
     tokens: { type: 'string' },
+    part: { type: 'string' },
     table: { type: 'boolean', default: false },
   },
 });
 const RESULTS = process.env.GYRE_BENCH_OUT ?? path.join(import.meta.dirname, 'results');
 const variants = options.variants.split(',');
+const suffix = options.part === undefined ? '' : `.${options.part}`;
 
 if (options.table) writeTables();
 else await measure();
@@ -48,7 +50,7 @@ else await measure();
 /** Replaces the tables between the markers of the page. */
 function writeTables(): void {
   const page = path.join(import.meta.dirname, '../docs/recipes/smoothrot.md');
-  const rows = variants.flatMap((variant) => readRows(RESULTS, variant));
+  const rows = variants.flatMap((variant) => readAllRows(RESULTS, variant));
   const text = readFileSync(page, 'utf8');
   const [begin, end] = ['<!-- table -->', '<!-- /table -->'];
   if (!text.includes(begin) || !text.includes(end)) throw new Error(`${page} has no ${begin} … ${end}`);
@@ -82,9 +84,9 @@ async function measure(): Promise<void> {
   };
   const folder = mkdtempSync(path.join(tmpdir(), 'gyre-bench-'));
   for (const variant of variants) {
-    const rows: Row[] = readRows(RESULTS, variant, setup);
+    const rows: Row[] = readRows(RESULTS, `${variant}${suffix}`, setup);
     const save = (): void =>
-      writeResult(`smoothrot-${variant}`, {
+      writeResult(`smoothrot-${variant}${suffix}`, {
         model: 'gyre-14m',
         ...(variant === 'plain' ? {} : { note: `${variant}: ${SYNTHETIC}` }),
         device,

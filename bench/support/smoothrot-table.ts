@@ -1,5 +1,5 @@
 // The rows of bench/smoothrot.ts: which methods, how they are read back, summed up and laid out as tables.
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import type { QuantizeOptions } from '../../src/quantize.node.js';
 import { pairedRatio } from './bootstrap.js';
@@ -69,6 +69,14 @@ export function readRows(folder: string, variant: string, setup?: Readonly<Recor
   const stored = JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown> & { rows: Row[] };
   const same = Object.entries(setup ?? {}).every(([key, value]) => stored[key] === value);
   return same ? stored.rows : [];
+}
+
+/** Rows of a variant from all its parts. */
+export function readAllRows(folder: string, variant: string): Row[] {
+  const names = readdirSync(folder).filter(
+    (name) => name.endsWith('.json') && name.startsWith(`smoothrot-${variant}.`),
+  );
+  return names.flatMap((name) => readRows(folder, name.slice('smoothrot-'.length, -'.json'.length)));
 }
 
 /** Means over the seeds of one method on one variant. */

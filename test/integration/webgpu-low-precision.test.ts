@@ -37,6 +37,7 @@ describe.skipIf(webgpuMissing)('low precision on WebGPU', () => {
     ['quarot', 'qwen3', { rotate: true, groupSize: -1, actBits: 8, kvBits: 4 }],
     ['smoothrot', 'llama', { rotate: true, smooth: 'down', groupSize: -1, actBits: 8, kvBits: 8 }],
     ['paroquant', 'qwen2', { actBits: 8, kvBits: 8 }],
+    ['lowbit', 'qwen3', { rotate: true, smooth: 'down', actBits: 8, actGroupSize: 32, kvBits: 8 }],
   ];
   it.each(methods)('%s on %s', { timeout: 180_000 }, async (method, fixture, settings) => {
     const out = path.join(scratch.folder, method);
