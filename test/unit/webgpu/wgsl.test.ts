@@ -102,8 +102,6 @@ const kernels: Kernel[] = [
           warpsM: 2,
           tileK: 256,
           depth,
-          stagger: true,
-          guard: depth > 1,
           columns,
           weights,
           groupSize: 128,

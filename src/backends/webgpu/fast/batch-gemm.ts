@@ -25,9 +25,6 @@ export interface BatchGemmVariant {
   readonly tileK: number;
   /** Steps whose loads are under way. */
   readonly depth: number;
-  readonly stagger: boolean;
-  /** For trial: the last steps load nothing. */
-  readonly guard: boolean;
   /** Sequences as the units see them: 16 or 32. */
   readonly columns: number;
   readonly weights: 'int4' | 'f16' | 'bf16';
@@ -146,7 +143,7 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<BatchGemmBuffer, Params>({
-    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.stagger ? '.s' : ''}${v.guard ? '.g' : ''}${v.residual ? '.res' : ''}`,
+    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       w: read('vec4<u32>'),
@@ -180,7 +177,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: ve
   let words = params.chunks${int4 ? '' : ' * 4u'};
 ${int4 ? `  let groups = params.chunks / ${v.groupSize / CHUNK}u;` : ''}
   let steps = (params.chunks + ${tileK / CHUNK - 1}u) / ${tileK / CHUNK}u;
-  let turn = ${v.stagger ? 'index % steps' : '0u'};
+  // Workgroups begin at channels of their own, or all ask L2 for the same lines of X at a time.
+  let turn = index % steps;
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j} = subgroup_matrix_result<f32, 16, 16>();`))}
 ${each(
   depth,
@@ -195,7 +193,7 @@ ${each(
       let now = base + ${d}u + turn - select(0u, steps, base + ${d}u + turn >= steps);
 ${store(d)}
       workgroupBarrier();
-      ${v.guard ? `if (base + ${d + depth}u < steps) ` : ''}{ let step = ${v.guard ? `base + ${d + depth}u + turn - select(0u, steps, base + ${d + depth}u + turn >= steps)` : `(base + ${d + depth}u + turn) % steps`};${load(d)} }
+      if (base + ${d + depth}u < steps) { let step = base + ${d + depth}u + turn - select(0u, steps, base + ${d + depth}u + turn >= steps);${load(d)} }
 ${multiply}
       workgroupBarrier();
     }`,

@@ -34,11 +34,11 @@ const SHIFT = { norm: 1, attention: 2 ** -4, silu: 2 ** -6 } as const;
 const gemmKernel = variants(batchGemmKernel);
 const tiledKernel = variants(batchTiledKernel);
 
-type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth' | 'stagger' | 'guard'>;
+type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth'>;
 
 /** Enough workgroups to fill the GPU first, then as many rows in each as X is worth. */
 export function batchGemmShape(outFeatures: number, inFeatures: number): Shape {
-  const common = { warpsM: 1, depth: 2, stagger: true, guard: true };
+  const common = { warpsM: 1, depth: 2 };
   if (outFeatures >= 64 * 256) return { ...common, rows: 64, warps: 8, warpsM: 2, tileK: 128 };
   if (outFeatures < 32 * 128) return { ...common, rows: 16, warps: 8, tileK: 256 };
   return inFeatures >= 8192
