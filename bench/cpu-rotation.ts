@@ -68,7 +68,17 @@ const hotJobs = {
   inverse: () =>
     pool.run('transformChannels', HOT_COLUMNS / PANEL, [w, w, HOT_COLUMNS, GROUP, ROTATIONS, table, scales, 1, PANEL]),
   gradient: () =>
-    pool.run('rotationGradient', HOT_COLUMNS / CHUNK, [y, gradient, gradient, HOT_COLUMNS, GROUP, ROTATIONS, table, sums, 1]),
+    pool.run('rotationGradient', HOT_COLUMNS / CHUNK, [
+      y,
+      gradient,
+      gradient,
+      HOT_COLUMNS,
+      GROUP,
+      ROTATIONS,
+      table,
+      sums,
+      1,
+    ]),
 };
 const names = Object.keys(jobs) as Name[];
 const times = new Map<string, number[]>();
