@@ -11,6 +11,8 @@ const CHANNELS = 4096;
 const COLUMNS = 4096;
 const GROUP = 128;
 const ROTATIONS = 8;
+/** Columns that the gradient kernel sums together. */
+const CHUNK = 256;
 const ROUNDS = Number(process.env.ROUNDS ?? 15);
 /** 4 multiplications and 2 additions per pair and column. */
 const PAIRS = (CHANNELS / 2) * ROTATIONS * COLUMNS;
@@ -28,9 +30,9 @@ const theta = Float32Array.from({ length: pairs.length / 2 }, () => rng.normal()
 const spec = { channels: CHANNELS, groupSize: GROUP, krot: ROTATIONS, pairs };
 const table = rotationTable(pool, spec, theta);
 const matrix = (): number => arena.alloc(CHANNELS * COLUMNS * 4);
-const [w, y, gradient, out] = [matrix(), matrix(), matrix(), matrix()];
+const [w, y, gradient] = [matrix(), matrix(), matrix()];
 const scales = arena.alloc(CHANNELS * 4);
-const sums = arena.alloc((COLUMNS / 128) * (pairs.length / 2) * 8);
+const sums = arena.alloc((COLUMNS / CHUNK) * (pairs.length / 2) * 8);
 arena.f32.fill(1, scales >>> 2, (scales >>> 2) + CHANNELS);
 for (const at of [w, y, gradient]) {
   for (let i = 0; i < CHANNELS * COLUMNS; i++) arena.f32[(at >>> 2) + i] = rng.uniform() - 0.5;
@@ -44,10 +46,10 @@ const jobs = {
   forward: () => pool.run('transformChannels', wide, [w, w, COLUMNS, GROUP, ROTATIONS, table, scales, 0, PANEL]),
   inverse: () => pool.run('transformChannels', wide, [w, w, COLUMNS, GROUP, ROTATIONS, table, scales, 1, PANEL]),
   gradient: () =>
-    pool.run('rotationGradient', groups * (COLUMNS / 128), [
+    pool.run('rotationGradient', groups * (COLUMNS / CHUNK), [
       y,
       gradient,
-      out,
+      gradient,
       COLUMNS,
       GROUP,
       ROTATIONS,
@@ -66,7 +68,17 @@ const hotJobs = {
   inverse: () =>
     pool.run('transformChannels', HOT_COLUMNS / PANEL, [w, w, HOT_COLUMNS, GROUP, ROTATIONS, table, scales, 1, PANEL]),
   gradient: () =>
-    pool.run('rotationGradient', HOT_COLUMNS / 128, [y, gradient, out, HOT_COLUMNS, GROUP, ROTATIONS, table, sums, 1]),
+    pool.run('rotationGradient', HOT_COLUMNS / CHUNK, [
+      y,
+      gradient,
+      gradient,
+      HOT_COLUMNS,
+      GROUP,
+      ROTATIONS,
+      table,
+      sums,
+      1,
+    ]),
 };
 const names = Object.keys(jobs) as Name[];
 const times = new Map<string, number[]>();

@@ -10,7 +10,7 @@ const NARROW_TILE = 16;
 const BAND_BYTES = 8 * 1024 * 1024;
 
 /** Columns that gradient kernels sum together. */
-export const CHUNK = 128;
+export const CHUNK = 256;
 
 /** Columns a kernel brings into scratch at a time: as many as keep a panel of the group in the L2 cache, up to 256. */
 export function panelColumns(groupSize: number): number {

@@ -78,8 +78,10 @@ function dotPadded(a: usize, b: usize, stride: u32): f32 {
   return sumLanes(s);
 }
 
-/** Bytes of weights asked for at a time. */
-const BURST: usize = 2048;
+/** Bytes of 8-bit weights asked for at a time. */
+const BURST: usize = 4096;
+/** How far ahead 4-bit weights are asked for, a segment at a time: hardware prefetchers stop at the end of a page. */
+const AHEAD: usize = 4096;
 
 /** Pairs of rows that make a burst. */
 // @ts-ignore: decorator
@@ -107,6 +109,8 @@ export function gemvNibbles(
   rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
 ): void {
   const segmentBytes = <usize>vectors << 5;
+  const last = codes + ((<usize>out + 7) >> 3) * segments * segmentBytes;
+  let touched: u32 = 0;
   const m0 = i16x8.splat(0x000f), m1 = i16x8.splat(0x00f0), m2 = i16x8.splat(0x0f00);
   for (let unit = begin; unit < end; unit++) {
     const o = unit << 3;
@@ -119,6 +123,7 @@ export function gemvNibbles(
       const xsums = xsum + ((<usize>r * stride) << 2);
       let f = f32x4.splat(0), g = f32x4.splat(0);
       for (let s: usize = 0; s < <usize>segments << 2; s += 4) {
+        if (r == 0) touched += touch(p + AHEAD, segmentBytes, last);
         let a0 = i32x4.splat(0), a1 = i32x4.splat(0), a2 = i32x4.splat(0);
         let b0 = i32x4.splat(0), b1 = i32x4.splat(0), b2 = i32x4.splat(0);
         for (const stop = p + segmentBytes; p < stop; p += 32, x += 16) {
@@ -166,6 +171,7 @@ export function gemvNibbles(
       }
     }
   }
+  store<u32>(scratch, touched);
 }
 
 /**

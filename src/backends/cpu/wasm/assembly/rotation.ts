@@ -13,7 +13,7 @@ import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, loadWide, storeWide,
 /** Bytes of one pair in a rotation table. */
 export const ENTRY_SHIFT: u32 = 4;
 /** Columns whose gradients are summed together, a fixed number so that sums do not depend on threads. */
-export const CHUNK: u32 = 128;
+export const CHUNK: u32 = 256;
 
 /** Bit of the first offset that marks an entry with cos and sin. */
 const PLAIN: u32 = 1;
