@@ -19,7 +19,11 @@ import { hostTensor } from '../src/core/tensor.js';
 import { evaluateText, tokenizeTexts } from '../src/evaluation/index.js';
 import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
-import { CALIBRATION_SEQUENCES, type CalibrationTokens } from '../src/quant/calibration/tokens.js';
+import {
+  CALIBRATION_SEQUENCES,
+  LARGE_CALIBRATION_SEQUENCES,
+  type CalibrationTokens,
+} from '../src/quant/calibration/tokens.js';
 import { quantizeCheckpoint, type QuantizeReport } from '../src/quantize.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
 import { makeRandomCheckpoint, SHAPES, type ShapeName } from './support/random-checkpoint.js';
@@ -195,7 +199,7 @@ async function qwen(): Promise<void> {
 /** Times one block, and two: the difference is a block without what a run does once. */
 async function llama(): Promise<void> {
   const name: ShapeName = 'llama-3.1-8b';
-  const tokens = randomTokens(4096);
+  const tokens = randomTokens(4096, LARGE_CALIBRATION_SEQUENCES);
   const runs: Run[] = [];
   for (const layers of [1, 2]) {
     const model = path.join(scratch, `llama-${layers}`);

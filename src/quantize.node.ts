@@ -21,12 +21,13 @@ import { MAX_TEXT_BYTES, type ModelFiles } from './formats/source.js';
 import { writeCalibrationText } from './calibration-text.node.js';
 import { modelFingerprint, summarizeModel } from './evaluation/index.js';
 import { GROUP_NAMES } from './models/block.js';
+import type { ModelConfig } from './models/config.js';
 import { onlineConfig } from './models/online.js';
 import { checkTensors, groupModules, groupShape, openModel, type ModelSource } from './models/load.js';
 import type { Backend, WeightBits } from './ops/backend.js';
 import { requireGradients } from './ops/gradients.js';
 import {
-  CALIBRATION_SEQUENCES,
+  calibrationSequences,
   documentsOf,
   sampleWindows,
   type CalibrationText,
@@ -100,7 +101,7 @@ export interface QuantizeOptions {
   readonly calib?: readonly string[];
   /** Calibration sequences made before (by {@link writeCalibrationText}, say), instead of texts. */
   readonly calibrationTokens?: CalibrationTokens;
-  /** Calibration sequences; default {@link CALIBRATION_SEQUENCES} of the device. */
+  /** Calibration sequences; default {@link calibrationSequences}. */
   readonly calibSamples?: number;
   /** Tokens per calibration sequence; default 512. */
   readonly seqLen?: number;
@@ -195,7 +196,9 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     }
     checkTensors(source);
     const sequences =
-      options.calibrationTokens?.sequences ?? options.calibSamples ?? CALIBRATION_SEQUENCES[options.device ?? 'cpu'];
+      options.calibrationTokens?.sequences ??
+      options.calibSamples ??
+      calibrationSequences(options.device ?? 'cpu', blockWeights(source.config));
     if (isBlockRecipe(recipe))
       ensure(
         sequences >= 2,
@@ -768,4 +771,10 @@ function describePlan(
     `cost         about ${(plan.floatingPointOperations / 1e12).toFixed(2)} TFLOP, ${megabytes(plan.memoryBytes)} of memory, ${megabytes(plan.outputBytes)} on disk`,
     ...plan.notes.map((note) => `note         ${note}`),
   ];
+}
+
+/** Weights of a block's linears. */
+function blockWeights(config: ModelConfig): number {
+  const shapes = GROUP_NAMES.map((group) => groupShape(config, group));
+  return shapes.reduce((sum, { inFeatures, outFeatures }) => sum + inFeatures * outFeatures.reduce((a, b) => a + b), 0);
 }

@@ -1,7 +1,7 @@
 // gyre quantize: a checkpoint in, a smaller one out.
 import { Command } from 'commander';
 import { z } from 'zod';
-import { CALIBRATION_SEQUENCES } from '../../quant/calibration/tokens.js';
+import { CALIBRATION_SEQUENCES, LARGE_CALIBRATION_SEQUENCES } from '../../quant/calibration/tokens.js';
 import { RECIPES } from '../../quant/recipes/index.js';
 import { BLOCK_DEFAULTS } from '../../quant/types.js';
 import type { QuantizeReport } from '../../quantize.node.js';
@@ -128,7 +128,7 @@ export function quantizeCommand(context: CommandContext): Command {
     )
     .option(
       '--calib-samples <n>',
-      `calibration sequences (default: ${CALIBRATION_SEQUENCES.webgpu} on a GPU, ${CALIBRATION_SEQUENCES.cpu} on the CPU)`,
+      `calibration sequences (default: ${CALIBRATION_SEQUENCES.webgpu} on a GPU, ${LARGE_CALIBRATION_SEQUENCES} there for blocks of 8B models and above, ${CALIBRATION_SEQUENCES.cpu} on the CPU)`,
     )
     .option('--seq-len <n>', 'tokens per calibration sequence', '512')
     .option('--threads <n>', 'CPU threads (default: all cores); the result does not depend on it')

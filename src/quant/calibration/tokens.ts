@@ -8,6 +8,16 @@ import type { Tokenizer } from '../../tokenizer/index.js';
  * original (docs/log.md); a GPU has the time for them, two CPU cores would write them for minutes.
  */
 export const CALIBRATION_SEQUENCES = { cpu: 64, webgpu: 256, reference: 64 } as const;
+/** On a GPU for models with large blocks, where a pass over the tokens takes as long as the learning. */
+export const LARGE_CALIBRATION_SEQUENCES = 128;
+/** Weights from which a block is large: between Qwen3-4B's and Qwen3-8B's. */
+const LARGE_BLOCK = 128e6;
+
+/** The default for a model on a device. */
+export function calibrationSequences(device: keyof typeof CALIBRATION_SEQUENCES, blockWeights: number): number {
+  const sequences = CALIBRATION_SEQUENCES[device];
+  return blockWeights > LARGE_BLOCK ? Math.min(sequences, LARGE_CALIBRATION_SEQUENCES) : sequences;
+}
 
 /** Sequences for calibration. */
 export interface CalibrationTokens {
