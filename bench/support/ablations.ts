@@ -33,7 +33,8 @@ export async function writeAblations(
       .filter((row) => row.set === set)
       .sort((a, b) => variants.indexOf(a.variant) - variants.indexOf(b.variant));
     parts.push('', `## ${set}`, '');
-    if (found.length === 0) {
+    // A variant that several sets have in common is no comparison by itself.
+    if (found.length < 2) {
       parts.push(`Not measured yet: \`npx tsx bench/ablations.ts --set ${set}\`.`);
       continue;
     }
