@@ -40,8 +40,7 @@ export function randomPairs(channels: number, groupSize: number, krot: number, r
  * Pairs [krot, channels] of a random butterfly: rotation k of a group pairs channel c with c xor m, a mask of its own for each group
  * and rotation. The first log2(groupSize) masks of a group are independent, so that together they mix every channel with
  * every other; no mask comes back before all have been used. As random as {@link randomPairs} to the weights, whose channels
- * have no order, and cheaper at run time: a lane's partners are all in one other lane. Groups that are no power of two get
- * random pairs.
+ * have no order. Groups that are no power of two get random pairs.
  */
 export function xorPairs(channels: number, groupSize: number, krot: number, rng: Rng): Int16Array {
   validateGrouping(channels, groupSize, krot);
