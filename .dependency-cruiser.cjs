@@ -12,6 +12,7 @@ const rooms = [
   'generate',
   'evaluation',
   'report',
+  'quantize',
   'serve',
   'cli',
 ];

@@ -28,13 +28,14 @@ describe.skipIf(webgpuMissing)('fused decoding on WebGPU', () => {
 
   // Few cases with every feature between them: SwiftShader takes seconds to compile each of their kernels.
   it.each([
-    { method: 'paroquant', groupSize: 64, krot: 3, share: false },
-    // Hadamard transforms before o and down, codes of 8 bits, one grid per output.
-    { method: 'smoothrot', actBits: 8, kvBits: 16 },
+    [0.05, { method: 'paroquant', groupSize: 64, krot: 3, share: false }],
+    // Hadamard transforms before o and down, codes of 8 bits, one grid per output. An f16 rounding that tips an activation onto
+    // the next code moves it by 2^-7 of the row's largest, not by f16's 2^-11.
+    [0.2, { method: 'smoothrot', actBits: 8, kvBits: 16 }],
   ] as const)(
-    '$method: chooses the tokens that decoding op by op finds likeliest',
+    'within %f: chooses the tokens that decoding op by op finds likeliest, %o',
     { timeout: 400_000 },
-    async (settings) => {
+    async (tolerance, settings) => {
       const rng = createRng(2);
       const ids = Int32Array.from({ length: SEQUENCES * LENGTH }, () => rng.int(0, 4096));
       const out = path.join(temporary.folder, settings.method);
@@ -67,7 +68,7 @@ describe.skipIf(webgpuMissing)('fused decoding on WebGPU', () => {
         for (const [i, id] of fused.ids.entries()) {
           const row = rows.subarray((prompt.length - 1 + i) * vocab, (prompt.length + i) * vocab);
           const top = row.reduce((a, b) => Math.max(a, b), -Infinity);
-          expect(top - row[id], `token ${i}`).toBeLessThan(0.05);
+          expect(top - row[id], `token ${i}`).toBeLessThan(tolerance);
         }
         // Drawn tokens: the same for a seed.
         const draw = () =>

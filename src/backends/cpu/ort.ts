@@ -15,6 +15,12 @@ interface Matrix {
   readonly cols: number;
 }
 
+/**
+ * ONNX Runtime divides the columns of a product that has more of them than rows among threads. Parts of this many or fewer are
+ * summed in longer runs than wide ones, so that the result would depend on the threads: such (small) products get one thread.
+ */
+const NARROW_COLUMNS = 64;
+
 /** Key of an attention kernel. */
 export interface AttentionKernel extends AttentionShape {
   readonly scale: number;
@@ -27,11 +33,13 @@ export interface AttentionKernel extends AttentionShape {
  */
 export class OrtKernels {
   readonly #runtime: Runtime;
+  readonly #threads: number;
   readonly #options: InferenceSession.SessionOptions;
   readonly #sessions = new Map<string, Promise<RuntimeSession>>();
 
   constructor(runtime: Runtime, threads: number) {
     this.#runtime = runtime;
+    this.#threads = threads;
     this.#options = {
       executionProviders: [runtime.name === 'onnxruntime-web' ? 'wasm' : 'cpu'],
       intraOpNumThreads: threads,
@@ -50,10 +58,10 @@ export class OrtKernels {
     return this.#runtime.name;
   }
 
-  #session(key: string, build: () => Uint8Array): Promise<RuntimeSession> {
+  #session(key: string, build: () => Uint8Array, threads = this.#threads): Promise<RuntimeSession> {
     let session = this.#sessions.get(key);
     if (!session) {
-      session = this.#runtime.InferenceSession.create(build(), this.#options);
+      session = this.#runtime.InferenceSession.create(build(), { ...this.#options, intraOpNumThreads: threads });
       this.#sessions.set(key, session);
     }
     return session;
@@ -94,7 +102,8 @@ export class OrtKernels {
     );
     if (m === 0 || n === 0) return;
     const type: Float = out instanceof Float32Array ? 'f32' : 'f64';
-    const session = await this.#session(`gemm ${type} ${transposeA} ${transposeB}`, () =>
+    const threads = m < n && n <= NARROW_COLUMNS * this.#threads ? 1 : this.#threads;
+    const build = (): Uint8Array =>
       buildOnnxModel({
         nodes: [
           {
@@ -109,8 +118,8 @@ export class OrtKernels {
           { name: 'b', type, dims: ['b0', 'b1'] },
         ],
         outputs: [{ name: 'y', type, dims: ['m', 'n'] }],
-      }),
-    );
+      });
+    const session = await this.#session(`gemm ${type} ${transposeA} ${transposeB} ${threads}`, build, threads);
     const feeds = { a: this.#float(a.data, [a.rows, a.cols]), b: this.#float(b.data, [b.rows, b.cols]) };
     await session.run(feeds, { y: this.#float(out.subarray(0, m * n), [m, n]) });
   }

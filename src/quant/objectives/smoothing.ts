@@ -83,6 +83,8 @@ export async function searchSmoothing(backend: Backend, task: SmoothingTask): Pr
   const measure = await SmoothingMeasure.open(backend, task);
   try {
     const none = await measure.error(undefined);
+    // Inputs that are all zero, or overflow, tell nothing apart; who quantizes the group names the latter.
+    if (!Number.isFinite(none)) return { rule: undefined, scales: undefined, errors: [{ rule: null, error: 1 }] };
     const errors: SmoothingChoice['errors'][number][] = [{ rule: null, error: 1 }];
     let best: Omit<SmoothingChoice, 'errors'> & { error: number } = {
       rule: undefined,
@@ -226,6 +228,7 @@ class SmoothingMeasure {
     return new SmoothingMeasure(backend, task, transform, { weights, outputs, rowWeights });
   }
 
+  /** NaN where the inputs have no Gram matrix to round by: all zero, or beyond f32. */
   async error(scales: Float64Array | undefined): Promise<number> {
     const backend = this.#backend;
     const { rows, grid, round } = this.#task;
@@ -235,6 +238,11 @@ class SmoothingMeasure {
     const fitted = await this.#inputs(data.subarray(0, split), scales);
     const product = await backend.matmul(fitted, fitted, { transposeA: true });
     const gram = await backend.addScaled(product, product, n / split - 1, true);
+    const size = await backend.dot(gram, gram);
+    if (!(size > 0 && Number.isFinite(size))) {
+      backend.free(fitted, gram);
+      return NaN;
+    }
     const stored = await this.#turned(scaled(this.#weights, n, scales, 1));
     const channelMajor = await backend.transpose(stored);
     const values = await round(channelMajor, gram, grid);
