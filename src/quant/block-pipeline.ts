@@ -2,7 +2,6 @@
 // the targets, the recipe trains the block on the quantized path's inputs, its shard is written, and both paths move on.
 // Residual streams live in an ActivationStore, a sequence at a time: one block and one batch are on the backend.
 import { GyreError } from '../core/errors.js';
-import { silent, type ProgressListener } from '../core/progress.js';
 import { floats, hostTensor } from '../core/tensor.js';
 import { quantizedLinearEntries } from '../formats/quantized-linear.js';
 import { Checkpoint } from '../formats/safetensors.js';
@@ -17,6 +16,7 @@ import { checkScales } from './block-quantizer.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import { perGroup } from './objectives/block.js';
 import { copyEntry, MAX_SQUARES, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
+import { RunMonitor } from './monitor.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples } from './types.js';
 
@@ -29,15 +29,14 @@ export const TRAINING_KEY = 'gyre.training';
 export class BlockPipeline {
   readonly #run: QuantizeRun;
   readonly #recipe: BlockRecipe;
-  readonly #progress: ProgressListener;
+  readonly #monitor: RunMonitor;
   readonly #store: ActivationStore;
-  readonly #seconds = { forward: 0, statistics: 0, quantize: 0, write: 0 };
   readonly #blocks: BlockReport[] = [];
 
   constructor(run: QuantizeRun, recipe: BlockRecipe) {
     this.#run = run;
     this.#recipe = recipe;
-    this.#progress = run.onProgress ?? silent;
+    this.#monitor = new RunMonitor(run);
     this.#store = run.activations ?? memoryActivations();
   }
 
@@ -51,44 +50,25 @@ export class BlockPipeline {
     const rope = await backend.loadRope(table.cos, table.sin, table.rotaryDim);
     if (first < layers) await this.#embed();
     for (let layer = 0; layer < layers; layer++) {
-      this.#checkAborted();
+      this.#monitor.checkAborted();
       if (layer >= first) await this.#quantizeBlock(layer, rope);
       else if (first < layers) {
-        this.#tell(layer, `block ${layer + 1}/${layers} is finished; following it`);
+        this.#monitor.tell(layer, `block ${layer + 1}/${layers} is finished; following it`);
         await this.#advanceReference(layer, rope);
         await this.#advanceQuantized(layer, rope);
       }
     }
-    this.#tell(layers, 'embeddings, norms and head');
-    if (!(await sink.has(REST_SHARD))) await this.#timed('write', () => sink.write(REST_SHARD, restEntries(source)));
+    this.#monitor.tell(layers, 'embeddings, norms and head');
+    if (!(await sink.has(REST_SHARD)))
+      await this.#monitor.timed('write', () => sink.write(REST_SHARD, restEntries(source)));
     backend.release(rope);
-    return { groups: [], blocks: this.#blocks, seconds: this.#seconds };
+    return { groups: [], blocks: this.#blocks, seconds: this.#monitor.seconds };
   }
 
   get #calibration(): CalibrationTokens {
     const { calibration } = this.#run;
     if (!calibration) throw new Error(`${this.#recipe.name} trains on calibration tokens`);
     return calibration;
-  }
-
-  #tell(done: number, message: string): void {
-    this.#progress({ stage: 'quantize', done, total: this.#run.source.config.layers, unit: 'blocks', message });
-  }
-
-  #checkAborted(): void {
-    if (this.#run.signal?.aborted)
-      throw new GyreError('interrupted', 'stopped; finished blocks are kept', {
-        remedy: 'run the same command with --resume to go on',
-      });
-  }
-
-  async #timed<T>(what: keyof PipelineReport['seconds'], work: () => Promise<T>): Promise<T> {
-    const start = performance.now();
-    try {
-      return await work();
-    } finally {
-      this.#seconds[what] += (performance.now() - start) / 1000;
-    }
   }
 
   async #embed(): Promise<void> {
@@ -106,9 +86,9 @@ export class BlockPipeline {
     const { backend, source } = this.#run;
     const { sequences, length } = this.#calibration;
     const perPass = Math.max(1, Math.floor(PASS_TOKENS / length));
-    await this.#timed('forward', async () => {
+    await this.#monitor.timed('forward', async () => {
       for (let begin = 0; begin < sequences; begin += perPass) {
-        this.#checkAborted();
+        this.#monitor.checkAborted();
         const batch = Math.min(perPass, sequences - begin);
         const indices = Array.from({ length: batch }, (_, i) => begin + i);
         const x = await readSequences(backend, this.#store, stream, indices, length, source.config.hiddenSize);
@@ -149,7 +129,8 @@ export class BlockPipeline {
     const { backend, source, sink, settings } = this.#run;
     const { length, sequences } = this.#calibration;
     const started = performance.now();
-    const tell = (message: string) => this.#tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`);
+    const tell = (message: string) =>
+      this.#monitor.tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`);
     tell('targets');
     await this.#advanceReference(layer, rope);
     const frame = await loadFrame(backend, source, layer);
@@ -169,7 +150,7 @@ export class BlockPipeline {
         return { input: await read('quantized'), target: await read('reference') };
       },
     });
-    const result = await this.#timed('quantize', () =>
+    const result = await this.#monitor.timed('quantize', () =>
       this.#recipe.quantizeBlock(backend, {
         layer,
         fixed: { frame, biases },
@@ -180,12 +161,12 @@ export class BlockPipeline {
         validation: samples(all.filter(isHeld)),
         settings,
         tell,
-        checkAborted: () => this.#checkAborted(),
+        checkAborted: () => this.#monitor.checkAborted(),
       }),
     );
     frame.release();
     const { curves, stats } = result;
-    await this.#timed('write', () =>
+    await this.#monitor.timed('write', () =>
       sink.write(blockShard(layer), this.#entries(layer, groups, partBiases, result), {
         [TRAINING_KEY]: JSON.stringify(curves),
       }),

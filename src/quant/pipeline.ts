@@ -2,7 +2,6 @@
 // path sees, write the block's shard, go on. Memory: one block, the residual stream of both paths, one group's inputs.
 import { z } from 'zod';
 import { GyreError } from '../core/errors.js';
-import { silent, type ProgressListener } from '../core/progress.js';
 import { Checkpoint } from '../formats/safetensors.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
 import { embedFromFile, loadBlock, loadFrame, type ModelSource } from '../models/load.js';
@@ -22,6 +21,7 @@ import {
   type PipelineReport,
   type QuantizeRun,
 } from './run.js';
+import { RunMonitor } from './monitor.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { isBlockRecipe } from './types.js';
 
@@ -36,13 +36,12 @@ export async function quantizeModel(run: QuantizeRun): Promise<PipelineReport> {
 
 class Pipeline {
   readonly #run: QuantizeRun;
-  readonly #progress: ProgressListener;
+  readonly #monitor: RunMonitor;
   readonly #groups: GroupReport[] = [];
-  readonly #seconds = { forward: 0, statistics: 0, quantize: 0, write: 0 };
 
   constructor(run: QuantizeRun) {
     this.#run = run;
-    this.#progress = run.onProgress ?? silent;
+    this.#monitor = new RunMonitor(run);
   }
 
   async run(): Promise<PipelineReport> {
@@ -56,20 +55,20 @@ class Pipeline {
     const chunks = calibration && first < layers ? await this.#embed(calibration) : [];
     const rope = calibration && (await this.#rope(calibration.length));
     for (let layer = 0; layer < layers; layer++) {
-      this.#checkAborted();
+      this.#monitor.checkAborted();
       if (layer < first) {
-        this.#tell(layer, `block ${layer + 1}/${layers} is finished; following it`);
+        this.#monitor.tell(layer, `block ${layer + 1}/${layers} is finished; following it`);
         if (chunks.length > 0 && rope) await this.#follow(layer, chunks, rope);
       } else {
         await this.#quantizeBlock(layer, chunks, rope);
       }
     }
-    this.#tell(layers, 'embeddings, norms and head');
+    this.#monitor.tell(layers, 'embeddings, norms and head');
     if (!(await sink.has(REST_SHARD)))
-      await this.#timed('write', () => sink.write(REST_SHARD, restEntries(this.#run.source)));
+      await this.#monitor.timed('write', () => sink.write(REST_SHARD, restEntries(this.#run.source)));
     for (const chunk of chunks) freeChunk(backend, chunk);
     if (rope) backend.release(rope);
-    return { groups: this.#groups, seconds: this.#seconds };
+    return { groups: this.#groups, seconds: this.#monitor.seconds };
   }
 
   /** Takes up what was reported of a block that an earlier run finished. */
@@ -79,26 +78,6 @@ class Pipeline {
     const records = z.array(groupRecordSchema.required({ ranges: true })).safeParse(parseJson(kept));
     // The record is for people: a run must not fail because a disk lost it.
     if (records.success) this.#groups.push(...records.data.map((record) => ({ ...record, seconds: 0 })));
-  }
-
-  #tell(done: number, message: string): void {
-    this.#progress({ stage: 'quantize', done, total: this.#run.source.config.layers, unit: 'blocks', message });
-  }
-
-  #checkAborted(): void {
-    if (this.#run.signal?.aborted)
-      throw new GyreError('interrupted', 'stopped; finished blocks are kept', {
-        remedy: 'run the same command with --resume to go on',
-      });
-  }
-
-  async #timed<T>(what: keyof PipelineReport['seconds'], work: () => Promise<T>): Promise<T> {
-    const start = performance.now();
-    try {
-      return await work();
-    } finally {
-      this.#seconds[what] += (performance.now() - start) / 1000;
-    }
   }
 
   async #embed(calibration: CalibrationTokens): Promise<Chunk[]> {
@@ -126,14 +105,14 @@ class Pipeline {
   async #follow(layer: number, chunks: Chunk[], rope: RopeHandle): Promise<void> {
     const { backend, source } = this.#run;
     const wantsReference = this.#run.recipe.needs === 'cross-gram';
-    await this.#timed('forward', async () => {
+    await this.#monitor.timed('forward', async () => {
       const plain = { ...source, online: exact(source.online ?? NO_ONLINE) };
       const reference = wantsReference ? await loadBlock(backend, plain, layer) : undefined;
       const stored = await this.#openBlock(layer);
       try {
         const quantized = await loadBlock(backend, stored, layer);
         for (const chunk of chunks) {
-          this.#checkAborted();
+          this.#monitor.checkAborted();
           const context = { batch: chunk.batch, start: 0, rope };
           const next = await quantized.forward(chunk.quantized, context);
           const ahead = reference ? await reference.forward(chunk.reference, context) : next;
@@ -162,9 +141,9 @@ class Pipeline {
     // so the block's own input is kept to run it again.
     const inputs = recipe.folds ? chunks.map((chunk) => chunk.quantized) : [];
     const block = new BlockQuantizer(this.#run, frame, chunks, rope, {
-      tell: (message) => this.#tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`),
-      checkAborted: () => this.#checkAborted(),
-      timed: (what, work) => this.#timed(what, work),
+      tell: (message) => this.#monitor.tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`),
+      checkAborted: () => this.#monitor.checkAborted(),
+      timed: (what, work) => this.#monitor.timed(what, work),
       report: (group) => this.#groups.push(group),
       free: (tensor) => {
         if (!inputs.includes(tensor)) backend.free(tensor);
@@ -172,7 +151,7 @@ class Pipeline {
     });
     const entries = await block.run();
     await this.#checkFinite(`the output of block ${layer}`, chunks);
-    await this.#timed('write', async () => {
+    await this.#monitor.timed('write', async () => {
       const own = this.#groups.filter((group) => group.layer === layer);
       await sink.keepRecord(blockShard(layer), JSON.stringify(own.map(groupRecord)));
       await sink.write(blockShard(layer), entries);

@@ -98,8 +98,8 @@ export const isHalfWidth = (cols: number): boolean => cols % 8 === 0;
 
 /** The backend's own tensor behind a handle, in f32. */
 export function own(tensor: Tensor): GpuTensor {
-  const any = ownAny(tensor);
-  return any instanceof HalfTensor ? any.widened() : any;
+  const held = ownAny(tensor);
+  return held instanceof HalfTensor ? held.widened() : held;
 }
 
 /** The backend's own tensor behind a handle, as it is stored. */
