@@ -2,14 +2,8 @@
 // measured in the same run, each checked before it is timed. Usage: tsx bench/webgpu-kernels.ts [--only name]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import type { PreparedDispatch } from '../src/backends/webgpu/device.js';
-import {
-  GEMM_TILES,
-  gemmGroups,
-  gemmKernel,
-  gemmMemory,
-  type GemmTile,
-  type GemmVariant,
-} from '../src/backends/webgpu/fast/gemm.js';
+import { GEMM_TILES, gemmKernel, gemmMemory, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
+import { tileGroups, type MatrixTile } from '../src/backends/webgpu/fast/matrix-tiles.js';
 import { hasMatrixUnits } from '../src/backends/webgpu/capabilities.js';
 import { gemvKernel, gemvRowsPerGroup, type GemvVariant } from '../src/backends/webgpu/fast/gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from '../src/backends/webgpu/fast/gemv-dense.js';
@@ -281,7 +275,7 @@ async function gemm(m: number, n: number, k: number, variants: GemmVariant[]): P
       kernel,
       { x, weights: weights[type], grids, bias: grids, residual: grids, out },
       { m, n, k },
-      gemmGroups(v, m, n),
+      tileGroups(v, m, n),
     );
     gpu.run([dispatch]);
     const [got, want]: number[][] = [[], []];
@@ -373,7 +367,7 @@ if (wants('gemv')) {
 }
 if ((wants('gemm') || wants('gemm-small')) && hasMatrixUnits(capabilities)) {
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
-  const tiles: GemmTile[] = [
+  const tiles: MatrixTile[] = [
     ...GEMM_TILES,
     { tileM: 128, tileN: 256, tileK: 32, warpsM: 2, warpsN: 4 },
     { tileM: 128, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2 },

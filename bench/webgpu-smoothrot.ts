@@ -1,11 +1,11 @@
 // SmoothRot's kernels on a GPU: Hadamard transforms of many rows against the copy bandwidth measured in the same run, products
 // of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,row,decode,exact]
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
-import { gemmGroups, gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
+import { gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
+import { tileGroups } from '../src/backends/webgpu/fast/matrix-tiles.js';
 import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
-  integerMatrixGroups,
   integerMatrixKernel,
   integerMatrixMemory,
 } from '../src/backends/webgpu/fast/gemm-integer.js';
@@ -166,7 +166,7 @@ async function integer(rows: number, out: number, inFeatures: number): Promise<v
             integerMatrixKernel(variant),
             { codes, scales, weights, grids, bias: grids, residual: grids, out: y },
             { m: rows, n: out, k: inFeatures },
-            integerMatrixGroups(variant, rows, out),
+            tileGroups(variant, rows, out),
           ),
         );
       }
@@ -222,7 +222,7 @@ async function exact(m: number, n: number, k: number): Promise<void> {
     gemmKernel(v),
     { x: a, weights: b, grids: grid, bias: grid, residual: grid, out: c },
     { m, n, k },
-    gemmGroups(v, m, n),
+    tileGroups(v, m, n),
   );
   gpu.run([dispatch]);
   const order = [0, 4, 1, 5, 2, 6, 3, 7];

@@ -1,6 +1,6 @@
 // Decoding many sequences with a backend's own program: steps are submitted a few at a time, the next before the last are read, so a
 // sequence that has ended goes on for some steps whose tokens nobody wants.
-import type { DecodePlace, DecodeProgram } from '../ops/backend.js';
+import type { DecodePlace, DecodeProgram } from '../ops/decode.js';
 
 /** Steps submitted at once, and submissions under way. */
 const [AT_ONCE, UNDER_WAY] = [4, 2];

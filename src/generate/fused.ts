@@ -1,5 +1,5 @@
 // Decoding one sequence with a backend's own program: steps are submitted a few at a time, the next before the last are read.
-import type { DecodeProgram, TokenChoice } from '../ops/backend.js';
+import type { DecodeProgram, TokenChoice } from '../ops/decode.js';
 
 /** Steps submitted at once: enough that the host is never waited for, few enough that tokens come in a stream. */
 const AT_ONCE = 4;

@@ -1,16 +1,7 @@
 // The decoder-only transformer, defined once for every family: token ids in, logits out.
 import { GyreError, ensure } from '../core/errors.js';
-import type {
-  Backend,
-  DecodeBlockSpec,
-  DecodeProgram,
-  KvCacheHandle,
-  KvGrid,
-  LinearHandle,
-  RopeHandle,
-  SequenceCopy,
-  Tensor,
-} from '../ops/backend.js';
+import type { Backend, KvCacheHandle, KvGrid, LinearHandle, RopeHandle, SequenceCopy, Tensor } from '../ops/backend.js';
+import type { DecodeBlockSpec, DecodeProgram } from '../ops/decode.js';
 import { GROUP_NAMES, type DecoderBlock } from './block.js';
 import { contextLength, type ModelConfig } from './config.js';
 import { ropeTable } from './rope.js';

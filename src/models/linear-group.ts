@@ -4,7 +4,6 @@ import { elementCount, floats } from '../core/tensor.js';
 import type {
   ActivationGrid,
   Backend,
-  DecodeProduct,
   HadamardTransform,
   LinearSource,
   PairwiseTransform,
@@ -12,6 +11,7 @@ import type {
   Tensor,
   TransformHandle,
 } from '../ops/backend.js';
+import type { DecodeProduct } from '../ops/decode.js';
 
 /** One linear of a group as read from a checkpoint. */
 export interface LinearPart {

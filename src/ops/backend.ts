@@ -4,6 +4,7 @@
 // return its result or a promise of it (kernels are synchronous on the CPU, asynchronous elsewhere): callers await.
 // Every op has a float64 oracle in ops/reference, and test/conformance runs each op on each backend against it.
 import type { HostTensor } from '../core/tensor.js';
+import type { DecodeProgram, DecodeSpec } from './decode.js';
 import type { GradientOps } from './gradients.js';
 
 export type Awaitable<T> = T | Promise<T>;
@@ -387,81 +388,6 @@ export interface QuantizationOps {
   gptqFactor(h: Tensor, damp: number): Promise<Tensor>;
   /** Solves X (H + λI) = B for X: B [m, n], H [n, n] symmetric positive definite, λ = damp · mean(diag H). f64 inside. */
   solveSymmetric(h: Tensor, b: Tensor, damp: number): Promise<Tensor>;
-}
-
-/** One product of a linear group and the transform of its input. */
-export interface DecodeProduct {
-  readonly weight: LinearHandle;
-  readonly transform?: TransformHandle;
-}
-
-/** A decoder block as {@link Backend.prepareDecode} sees it; products in the order of their output columns. */
-export interface DecodeBlockSpec {
-  readonly inputNorm: Tensor;
-  readonly postAttentionNorm: Tensor;
-  readonly qNorm?: Tensor;
-  readonly kNorm?: Tensor;
-  readonly qkv: readonly DecodeProduct[];
-  readonly o: readonly DecodeProduct[];
-  readonly gateUp: readonly DecodeProduct[];
-  readonly down: readonly DecodeProduct[];
-  readonly cache: KvCacheHandle;
-  /** Keys a token sees; all when undefined. */
-  readonly window?: number;
-}
-
-/** A whole decoder, resident on a backend. */
-export interface DecodeSpec extends AttentionShape {
-  readonly hidden: number;
-  readonly intermediate: number;
-  readonly vocab: number;
-  readonly eps: number;
-  readonly embedding: LinearHandle;
-  readonly head: LinearHandle;
-  readonly finalNorm: Tensor;
-  /** Covers every position of the caches. */
-  readonly rope: RopeHandle;
-  readonly blocks: readonly DecodeBlockSpec[];
-}
-
-/** How a sequence's tokens are chosen: as SamplingOptions of the sampler, filters in the same order. */
-export interface TokenChoice {
-  /** 0: the most likely token. */
-  readonly temperature: number;
-  /** 0: all. */
-  readonly topK: number;
-  /** 1: all. */
-  readonly topP: number;
-  readonly seed: number;
-}
-
-/** Where a sequence of a {@link DecodeProgram} goes on. */
-export interface DecodePlace {
-  /** The next input token. */
-  readonly token: number;
-  /** Tokens its caches hold. */
-  readonly position: number;
-  /**
-   * Tokens its caches may come to, less than their capacity. A sequence that is there stands still: steps give tokens that mean
-   * nothing, and its caches' next entry is overwritten.
-   */
-  readonly end: number;
-  readonly choice: TokenChoice;
-}
-
-/** A decoder's step prepared as a whole: tokens are chosen on the backend, which never waits for the host. */
-export interface DecodeProgram {
-  /** Each sequence's next input token, the tokens its caches hold, and how to choose what follows. */
-  begin(tokens: Uint32Array, positions: Uint32Array, choices: readonly TokenChoice[]): void;
-  /** Sets one sequence from the next step submitted on, or empties its place; the others go on as they were. */
-  place(sequence: number, place: DecodePlace | undefined): void;
-  /**
-   * Submits `count` steps: input tokens are appended to the caches, the next chosen, which become the input of the next step.
-   * Resolves to the chosen tokens [count, batch]; more steps may be submitted before it does. A sequence's tokens depend on its
-   * own input, position and choice alone, not on its place or on what is decoded beside it.
-   */
-  steps(count: number): Promise<Uint32Array>;
-  release(): void;
 }
 
 /** What a backend says of itself (`gyre doctor`, results JSON). */

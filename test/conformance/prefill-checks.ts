@@ -6,7 +6,8 @@ import { hostTensor } from '../../src/core/tensor.js';
 import type { WebGpuBackend } from '../../src/backends/webgpu/index.js';
 import { hasMatrixUnits } from '../../src/backends/webgpu/capabilities.js';
 import type { GpuDevice } from '../../src/backends/webgpu/device.js';
-import { GEMM_TILES, gemmGroups, gemmKernel, type GemmTile } from '../../src/backends/webgpu/fast/gemm.js';
+import { GEMM_TILES, gemmKernel } from '../../src/backends/webgpu/fast/gemm.js';
+import { tileGroups, type MatrixTile } from '../../src/backends/webgpu/fast/matrix-tiles.js';
 import { ownLinear } from '../../src/backends/webgpu/linear.js';
 import { makeTensor, narrow, own } from '../../src/backends/webgpu/tensor.js';
 import type { Backend, LinearHandle, LinearSource, Tensor } from '../../src/ops/backend.js';
@@ -60,7 +61,7 @@ const PRODUCTS: readonly Product[] = [
 ];
 
 /** With `tile` the product runs in those tiles, whatever the backend would choose. */
-function productCheck([rows, inFeatures, outFeatures, type]: Product, tile?: GemmTile): PrefillCheck {
+function productCheck([rows, inFeatures, outFeatures, type]: Product, tile?: MatrixTile): PrefillCheck {
   const name = `${tile ? `tiles of ${tile.tileM} × ${tile.tileN} × ${tile.tileK}, ` : ''}linear ${rows} × ${inFeatures} → ${outFeatures}, ${typeof type === 'number' ? `4 bits in groups of ${type}` : type}`;
   return {
     name,
@@ -116,7 +117,7 @@ function productCheck([rows, inFeatures, outFeatures, type]: Product, tile?: Gem
 }
 
 /** The product in tiles of one's choice. */
-function inTiles(backend: WebGpuBackend, tile: GemmTile, x: Tensor, handle: LinearHandle, add?: Tensor): Tensor {
+function inTiles(backend: WebGpuBackend, tile: MatrixTile, x: Tensor, handle: LinearHandle, add?: Tensor): Tensor {
   const { gpu } = backend;
   const { inFeatures, outFeatures, groupSize, format, weights, grids, bias } = ownLinear(handle);
   const input = narrow(gpu, own(x));
@@ -127,7 +128,7 @@ function inTiles(backend: WebGpuBackend, tile: GemmTile, x: Tensor, handle: Line
     gemmKernel({ ...tile, weights: type, groupSize, bias: bias !== undefined, residual: add !== undefined }),
     { x: input, weights, grids: grids ?? weights, bias: bias ?? weights, residual: add ? own(add) : out, out },
     { m: rows, n: outFeatures, k: inFeatures },
-    gemmGroups(tile, rows, outFeatures),
+    tileGroups(tile, rows, outFeatures),
   );
   backend.free(input);
   return out;

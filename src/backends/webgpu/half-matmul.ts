@@ -1,7 +1,8 @@
 // Dense products of f32 matrices on matrix units: operands are rounded to f16 at a scale of their own, sums are f32.
 import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
-import { chooseGemmTile, gemmGroups, gemmTakes, scaledGemmKernel } from './fast/gemm.js';
+import { chooseGemmTile, gemmTakes, scaledGemmKernel } from './fast/gemm.js';
+import { tileGroups } from './fast/matrix-tiles.js';
 import { LARGEST_PARTS, largestKernel, packColumnsKernel, packRowsKernel } from './kernels/half-operands.js';
 import { elementGroups, type GpuTensor } from './tensor.js';
 
@@ -37,7 +38,7 @@ export function halfMatmul(
     // Kernels have no binding for what is absent.
     { x, weights, grids: weights, bias: weights, residual: out, factors, out },
     { m, n, k },
-    gemmGroups(variant, m, n),
+    tileGroups(variant, m, n),
   );
   for (const buffer of [x, weights, factors]) gpu.release(buffer);
 }

@@ -1,5 +1,6 @@
 // The WebGPU backend: hand-written WGSL, the same in Node.js (Dawn) and in browsers.
-import type { Backend, BackendInfo, DecodeSpec } from '../../ops/backend.js';
+import type { Backend, BackendInfo } from '../../ops/backend.js';
+import type { DecodeSpec } from '../../ops/decode.js';
 import { hasMatrixUnits, type GpuCapabilities } from './capabilities.js';
 import { GpuDevice, type GpuDeviceOptions } from './device.js';
 import { MOST_SEQUENCES } from './fast/batch-products.js';

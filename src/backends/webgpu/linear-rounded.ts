@@ -2,13 +2,8 @@
 import type { ActivationGrid, QuantizedWeight } from '../../ops/backend.js';
 import { encodeRows } from './activation-grid.js';
 import type { GpuDevice } from './device.js';
-import {
-  hasIntegerMatrices,
-  integerMatrixGroups,
-  integerMatrixKernel,
-  integerMatrixTakes,
-  integerMatrixTile,
-} from './fast/gemm-integer.js';
+import { hasIntegerMatrices, integerMatrixKernel, integerMatrixTakes, integerMatrixTile } from './fast/gemm-integer.js';
+import { tileGroups } from './fast/matrix-tiles.js';
 import { INTEGER_TILE, integerGemmKernel, integerWords, type IntegerBits } from './kernels/linear-integer.js';
 import type { ProductBuffers } from './kernels/linear.js';
 import type { GpuTensor, HalfTensor } from './tensor.js';
@@ -67,7 +62,7 @@ export function integerLinear(
       integerMatrixKernel({ ...tile, bits, bias: hasBias !== 0, residual: hasResidual !== 0 }),
       operands,
       { m: rows, n: outFeatures, k: inFeatures },
-      integerMatrixGroups(tile, rows, outFeatures),
+      tileGroups(tile, rows, outFeatures),
     );
   } else {
     gpu.dispatch(

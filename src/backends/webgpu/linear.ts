@@ -5,7 +5,8 @@ import type { ActivationGrid, LinearHandle, LinearSource, QuantizedWeight, Tenso
 import { gridRun, quantizeRows } from './activation-grid.js';
 import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
-import { chooseGemmTile, gemmGroups, gemmKernel as matrixKernel, gemmTakes, type GemmVariant } from './fast/gemm.js';
+import { chooseGemmTile, gemmKernel as matrixKernel, gemmTakes, type GemmVariant } from './fast/gemm.js';
+import { tileGroups } from './fast/matrix-tiles.js';
 import { embedKernel } from './kernels/embed.js';
 import type { IntegerBits } from './kernels/linear-integer.js';
 import { GEMM_TILE, gemmKernel, GEMV_OUTPUTS, gemvKernel, isGemvAligned, MAX_GEMV_ROWS } from './kernels/linear.js';
@@ -274,7 +275,7 @@ function product(
       matrixKernel(variant),
       buffers,
       { m: rows, n: outFeatures, k: inFeatures },
-      gemmGroups(variant, rows, outFeatures),
+      tileGroups(variant, rows, outFeatures),
     );
     if (x !== given) freeTensor(gpu, x);
     return out;

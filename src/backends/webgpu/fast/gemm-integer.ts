@@ -8,26 +8,16 @@
 import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
 import type { GpuCapabilities } from '../capabilities.js';
 import type { IntegerBits } from '../kernels/linear-integer.js';
+import { STRIP, each, tileEntry, tileLoop, tileStore, type MatrixTile } from './matrix-tiles.js';
 
 /** A variant of {@link integerMatrixKernel}. */
-export interface IntegerMatrixVariant {
-  /** Rows of the output per workgroup, a multiple of 16·warpsM. */
-  readonly tileM: number;
-  /** A multiple of 32·warpsN. */
-  readonly tileN: number;
-  /** Channels per step: 64 or 128. */
-  readonly tileK: number;
-  readonly warpsM: number;
-  readonly warpsN: number;
+export interface IntegerMatrixVariant extends MatrixTile {
   readonly bits: IntegerBits;
   readonly bias: boolean;
   readonly residual: boolean;
 }
 
 type Buffers = 'codes' | 'scales' | 'weights' | 'grids' | 'bias' | 'residual' | 'out';
-
-/** Sums leave through the tile of x in strips of 16 × 32 per subgroup: 8 times 16 bytes a row and once against conflicts. */
-const STRIP = 16 * 9;
 
 /** Channels of one product of the units. */
 const STEP = 32;
@@ -59,13 +49,6 @@ export function integerMatrixTile(
   return { tileM: side, tileN: side, tileK: 64, warpsM: 2, warpsN: 2 };
 }
 
-/** Workgroups: tiles of columns, tiles of rows. */
-export const integerMatrixGroups = (
-  v: Pick<IntegerMatrixVariant, 'tileM' | 'tileN'>,
-  m: number,
-  n: number,
-): readonly [number, number] => [Math.ceil(n / v.tileN), Math.ceil(m / v.tileM)];
-
 /**
  * Buffers: codes [m, k/16] of 16 bytes in the order of the weights' codes (encodeRowsKernel); scales [m] (scale, Σ codes); weights
  * [n, k/16] of 8 or 16 bytes; grids [n/4] of 4 words (f16 scale, zero point above); bias, residual and out in fours of f32.
@@ -77,7 +60,6 @@ export const integerMatrixKernel = variants((v: IntegerMatrixVariant): Kernel<Bu
   const perRow = tileK / 16;
   const stride = perRow + 1;
   const [subM, subN] = [tileM / warpsM / 16, tileN / warpsN / 16];
-  const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const [xLoads, wLoads] = [(tileM * perRow) / threads, (tileN * perRow) / threads];
   const step = threads / perRow;
   const load = `${each(xLoads, (i) => `    rx${i} = codes[ox${i} + k / 16u];`)}
@@ -118,59 +100,22 @@ fn signedBytes(w: vec2<u32>) -> vec4<u32> {
     : `// q − 128.
 fn signedBytes(w: vec4<u32>) -> vec4<u32> { return w ^ vec4(0x80808080u); }`
 }
-
-@compute @workgroup_size(${threads})
-fn main(
-  @builtin(workgroup_id) wg: vec3<u32>,
-  @builtin(local_invocation_index) local: u32,
-  @builtin(subgroup_id) warp: u32,
-  @builtin(subgroup_invocation_id) lane: u32,
-) {
-  let warpM = warp / ${warpsN}u;
-  let warpN = warp % ${warpsN}u;
-  let line = local / ${perRow}u;
-  let column = local % ${perRow}u;
+${tileEntry(v, perRow)}
   let words = params.k / 16u;
 ${each(xLoads, (i) => `  let ox${i} = min(wg.y * ${tileM}u + line + ${i * step}u, params.m - 1u) * words + column;`)}
 ${each(wLoads, (i) => `  let ow${i} = min(wg.x * ${tileN}u + line + ${i * step}u, params.n - 1u) * words + column;`)}
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j}: subgroup_matrix_result<i32, 16, 16>;`))}
 ${each(xLoads, (i) => `  var rx${i}: vec4<u32>;`)}
 ${each(wLoads, (i) => `  var rw${i}: vec${bits === 4 ? 2 : 4}<u32>;`)}
-  { let k = 0u;
-${load} }
-  for (var next = ${tileK}u; next <= params.k; next += ${tileK}u) {
-${put}
-    workgroupBarrier();
-    if (next < params.k) { let k = next;
-${load} }
-${multiply}
-    workgroupBarrier();
-  }
-  let columns = params.n / 4u;
-  let begin = warp * ${STRIP}u;
-  let at = lane % 8u;
-${each(subM, (i) =>
-  each(
-    subN / 2,
-    (j) => `  {
-    subgroupMatrixStore<row_major>(&tileX, begin, c${i}_${2 * j}, 9u);
-    subgroupMatrixStore<row_major>(&tileX, begin + 4u, c${i}_${2 * j + 1}, 9u);
-    workgroupBarrier();
-    let n = (wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 32}u) / 4u + at;
-    for (var r = lane / 8u; r < 16u; r += 4u) {
-      let m = wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u + r;
-      if (m < params.m && n < columns) {
-        let sums = bitcast<vec4<i32>>(tileX[begin + r * 9u + at]);
+${tileLoop(tileK, { load, put, multiply })}
+${tileStore(
+  v,
+  `        let sums = bitcast<vec4<i32>>(tileX[begin + r * 9u + at]);
         let grid = grids[n];
         let row = scales[m];
         let factor = vec4(unpack2x16float(grid.x).x, unpack2x16float(grid.y).x, unpack2x16float(grid.z).x, unpack2x16float(grid.w).x);
         let over = vec4<f32>(vec4<i32>(grid >> vec4(16u)) - vec4(${bits === 4 ? 8 : 128})) * row.y;
-        out[m * columns + n] = (vec4<f32>(${bits === 4 ? 'sums >> vec4(4u)' : 'sums'}) - over) * factor * row.x${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};
-      }
-    }
-    workgroupBarrier();
-  }`,
-  ),
+        out[m * columns + n] = (vec4<f32>(${bits === 4 ? 'sums >> vec4(4u)' : 'sums'}) - over) * factor * row.x${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};`,
 )}
 }`,
   });

@@ -9,21 +9,10 @@
 import { ensure } from '../../../core/errors.js';
 import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
 import { halfWgsl } from './half.js';
-
-/** How tiles are cut. */
-export interface GemmTile {
-  /** Rows of the output per workgroup, a multiple of 16·warpsM. */
-  readonly tileM: number;
-  /** A multiple of 32·warpsN. */
-  readonly tileN: number;
-  /** Channels per step: 32 or 64. */
-  readonly tileK: number;
-  readonly warpsM: number;
-  readonly warpsN: number;
-}
+import { STRIP, each, tileEntry, tileGroups, tileLoop, tileStore, type MatrixTile } from './matrix-tiles.js';
 
 /** A variant of {@link gemmKernel}. */
-export interface GemmVariant extends GemmTile {
+export interface GemmVariant extends MatrixTile {
   readonly weights: 'f16' | 'bf16' | 'int4';
   /** For int4: channels per grid group, a multiple of tileK. */
   readonly groupSize: number;
@@ -34,17 +23,8 @@ export interface GemmVariant extends GemmTile {
 export type GemmBuffers = 'x' | 'weights' | 'grids' | 'bias' | 'residual' | 'out';
 type GemmKernel<B extends string> = Kernel<B, 'm' | 'n' | 'k'>;
 
-/** Sums leave through the tile of x in strips of 16 × 32 per subgroup: 8 times 16 bytes a row and once against conflicts. */
-const STRIP = 16 * 9;
-
-/** Workgroups: tiles of columns, tiles of rows. */
-export const gemmGroups = (v: GemmTile, m: number, n: number): readonly [number, number] => [
-  Math.ceil(n / v.tileN),
-  Math.ceil(m / v.tileM),
-];
-
 /** Bytes of workgroup memory. */
-export const gemmMemory = (v: GemmTile): number =>
+export const gemmMemory = (v: MatrixTile): number =>
   Math.max(v.tileM * (v.tileK + 8) * 2, v.warpsM * v.warpsN * STRIP * 16) + v.tileN * (v.tileK + 8) * 2;
 
 /** Whether the kernel takes a product: whole steps and groups, 16-byte stores. */
@@ -55,7 +35,7 @@ export const gemmTakes = (n: number, k: number, groupSize: number): boolean =>
  * The tiles to choose from, the fastest per operation first, each from as many workgroups on as it needs to be faster than smaller
  * ones; see docs/log-webgpu.md.
  */
-export const GEMM_TILES: readonly (GemmTile & { readonly least: number })[] = [
+export const GEMM_TILES: readonly (MatrixTile & { readonly least: number })[] = [
   { tileM: 256, tileN: 128, tileK: 32, warpsM: 4, warpsN: 2, least: 192 },
   { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2, least: 96 },
   { tileM: 128, tileN: 128, tileK: 32, warpsM: 2, warpsN: 2, least: 96 },
@@ -64,9 +44,9 @@ export const GEMM_TILES: readonly (GemmTile & { readonly least: number })[] = [
 ];
 
 /** The first tile with enough workgroups that doesn't waste a third of its rows. `groupSize` 0: weights without grids. */
-export function chooseGemmTile(m: number, n: number, k: number, groupSize: number): GemmTile {
+export function chooseGemmTile(m: number, n: number, k: number, groupSize: number): MatrixTile {
   const fits = GEMM_TILES.find((tile) => {
-    const [columns, rows] = gemmGroups(tile, m, n);
+    const [columns, rows] = tileGroups(tile, m, n);
     const whole = k % tile.tileK === 0 && groupSize % tile.tileK === 0;
     return whole && columns * rows >= tile.least && (tile.least === 0 || rows * tile.tileM * 2 <= m * 3);
   });
@@ -88,7 +68,6 @@ const make = variants((v: GemmVariant, scaled: boolean): GemmKernel<GemmBuffers 
   // Tiles are arrays of 16 bytes (8 channels): one store for what one load brought. Rows are padded by one.
   const stride = tileK / 8 + 1;
   const [subM, subN] = [tileM / warpsM / 16, tileN / warpsN / 16];
-  const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const perRow = tileK / 8;
   const int4 = v.weights === 'int4';
   // One int4 load is 8 channels wide (a word), so that loads spread evenly whatever the tile.
@@ -143,18 +122,7 @@ ${each(subM, (i) => each(subN, (j) => `      c${i}_${j} = subgroupMatrixMultiply
 ${halfWgsl({ f16: true })}
 var<workgroup> tileX: array<vec4<u32>, ${Math.max(tileM * stride, warpsM * warpsN * STRIP)}>;
 var<workgroup> tileW: array<vec4<u32>, ${tileN * stride}>;
-
-@compute @workgroup_size(${threads})
-fn main(
-  @builtin(workgroup_id) wg: vec3<u32>,
-  @builtin(local_invocation_index) local: u32,
-  @builtin(subgroup_id) warp: u32,
-  @builtin(subgroup_invocation_id) lane: u32,
-) {
-  let warpM = warp / ${warpsN}u;
-  let warpN = warp % ${warpsN}u;
-  let line = local / ${perRow}u;
-  let column = local % ${perRow}u;
+${tileEntry(v, perRow)}
   let words = params.k / 8u;
 ${each(xLoads, (i) => `  let ox${i} = min(wg.y * ${tileM}u + line + ${i * step}u, params.m - 1u) * words + column;`)}
 ${each(
@@ -165,36 +133,10 @@ ${each(
 ${each(subM, (i) => each(subN, (j) => `  var c${i}_${j}: subgroup_matrix_result<f32, 16, 16>;`))}
 ${each(xLoads, (i) => `  var rx${i}: vec4<u32>;`)}
 ${each(wLoads, (i) => (int4 ? `  var rw${i}: u32; var rg${i}: u32;` : `  var rw${i}: vec4<u32>;`))}
-  { let k = 0u;
-${load} }
-  for (var next = ${tileK}u; next <= params.k; next += ${tileK}u) {
-${put}
-    workgroupBarrier();
-    if (next < params.k) { let k = next;
-${load} }
-${multiply}
-    workgroupBarrier();
-  }
-  let columns = params.n / 4u;
-  let begin = warp * ${STRIP}u;
-  let at = lane % 8u;
-${each(subM, (i) =>
-  each(
-    subN / 2,
-    (j) => `  {
-    subgroupMatrixStore<row_major>(&tileX, begin, c${i}_${2 * j}, 9u);
-    subgroupMatrixStore<row_major>(&tileX, begin + 4u, c${i}_${2 * j + 1}, 9u);
-    workgroupBarrier();
-    let n = (wg.x * ${tileN}u + warpN * ${tileN / warpsN}u + ${j * 32}u) / 4u + at;
-    for (var r = lane / 8u; r < 16u; r += 4u) {
-      let m = wg.y * ${tileM}u + warpM * ${tileM / warpsM}u + ${i * 16}u + r;
-      if (m < params.m && n < columns) {
-        out[m * columns + n] = bitcast<vec4<f32>>(tileX[begin + r * 9u + at])${scaled ? ' * factors[0] * factors[1]' : ''}${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};
-      }
-    }
-    workgroupBarrier();
-  }`,
-  ),
+${tileLoop(tileK, { load, put, multiply })}
+${tileStore(
+  v,
+  `        out[m * columns + n] = bitcast<vec4<f32>>(tileX[begin + r * 9u + at])${scaled ? ' * factors[0] * factors[1]' : ''}${v.bias ? ' + bias[n]' : ''}${v.residual ? ' + residual[m * columns + n]' : ''};`,
 )}
 }`,
   });

@@ -2,7 +2,7 @@
 // token. Nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate | o + residual |
 // norm + rotate | gate and up | SiLU·mul + rotate | down + residual. While the context is short, attention and what follows are one.
 import { ensure } from '../../../core/errors.js';
-import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/backend.js';
+import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/decode.js';
 import { checkBufferSize } from '../capabilities.js';
 import type { BufferSlice, GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, stagesOf, type ActivationSource } from './activations.js';

@@ -1,6 +1,7 @@
 // From the contract's handles to a decode plan: which models the fused path takes, and the tables and gains it needs besides the
 // weights, which stay where they are.
-import type { DecodeProduct, DecodeProgram, DecodeSpec, KvCacheHandle, Tensor } from '../../../ops/backend.js';
+import type { KvCacheHandle, Tensor } from '../../../ops/backend.js';
+import type { DecodeProduct, DecodeProgram, DecodeSpec } from '../../../ops/decode.js';
 import { GpuKvCache, GpuRope } from '../attention.js';
 import type { GpuDevice } from '../device.js';
 import { GpuHadamard } from '../hadamard.js';
