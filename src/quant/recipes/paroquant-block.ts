@@ -18,6 +18,7 @@ import type {
 } from '../../ops/backend.js';
 import { roundTransform } from '../../transforms/index.js';
 import { byWeights, perGroup, type ApplyLinear } from '../objectives/block.js';
+import { USABLE_SCALES } from '../objectives/layer.js';
 import { trainBlock, type BlockModel } from '../objectives/block-training.js';
 import {
   BLOCK_DEFAULTS,
@@ -33,8 +34,6 @@ import { channelMajor, splitRounded } from '../weights.js';
 import { choosePairs } from './pair-choice.js';
 import { rotationGroup } from './paroquant.js';
 
-/** Scales stay where f16 holds their inverse well: one near zero or below would blow it up. */
-const USABLE = { minimum: 1 / 64, maximum: 64 };
 /** The smallest grid scale: the smallest normal f16. */
 const MIN_GRID_SCALE = 2 ** -14;
 
@@ -167,7 +166,7 @@ class BlockTrainer {
     const model: BlockModel = {
       groups: [
         ...(settings.krot > 0 ? [{ parameters: learned.map((l) => l.theta), ...rate }] : []),
-        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, range: USABLE }] : []),
+        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, range: USABLE_SCALES }] : []),
       ],
       prepare: (tape) =>
         this.#weights(tape, (_, i) =>
