@@ -1,6 +1,6 @@
 // Where the seconds of `gyre quantize --device webgpu` go, on the bundled model: opening GPUs, compiling kernels, waiting for results,
 // by phase of the run; then the same with every dispatch timed on the GPU.
-// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--rounds 2] [--kernels] [--epochs N]
+// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--length 512] [--rounds 2] [--kernels] [--epochs N]
 //
 // Host functions: the same under `node --cpu-prof`.
 import { mkdtempSync, rmSync } from 'node:fs';
@@ -17,6 +17,7 @@ const { values: options } = parseArgs({
     model: { type: 'string', default: 'models/gyre-14m' },
     method: { type: 'string', default: 'paroquant' },
     samples: { type: 'string' },
+    length: { type: 'string' },
     rounds: { type: 'string', default: '2' },
     kernels: { type: 'boolean', default: false },
     epochs: { type: 'string' },
@@ -115,6 +116,7 @@ async function run(kernels: boolean) {
         device: 'webgpu',
         method: options.method,
         ...(options.samples && { calibSamples: Number(options.samples) }),
+        ...(options.length && { seqLen: Number(options.length) }),
         ...(options.epochs && { block: { epochs: Number(options.epochs) } }),
         onProgress: ({ stage }) => {
           if (stage === 'quantize') {
