@@ -132,6 +132,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           seed: settings.seed,
           threads,
           device,
+          backend,
           onProgress,
           signal: options.signal,
         };

@@ -1,11 +1,13 @@
 // Which kernel multiplies by a weight when a plan decodes several sequences, and in what shape.
 import type { BufferSlice, GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
-import { batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
+import { BATCH_GEMM_MAX, batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
 import { variants } from '../kernel.js';
 import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
 
-/** Most sequences that the kernels take. */
-export const MOST_SEQUENCES = 32;
+/** Most sequences of one step: a small model's step of as many takes little longer than one of {@link TILE}. */
+export const MOST_SEQUENCES = 256;
+/** Most sequences of one workgroup; of more, each takes as many. */
+const TILE = BATCH_GEMM_MAX;
 /** Fewest sequences from which the weights are worth matrix units, and fewest for the tiled product; see docs/log-kernels.md. */
 const [MATRIX_BATCH, TILED_BATCH] = [5, 5];
 
@@ -64,22 +66,25 @@ export interface BatchProduct {
 /** Prepares a product of several sequences. */
 export function batchProduct(gpu: GpuDevice, kind: BatchProductKind, product: BatchProduct): PreparedDispatch {
   const { batch, weights, groupSize, residual, bias, source, buffers, params } = product;
-  const variant = { weights, groupSize, residual, bias };
+  const columns = Math.min(batch, TILE);
+  const tiles = batch > TILE;
+  const variant = { weights, groupSize, residual, bias, ...(tiles && { tiles }) };
+  const deep = Math.ceil(batch / TILE);
   const uniforms = { ...params, batch };
   if (kind === 'tiled') {
-    const kernel = tiledKernel({ ...variant, columns: roundUp(batch, 8), f16: gpu.capabilities.f16 });
-    return gpu.prepare(kernel, buffers, uniforms, spread(params.outFeatures / BATCH_TILED_ROWS));
+    const kernel = tiledKernel({ ...variant, columns: roundUp(columns, 8), f16: gpu.capabilities.f16 });
+    return gpu.prepare(kernel, buffers, uniforms, spread(params.outFeatures / BATCH_TILED_ROWS, deep));
   }
   const shape = batchGemmShape(params.outFeatures, params.chunks * 32);
-  const kernel = gemmKernel({ ...variant, columns: roundUp(batch, 16), ...shape });
-  return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows));
+  const kernel = gemmKernel({ ...variant, columns: roundUp(columns, 16), ...shape });
+  return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows, deep));
 }
 
 const roundUp = (n: number, step: number): number => Math.ceil(n / step) * step;
 
-/** Workgroups over x and y. */
-function spread(count: number): Workgroups {
+/** Workgroups over x and y, `deep` times. */
+function spread(count: number, deep: number): Workgroups {
   const groups = Math.ceil(count);
   const y = Math.ceil(groups / 65535);
-  return [Math.ceil(groups / y), y];
+  return [Math.ceil(groups / y), y, deep];
 }
