@@ -1,4 +1,5 @@
 // What recipes receive and return: one linear group at a time, with the statistics of its inputs.
+import { z } from 'zod';
 import type { HostTensor } from '../core/tensor.js';
 import type {
   ActivationGrid,
@@ -181,19 +182,33 @@ export interface BlockTask {
   readonly training: BlockSamples;
   readonly validation: BlockSamples;
   readonly settings: QuantizeSettings;
+  /** The stage that an interrupted run has finished of this block, if there is one. */
+  finishedStage(): Promise<FinishedStage | undefined>;
+  /** Keeps a stage for a run that goes on after it. */
+  keepStage(stage: FinishedStage): Promise<void>;
   tell(message: string): void;
   checkAborted(): void;
 }
 
-/** Losses of one stage of training, by epoch. */
-export interface StageCurve {
-  readonly stage: string;
+/** See {@link StageCurve}. */
+export const stageCurveSchema = z.object({
+  stage: z.string(),
   /** Mean over the epoch's steps. */
-  readonly train: readonly number[];
+  train: z.array(z.number()).readonly(),
   /** After each epoch; the first is before any. */
-  readonly validation: readonly number[];
+  validation: z.array(z.number()).readonly(),
   /** The epoch that was kept: an index of `validation`. */
-  readonly best: number;
+  best: z.number().int(),
+});
+
+/** Losses of one stage of training, by epoch. */
+export type StageCurve = Readonly<z.infer<typeof stageCurveSchema>>;
+
+/** A stage of a block's training that is over. */
+export interface FinishedStage {
+  readonly curve: StageCurve;
+  /** What it has learned, f32, by names that the recipe gives. */
+  readonly learned: ReadonlyMap<string, Float32Array>;
 }
 
 /** What a whole-block recipe returns. */

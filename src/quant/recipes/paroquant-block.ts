@@ -5,6 +5,7 @@
 // activations, as the runtime does, would cost the same for every token. The two are one function.
 import { constant, parameter, type Tape, type Variable } from '../../autograd/index.js';
 import { roundToF16 } from '../../core/dtype.js';
+import { ensure } from '../../core/errors.js';
 import { createRng } from '../../core/rng.js';
 import { hostTensor } from '../../core/tensor.js';
 import { GROUP_NAMES, type GroupName } from '../../models/block.js';
@@ -80,7 +81,7 @@ class BlockTrainer {
     const { stages } = this.#settings;
     for (const group of GROUP_NAMES) await this.#prepare(group, this.#task.groups[group]);
     const curves: StageCurve[] = [];
-    if (stages !== 'weights') curves.push(await this.#stageTransforms());
+    if (stages !== 'weights') curves.push((await this.#recallTransforms()) ?? (await this.#stageTransforms()));
     if (stages !== 'transforms') curves.push(await this.#stageWeights());
     const stats: Record<string, number> = {};
     for (const { stage, validation, best } of curves) {
@@ -184,11 +185,39 @@ class BlockTrainer {
       stage: 'transforms',
       rng: this.#rng('transforms'),
     });
+    // With one stage there is nothing left to be interrupted in.
+    if (this.#settings.stages === 'both') await this.#keepTransforms(curve);
     for (const { theta, scales, objective } of learned) {
       objective.dispose();
       backend.free(theta.value, theta.takeGradient(), scales.value, scales.takeGradient());
     }
     return curve;
+  }
+
+  /** Takes up the transforms that an interrupted run has finished; their losses. */
+  async #recallTransforms(): Promise<StageCurve | undefined> {
+    const finished = await this.#task.finishedStage();
+    if (!finished) return undefined;
+    const { curve, learned } = finished;
+    for (const [i, unit] of this.#units.entries()) {
+      const [theta, channelScales] = [learned.get(`${i}.theta`), learned.get(`${i}.scales`)];
+      const { channels, krot } = unit.layout;
+      ensure(
+        theta?.length === (krot * channels) / 2 && channelScales?.length === channels,
+        'file-corrupt',
+        () => `what was kept of block ${this.#task.layer}'s first stage does not fit the model`,
+        'remove the .stage.safetensors file from the partial folder: the stage then starts anew',
+      );
+      unit.transform = { ...unit.layout, theta, channelScales };
+    }
+    return curve;
+  }
+
+  async #keepTransforms(curve: StageCurve): Promise<void> {
+    const learned = new Map<string, Float32Array>();
+    for (const [i, { transform }] of this.#units.entries())
+      learned.set(`${i}.theta`, transform.theta).set(`${i}.scales`, transform.channelScales);
+    await this.#task.keepStage({ curve, learned });
   }
 
   /** Stage 2: weights, grid scales and float zero points, under the transforms of stage 1. */
