@@ -52,7 +52,10 @@ class Sum {
 }
 
 /** Runs `work` with the devices that it opens traced, and their kernels timed if asked for. */
-async function traced<T>(kernels: boolean, work: (trace: Trace) => Promise<T>): Promise<{ value: T; times: KernelTime[] }> {
+async function traced<T>(
+  kernels: boolean,
+  work: (trace: Trace) => Promise<T>,
+): Promise<{ value: T; times: KernelTime[] }> {
   const trace = new Trace();
   const open = GpuDevice.open.bind(GpuDevice);
   const times: KernelTime[] = [];
@@ -79,11 +82,7 @@ async function traced<T>(kernels: boolean, work: (trace: Trace) => Promise<T>): 
 
 function watch(gpu: GpuDevice, trace: Trace): void {
   const { device } = gpu;
-  const [compile, flush, read] = [
-    device.createComputePipeline.bind(device),
-    gpu.flush.bind(gpu),
-    gpu.read.bind(gpu),
-  ];
+  const [compile, flush, read] = [device.createComputePipeline.bind(device), gpu.flush.bind(gpu), gpu.read.bind(gpu)];
   device.createComputePipeline = (descriptor) => {
     const begun = performance.now();
     const pipeline = compile(descriptor);

@@ -18,7 +18,14 @@ import { perGroup } from './objectives/block.js';
 import { copyEntry, MAX_SQUARES, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { RunMonitor } from './monitor.js';
 import { blockShard, REST_SHARD } from './sink.js';
-import { stageCurveSchema, type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples, type FinishedStage } from './types.js';
+import {
+  stageCurveSchema,
+  type BlockGroup,
+  type BlockRecipe,
+  type BlockResult,
+  type BlockSamples,
+  type FinishedStage,
+} from './types.js';
 
 /** Tokens of a forward pass, and of a training pass. */
 export const PASS_TOKENS = 4096;
@@ -73,8 +80,9 @@ export class BlockPipeline {
 
   async #embed(): Promise<void> {
     const { ids, sequences, length } = this.#calibration;
+    const rows = new Map<number, Float32Array>();
     for (let i = 0; i < sequences; i++) {
-      const x = floats(await embedFromFile(this.#run.source, ids.subarray(i * length, (i + 1) * length)));
+      const x = floats(await embedFromFile(this.#run.source, ids.subarray(i * length, (i + 1) * length), rows));
       checkStream(TENSOR_NAMES.embedding, x);
       await this.#store.write('reference', i, x);
       await this.#store.write('quantized', i, x);

@@ -107,11 +107,9 @@ const kernels: Kernel[] = [
           groupSize: 128,
           residual: true,
           bias: true,
-          tiles: depth === 2,
         }),
       ),
     ),
-    batchTiledKernel({ f16: false, columns: 32, weights, groupSize: 64, residual: true, bias: true, tiles: true }),
     ...bools.map((f16) => batchTiledKernel({ f16, columns: 24, weights, groupSize: 64, residual: true, bias: true })),
   ]),
   ...([4, 8] as const).flatMap((bits) =>

@@ -1,5 +1,5 @@
-// Products of some sequences on matrix units: Y [batch, out] f32 = X [batch, in] · W [out, in]ᵀ (+ residual, bias), W in int4 or
-// 16 bits, read once for every 32 sequences.
+// Products of a few sequences on matrix units: Y [batch ≤ 32, out] f32 = X [batch, in] · W [out, in]ᵀ (+ residual, bias), W in int4 or
+// 16 bits, read once whatever the batch.
 //
 // Bytes: the weights once, 2·in per sequence and workgroup (from L2). A workgroup takes `rows` rows of W and all sequences,
 // padded to 16 or 32 columns; its subgroups share the channels of a step, so that each fragment is loaded from workgroup memory by one
@@ -32,15 +32,13 @@ export interface BatchGemmVariant {
   readonly groupSize: number;
   readonly residual: boolean;
   readonly bias: boolean;
-  /** More sequences than columns: workgroups in z take as many each. */
-  readonly tiles?: boolean;
 }
 
 /** Buffers of {@link batchGemmKernel}. */
 export type BatchGemmBuffer = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
 type Params = 'batch' | 'chunks' | 'outFeatures' | 'stride' | 'column' | 'first' | 'shift';
 
-/** Most sequences of one workgroup. */
+/** Most sequences of one product. */
 export const BATCH_GEMM_MAX = 32;
 
 /** Whether a GPU has the matrix units that the kernel is written for. */
@@ -63,7 +61,7 @@ function memoryWords(v: BatchGemmVariant): number {
 }
 
 /**
- * Workgroups: out / rows, over x and y; batch / columns in z. Buffers: w [out, in/32] of 16 bytes with grid [out, in/group] words, or [out, in/8] of 8 f16 or
+ * Workgroups: out / rows, over x and y. Buffers: w [out, in/32] of 16 bytes with grid [out, in/group] words, or [out, in/8] of 8 f16 or
  * bf16 (which become f16); x [batch, in/8] of 8 f16; factors [batch, in/32]; y, residual [batch, stride] f32, the product's columns from
  * `column`; x and factors are read from chunk `first`; bias [out] f32. `shift` is a power of two: see above.
  */
@@ -71,8 +69,6 @@ export function batchGemmKernel(v: BatchGemmVariant): Kernel<BatchGemmBuffer, Pa
   const { rows, columns, warps, warpsM, tileK, depth, weights } = v;
   const threads = 32 * warps;
   const int4 = weights === 'int4';
-  // The first of the workgroup's sequences, as a term.
-  const [begin, beginOf] = v.tiles ? ['begin + ', `  let begin = wg.z * ${columns}u;`] : ['', ''];
   // Tiles are rows of 16 bytes (8 channels), padded by one against bank conflicts.
   const stride = tileK / 8 + 1;
   const slices = warps / warpsM;
@@ -105,7 +101,7 @@ ${each(
 ${each(
   loadsX,
   (i) => `      { let at = ${within(i, countX)};
-        let b = min(${begin}at / ${perRowX}u, params.batch - 1u); let c = min(step * ${perRowX}u + at % ${perRowX}u, params.chunks * 4u - 1u);
+        let b = min(at / ${perRowX}u, params.batch - 1u); let c = min(step * ${perRowX}u + at % ${perRowX}u, params.chunks * 4u - 1u);
         let at4 = params.first * 4u + b * params.chunks * 4u + c;
         x${d}_${i} = x[at4]; f${d}_${i} = factors[at4 / 4u].x; }`,
 )}`;
@@ -130,7 +126,7 @@ ${each(
 ${each(
   loadsX,
   (i) => `      ${unless(i, countX)}{ let at = local + ${i * threads}u;
-        let there = ${begin}at / ${perRowX}u < params.batch && now * ${perRowX}u + at % ${perRowX}u < params.chunks * 4u;
+        let there = at / ${perRowX}u < params.batch && now * ${perRowX}u + at % ${perRowX}u < params.chunks * 4u;
         let f = h2(f16(select(0.0, f${d}_${i} * params.shift, there)));
         tile[${rows * stride}u + (at / ${perRowX}u) * ${stride}u + at % ${perRowX}u] = vec4(packH(unpackH(x${d}_${i}.x) * f), packH(unpackH(x${d}_${i}.y) * f), packH(unpackH(x${d}_${i}.z) * f), packH(unpackH(x${d}_${i}.w) * f)); }`,
 )}`;
@@ -147,7 +143,7 @@ ${each(subM, (i) => each(subN, (j) => `        c${i}_${j} = subgroupMatrixMultip
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<BatchGemmBuffer, Params>({
-    name: `batchGemm.${weights}.c${columns}${v.tiles ? 'n' : ''}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
+    name: `batchGemm.${weights}.c${columns}.r${rows}.w${warps}${warpsM > 1 ? `m${warpsM}` : ''}.k${tileK}.d${depth}${v.residual ? '.res' : ''}`,
     features: ['f16', 'subgroups', 'subgroup-matrix'],
     buffers: {
       w: read('vec4<u32>'),
@@ -174,7 +170,7 @@ var<workgroup> tile: array<vec4<u32>, ${memoryWords(v)}>;
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>,
         @builtin(local_invocation_index) local: u32, @builtin(subgroup_id) warp: u32) {
-  let index = wg.y * count.x + wg.x;${beginOf && `\n${beginOf}`}
+  let index = wg.y * count.x + wg.x;
   let first = index * ${rows}u;
   let part = warp / ${slices}u;
   let slice = warp % ${slices}u;
@@ -206,12 +202,12 @@ ${multiply}
   // Each subgroup's sums [sequence, row]; added, and out.
 ${each(subM, (i) => each(subN, (j) => `  subgroupMatrixStore<col_major>(&tile, (slice * ${columns}u + ${j * 16}u) * ${rows / 4}u + part * ${rows / warpsM / 4}u + ${i * 4}u, c${i}_${j}, ${rows / 4}u);`))}
   workgroupBarrier();
-  for (var cell = local; cell < ${v.tiles ? `min(params.batch - begin, ${columns}u)` : 'params.batch'} * ${rows / 4}u; cell += ${threads}u) {
+  for (var cell = local; cell < params.batch * ${rows / 4}u; cell += ${threads}u) {
     var sum = vec4<f32>();
     for (var s = 0u; s < ${slices}u; s++) { sum += bitcast<vec4<f32>>(tile[s * ${(columns * rows) / 4}u + cell]); }
     sum /= params.shift;
     let row = first + (cell % ${rows / 4}u) * 4u;
-    let at = (${begin}cell / ${rows / 4}u) * params.stride + params.column + row;
+    let at = (cell / ${rows / 4}u) * params.stride + params.column + row;
 ${each(4, (r) => `    if (row + ${r}u < params.outFeatures) { y[at + ${r}u] = sum[${r}]${v.residual ? ` + residual[at + ${r}u]` : ''}${v.bias ? ` + bias[row + ${r}u]` : ''}; }`)}
   }
 }`,

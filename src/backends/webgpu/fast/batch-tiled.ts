@@ -1,5 +1,5 @@
-// Products of some sequences without matrix units or any other extension: Y [batch, out] f32 = X [batch, in] · W [out, in]ᵀ
-// (+ residual, bias), W in int4 or 16 bits, read once for every 32 sequences.
+// Products of a few sequences without matrix units or any other extension: Y [batch ≤ 32, out] f32 = X [batch, in] · W [out, in]ᵀ
+// (+ residual, bias), W in int4 or 16 bits, read once whatever the batch.
 //
 // Bytes: the weights once, 2·in per sequence and workgroup. A workgroup takes 32 rows of W and all sequences, 32 channels (a chunk of
 // X, see activations.ts) at a time: both go to workgroup memory as pairs ready to multiply, W dequantized once for all
@@ -17,8 +17,6 @@ export interface BatchTiledVariant extends Arithmetic {
   readonly groupSize: number;
   readonly residual: boolean;
   readonly bias: boolean;
-  /** More sequences than columns: workgroups in z take as many each. */
-  readonly tiles?: boolean;
 }
 
 type Buffers = 'w' | 'grid' | 'x' | 'factors' | 'y' | 'residual' | 'bias';
@@ -33,11 +31,9 @@ const PAIRS = CHUNK / 2;
 /** Pairs of a row in workgroup memory: one more than there are, against bank conflicts. */
 const STRIDE = PAIRS + 1;
 
-/** Workgroups: out / 32, over x and y; batch / columns in z. Buffers and parameters as those of batchGemmKernel, in words. */
+/** Workgroups: out / 32, over x and y. Buffers and parameters as those of batchGemmKernel, in words. */
 export function batchTiledKernel(v: BatchTiledVariant): Kernel<Buffers, Params> {
   const int4 = v.weights === 'int4';
-  // The first of the workgroup's sequences, as a term.
-  const [begin, beginOf] = v.tiles ? ['begin + ', `  let begin = wg.z * ${v.columns}u;`] : ['', ''];
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
   const cells = v.columns / ACROSS;
   // Words of W per row and step, and loads per thread.
@@ -55,7 +51,7 @@ ${each(
 )}
 ${each(
   loadsX,
-  (i) => `      { let at = local + ${i * THREADS}u; let b = min(${begin}at / ${PAIRS}u, params.batch - 1u);
+  (i) => `      { let at = local + ${i * THREADS}u; let b = min(at / ${PAIRS}u, params.batch - 1u);
         x${i} = x[(params.first + b * params.chunks + step) * ${PAIRS}u + at % ${PAIRS}u]; }`,
 )}`;
   const optional: Partial<Record<Buffers, BufferSpec>> = {
@@ -63,7 +59,7 @@ ${each(
     ...(v.bias ? { bias: read('f32') } : {}),
   };
   return defineKernel<Buffers, Params>({
-    name: `batchTiled.${v.weights}${v.f16 ? '' : '.f32'}.c${v.columns}${v.tiles ? 'n' : ''}${v.residual ? '.res' : ''}`,
+    name: `batchTiled.${v.weights}${v.f16 ? '' : '.f32'}.c${v.columns}${v.residual ? '.res' : ''}`,
     features: halfFeatures(v),
     buffers: {
       w: read('u32'),
@@ -82,7 +78,7 @@ var<workgroup> tileX: array<h2, ${cells * ACROSS * STRIDE}>;
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: vec3<u32>,
         @builtin(local_invocation_index) local: u32) {
-  let row = (wg.y * count.x + wg.x) * ${BATCH_TILED_ROWS}u;${beginOf && `\n${beginOf}`}
+  let row = (wg.y * count.x + wg.x) * ${BATCH_TILED_ROWS}u;
   let mine = local / ${ACROSS}u;
   let across = local % ${ACROSS}u;
 ${int4 ? `  let groups = params.chunks / ${v.groupSize / CHUNK}u;` : ''}
@@ -101,7 +97,7 @@ ${each(4, (p) => `      tileW[to + ${p}u] = (q[${p}] - z) * s;`)} }`
 ${each(loadsX, (i) => `    { let at = local + ${i * THREADS}u; tileX[(at / ${PAIRS}u) * ${STRIDE}u + at % ${PAIRS}u] = unpackH(x${i}); }`)}
     workgroupBarrier();
     if (next < params.chunks) { let step = next;${load} }
-${each(cells, (c) => `    let f${c} = factors[params.first + min(${begin}across + ${c * ACROSS}u, params.batch - 1u) * params.chunks + next - 1u].x; var s${c} = h2(); var t${c} = h2();`)}
+${each(cells, (c) => `    let f${c} = factors[params.first + min(across + ${c * ACROSS}u, params.batch - 1u) * params.chunks + next - 1u].x; var s${c} = h2(); var t${c} = h2();`)}
     for (var p = 0u; p < ${PAIRS}u; p++) {
       let u = tileW[mine * ${STRIDE}u + p]; let v = tileW[(mine + ${BATCH_TILED_ROWS / 2}u) * ${STRIDE}u + p];
 ${each(cells, (c) => `      { let e = tileX[(across + ${c * ACROSS}u) * ${STRIDE}u + p]; s${c} = fma(u, e, s${c}); t${c} = fma(v, e, t${c}); }`)}
@@ -111,7 +107,7 @@ ${each(cells, (c) => `    a${c} = fma(f${c}, f32(s${c}.x) + f32(s${c}.y), a${c})
   }
 ${each(
   cells,
-  (c) => `  { let b = ${begin}across + ${c * ACROSS}u;
+  (c) => `  { let b = across + ${c * ACROSS}u;
     if (b < params.batch) {
       let at = b * params.stride + params.column + row + mine;
       if (row + mine < params.outFeatures) { y[at] = a${c}${v.residual ? ' + residual[at]' : ''}${v.bias ? ' + bias[row + mine]' : ''}; }
