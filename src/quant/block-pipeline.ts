@@ -17,15 +17,9 @@ import type { CalibrationTokens } from './calibration/tokens.js';
 import { perGroup } from './objectives/block.js';
 import { copyEntry, MAX_SQUARES, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { RunMonitor } from './monitor.js';
+import { stageCurveSchema } from './results.js';
 import { blockShard, REST_SHARD } from './sink.js';
-import {
-  stageCurveSchema,
-  type BlockGroup,
-  type BlockRecipe,
-  type BlockResult,
-  type BlockSamples,
-  type FinishedStage,
-} from './types.js';
+import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples, type FinishedStage } from './types.js';
 
 /** Tokens of a forward pass, and of a training pass. */
 export const PASS_TOKENS = 4096;

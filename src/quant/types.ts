@@ -1,5 +1,4 @@
 // What recipes receive and return: one linear group at a time, with the statistics of its inputs.
-import { z } from 'zod';
 import type { HostTensor } from '../core/tensor.js';
 import type {
   ActivationGrid,
@@ -15,6 +14,9 @@ import type {
 import type { GroupName } from '../models/block.js';
 import type { NarrowBits } from './grids/activations.js';
 import type { FixedBlock } from './objectives/block.js';
+import type { StageCurve } from './results.js';
+
+export type { StageCurve } from './results.js';
 
 /** How values land on the grid. */
 export type Rounding = 'rtn' | 'gptq';
@@ -189,20 +191,6 @@ export interface BlockTask {
   tell(message: string): void;
   checkAborted(): void;
 }
-
-/** See {@link StageCurve}. */
-export const stageCurveSchema = z.object({
-  stage: z.string(),
-  /** Mean over the epoch's steps. */
-  train: z.array(z.number()).readonly(),
-  /** After each epoch; the first is before any. */
-  validation: z.array(z.number()).readonly(),
-  /** The epoch that was kept: an index of `validation`. */
-  best: z.number().int(),
-});
-
-/** Losses of one stage of training, by epoch. */
-export type StageCurve = Readonly<z.infer<typeof stageCurveSchema>>;
 
 /** A stage of a block's training that is over. */
 export interface FinishedStage {
