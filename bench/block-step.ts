@@ -121,6 +121,8 @@ const task: BlockTask = {
       stages: options.stages as BlockSettings['stages'],
     },
   },
+  finishedStage: () => Promise.resolve(undefined),
+  keepStage: () => Promise.resolve(),
   tell: (message) => {
     const [stage] = message.split(':');
     const { user, system } = process.cpuUsage();

@@ -5,16 +5,17 @@ import { openBackend, type BackendName } from './backends/registry.js';
 import { silent, type ProgressListener } from './core/progress.js';
 import { generateContinuously } from './generate/index.js';
 import { GROUP_NAMES } from './models/block.js';
+import type { Decoder } from './models/decoder.js';
 import { groupShape, loadDecoder, type ModelSource } from './models/load.js';
 import { NO_ONLINE } from './models/online.js';
-import type { KvGrid } from './ops/backend.js';
+import type { Backend, KvGrid } from './ops/backend.js';
 import type { CalibrationTokens } from './quant/calibration/tokens.js';
 import type { Tokenizer } from './tokenizer/index.js';
 
 /** Openings after the start token; the empty one twice as often. Neutral on purpose: the model chooses what to write. */
 const OPENINGS = ['', '', 'The', 'It was', 'Question:', 'In the beginning', '1.', 'def '] as const;
-/** Memory for keys and values of the sequences written together, bytes. */
-const CACHE_BYTES = 1.5e9;
+/** Memory for keys and values of the sequences written together, bytes, and on a GPU. */
+const [CACHE_BYTES, GPU_CACHE_BYTES] = [1.5e9, 4 * 2 ** 30];
 /** Sequences written together on the CPU: products of more rows are no faster there. */
 const CPU_BATCH = 32;
 /** Groups of 8-bit weights, the first that tiles every linear: products on groups of 128 take two thirds of the time on 32. */
@@ -29,6 +30,8 @@ export interface SelfWrittenOptions {
   readonly threads: number;
   /** Default `cpu`. */
   readonly device?: BackendName;
+  /** An open backend of a device that is no CPU, to be used instead of one more. */
+  readonly backend?: Backend;
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
 }
@@ -48,12 +51,16 @@ export async function writeCalibrationText(
   const onCpu = device === 'cpu';
   const kv: KvGrid | undefined = onCpu ? { bits: 8, clip: 1 } : undefined;
   const writer = kv ? { ...source, online: { ...(source.online ?? NO_ONLINE), kv } } : source;
-  const backend = await openBackend(device, { threads: options.threads, ...(onCpu && { activations: 'int8' }) });
+  const given = onCpu ? undefined : options.backend;
+  const backend =
+    given ?? (await openBackend(device, { threads: options.threads, ...(onCpu && { activations: 'int8' }) }));
+  let decoder: Decoder | undefined;
   try {
     const inputs = GROUP_NAMES.map((group) => groupShape(config, group).inFeatures);
     const groupSize = GROUP_SIZES.find((size) => inputs.every((n) => n % size === 0)) ?? 32;
     const roundWeights = onCpu ? { bits: 8 as const, groupSize } : undefined;
-    const decoder = await loadDecoder(backend, writer, { roundWeights, onProgress });
+    const model = await loadDecoder(backend, writer, { roundWeights, onProgress });
+    decoder = model;
     const start = tokenizer.bosTokenId ?? config.bosTokenId ?? config.eosTokenIds[0];
     const prompts = Array.from({ length: sequences }, (_, i) => {
       const opening = tokenizer.encode(OPENINGS[i % OPENINGS.length], { addSpecialTokens: false });
@@ -61,20 +68,22 @@ export async function writeCalibrationText(
       return ids.length > 0 ? ids : Int32Array.of(0);
     });
     const requests = prompts.map((prompt, stream) => ({ prompt, maxTokens: length - prompt.length, stream }));
-    // Codes and a grid of two floats per head, or floats.
-    const perHead = kv ? config.headDim + 8 : config.headDim * 4;
+    // Codes and a grid of two floats per head, or what the backend keeps.
+    const { cacheValueBytes = 4 } = backend;
+    const perHead = kv ? config.headDim + 8 : config.headDim * cacheValueBytes;
     const heads = config.layers * config.kvHeads * 2 * length;
+    const cacheBytes = onCpu ? CACHE_BYTES : GPU_CACHE_BYTES;
     const slots = Math.max(
       1,
-      Math.min(sequences, Math.floor(CACHE_BYTES / (heads * perHead)), onCpu ? CPU_BATCH : Infinity),
+      Math.min(sequences, Math.floor(cacheBytes / (heads * perHead)), onCpu ? CPU_BATCH : Infinity),
     );
-    const { texts } = await generateContinuously(decoder, requests, {
+    const { texts } = await generateContinuously(model, requests, {
       temperature: 1,
       seed,
       stopIds: [],
       slots,
-      // As if it were floats: the slots are what limits it.
-      cacheBytes: slots * heads * config.headDim * 4,
+      // As if it were not codes: the slots are what limits it.
+      cacheBytes: slots * heads * config.headDim * cacheValueBytes,
       signal: options.signal,
       onProgress: (event) => onProgress({ ...event, stage: 'calibration text' }),
     });
@@ -90,6 +99,7 @@ export async function writeCalibrationText(
       description: `${sequences} × ${length} tokens written by the model itself (seed ${seed})`,
     };
   } finally {
-    await backend.dispose();
+    decoder?.release();
+    if (!given) await backend.dispose();
   }
 }

@@ -132,6 +132,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
           seed: settings.seed,
           threads,
           device,
+          backend,
           onProgress,
           signal: options.signal,
         };
@@ -166,10 +167,11 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
         }).finally(() => activations?.remove());
         const description = calibration?.description ?? 'none';
         let record: QuantizationRecord | undefined;
+        const training = isBlockRecipe(recipe) ? await trainingOf(folder, source) : undefined;
         const files = await resultFiles(prepared.source, quantization, {
           fingerprint,
           settings,
-          training: isBlockRecipe(recipe) ? await trainingOf(folder, source) : undefined,
+          training,
           calibration: description,
           notes: plan.notes,
           ...(prepared.smoothing.length > 0 ? { smoothing: describeSmoothing(prepared) } : {}),
@@ -182,6 +184,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
             calibration: description,
             notes: [...plan.notes],
             groups: pipeline.groups.map(groupRecord),
+            ...(training && { training }),
           });
           return { [RECORD_FILE]: `${JSON.stringify(record)}\n` };
         });

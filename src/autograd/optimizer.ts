@@ -15,6 +15,9 @@ export interface OptimizerOptions {
   readonly floor?: number;
 }
 
+/** What the published recipe has of AdamW (design §4.4). */
+export const ADAM_DEFAULTS = { beta1: 0.9, beta2: 0.95, eps: 1e-10, weightDecay: 0.01 } as const;
+
 /** Parameters that share a learning rate. */
 export interface ParameterGroup {
   readonly parameters: readonly Variable[];
@@ -39,7 +42,7 @@ export class Optimizer {
   constructor(backend: Backend, groups: readonly ParameterGroup[], options: OptimizerOptions) {
     this.#backend = backend;
     this.#groups = groups;
-    this.#options = { beta1: 0.9, beta2: 0.95, eps: 1e-10, weightDecay: 0.01, floor: 1 / 20, ...options };
+    this.#options = { ...ADAM_DEFAULTS, floor: 1 / 20, ...options };
   }
 
   /** One step of every parameter that has a gradient. */

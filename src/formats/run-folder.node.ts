@@ -17,7 +17,7 @@ import { SafetensorsFile } from './safetensors.js';
 import { shardName, type TensorEntry } from './safetensors-writer.js';
 import { writeIndex, writeSafetensors } from './safetensors-writer.node.js';
 import { folderFiles, openFile } from './source.node.js';
-import { modelFiles, type ModelFiles } from './source.js';
+import { modelFiles, type FileSource, type ModelFiles } from './source.js';
 
 /** What a run is, kept beside its shards: two runs with equal fingerprints make equal bytes. */
 export const FINGERPRINT_FILE = 'gyre.json';
@@ -28,6 +28,9 @@ const fingerprintSchema = z.looseObject({ fingerprint: z.string() });
 
 /** Ending of what is kept beside a shard until the run ends. */
 const RECORD_ENDING = '.record.json';
+
+/** Ending of what a shard that is not finished has come to. */
+const STAGE_ENDING = '.stage.safetensors';
 
 /** A finished file of a run, for the record. */
 export interface RunFolderOptions {
@@ -148,6 +151,24 @@ export class RunFolder {
     metadata?: Readonly<Record<string, string>>,
   ): Promise<void> {
     await writeSafetensors(this.#path(shard), entries, metadata ? { metadata: { format: 'pt', ...metadata } } : {});
+    await rm(this.#stagePath(shard), { force: true });
+  }
+
+  async keepStage(
+    shard: string,
+    entries: readonly TensorEntry[],
+    metadata: Readonly<Record<string, string>>,
+  ): Promise<void> {
+    await writeSafetensors(this.#stagePath(shard), entries, { metadata });
+  }
+
+  async keptStage(shard: string): Promise<FileSource | undefined> {
+    const file = this.#stagePath(shard);
+    return (await stat(file).catch(() => undefined)) && openFile(file);
+  }
+
+  #stagePath(shard: string): string {
+    return this.#path(shard).replace(/\.safetensors$/, STAGE_ENDING);
   }
 
   async keepRecord(shard: string, record: string): Promise<void> {
@@ -199,7 +220,9 @@ export class RunFolder {
     const made = last ? await last(await folderFiles(this.#partial)) : {};
     for (const [name, content] of Object.entries(made)) await writeFileAtomic(path.join(this.#partial, name), content);
     await rm(this.temporary(TOKENS_FILE), { force: true });
-    await this.#removeRecords();
+    await this.#remove(RECORD_ENDING);
+    // Of a run that was killed between a shard and the end of what was kept of it.
+    await this.#remove(STAGE_ENDING);
     await mkdir(path.dirname(path.resolve(this.#out)), { recursive: true });
     this.#finished = true;
     // An empty folder of that name may be there; rename replaces it.
@@ -208,9 +231,9 @@ export class RunFolder {
     await rename(this.#partial, path.resolve(this.#out));
   }
 
-  async #removeRecords(): Promise<void> {
+  async #remove(ending: string): Promise<void> {
     for (const name of await readdir(this.#partial))
-      if (name.endsWith(RECORD_ENDING)) await rm(path.join(this.#partial, name), { force: true });
+      if (name.endsWith(ending)) await rm(path.join(this.#partial, name), { force: true });
   }
 
   /** Gives the folder up, keeping what is finished; without anything finished, nothing stays. */
@@ -218,7 +241,7 @@ export class RunFolder {
     if (this.#finished) return;
     const names = await readdir(this.#partial).catch(() => undefined);
     if (names?.every((name) => OWN_FILES.includes(name) || name.endsWith(RECORD_ENDING))) {
-      await this.#removeRecords();
+      await this.#remove(RECORD_ENDING);
       await rm(path.join(this.#partial, FINGERPRINT_FILE), { force: true });
       await this.#lock.release();
       // Another run may have come in meanwhile: then the folder is its own, and not empty.

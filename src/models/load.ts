@@ -248,10 +248,20 @@ export async function loadDecoder(backend: Backend, source: ModelSource, options
   return new Decoder(backend, config, { embedding, head, finalNorm, blocks, kvGrid: source.online?.kv });
 }
 
-/** Rows of the embedding table for these ids, read from the file: [ids.length, hidden] f32. Memory: one row at a time. */
-export async function embedFromFile(source: ModelSource, ids: Int32Array): Promise<HostTensor> {
+/** Bytes of embedding rows that are remembered. */
+const MOST_ROW_BYTES = 256 * 2 ** 20;
+
+/**
+ * Rows of the embedding table for these ids, read from the file: [ids.length, hidden] f32. `rows` remembers those of earlier
+ * calls, within a limit: text repeats itself, and a read takes longer than a row.
+ */
+export async function embedFromFile(
+  source: ModelSource,
+  ids: Int32Array,
+  rows = new Map<number, Float32Array>(),
+): Promise<HostTensor> {
   const { hiddenSize, vocabSize } = source.config;
-  const rows = new Map<number, Float32Array>();
+  if (rows.size * hiddenSize * 4 > MOST_ROW_BYTES) rows.clear();
   const out = new Float32Array(ids.length * hiddenSize);
   for (const [i, id] of ids.entries()) {
     let row = rows.get(id);

@@ -4,7 +4,7 @@
 import { GyreError } from '../core/errors.js';
 import { floats, hostTensor } from '../core/tensor.js';
 import { quantizedLinearEntries } from '../formats/quantized-linear.js';
-import { Checkpoint } from '../formats/safetensors.js';
+import { Checkpoint, SafetensorsFile } from '../formats/safetensors.js';
 import type { TensorEntry } from '../formats/safetensors-writer.js';
 import { GROUP_NAMES, type DecoderBlock, type GroupName } from '../models/block.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
@@ -17,8 +17,9 @@ import type { CalibrationTokens } from './calibration/tokens.js';
 import { perGroup } from './objectives/block.js';
 import { copyEntry, MAX_SQUARES, restEntries, type BlockReport, type PipelineReport, type QuantizeRun } from './run.js';
 import { RunMonitor } from './monitor.js';
+import { stageCurveSchema } from './results.js';
 import { blockShard, REST_SHARD } from './sink.js';
-import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples } from './types.js';
+import { type BlockGroup, type BlockRecipe, type BlockResult, type BlockSamples, type FinishedStage } from './types.js';
 
 /** Tokens of a forward pass, and of a training pass. */
 export const PASS_TOKENS = 4096;
@@ -73,8 +74,9 @@ export class BlockPipeline {
 
   async #embed(): Promise<void> {
     const { ids, sequences, length } = this.#calibration;
+    const rows = new Map<number, Float32Array>();
     for (let i = 0; i < sequences; i++) {
-      const x = floats(await embedFromFile(this.#run.source, ids.subarray(i * length, (i + 1) * length)));
+      const x = floats(await embedFromFile(this.#run.source, ids.subarray(i * length, (i + 1) * length), rows));
       checkStream(TENSOR_NAMES.embedding, x);
       await this.#store.write('reference', i, x);
       await this.#store.write('quantized', i, x);
@@ -160,6 +162,8 @@ export class BlockPipeline {
         training: samples(all.filter((i) => !isHeld(i))),
         validation: samples(all.filter(isHeld)),
         settings,
+        finishedStage: () => this.#finishedStage(layer),
+        keepStage: (stage) => this.#keepStage(layer, stage),
         tell,
         checkAborted: () => this.#monitor.checkAborted(),
       }),
@@ -173,6 +177,27 @@ export class BlockPipeline {
     );
     await this.#advanceQuantized(layer, rope);
     this.#blocks.push({ layer, seconds: (performance.now() - started) / 1000, stats, curves });
+  }
+
+  async #keepStage(layer: number, { curve, learned }: FinishedStage): Promise<void> {
+    const entries = [...learned].map(([name, data]): TensorEntry => {
+      return { name, dtype: 'f32', shape: [data.length], data: () => data };
+    });
+    await this.#run.sink.keepStage(blockShard(layer), entries, { [TRAINING_KEY]: JSON.stringify(curve) });
+  }
+
+  async #finishedStage(layer: number): Promise<FinishedStage | undefined> {
+    const source = await this.#run.sink.keptStage(blockShard(layer));
+    if (!source) return undefined;
+    const file = await SafetensorsFile.open(source);
+    try {
+      const curve = stageCurveSchema.parse(JSON.parse(file.metadata[TRAINING_KEY]));
+      const learned = new Map<string, Float32Array>();
+      for (const name of file.tensors.keys()) learned.set(name, floats(await file.read(name)));
+      return { curve, learned };
+    } finally {
+      await file.close();
+    }
   }
 
   async #readGroup(

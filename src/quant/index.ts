@@ -3,7 +3,6 @@ export { sampleWindows, documentsOf, type CalibrationText, type CalibrationToken
 export { searchClip, type ClipSearchOptions } from './grids/clip.js';
 export { evaluateObjective, learnTransform, type LayerObjective, type LearnOptions } from './objectives/layer.js';
 export { quadraticError } from './objectives/error.js';
-export { AdamW, cosineRate, type AdamWOptions } from './optimizer.js';
 export { quantizeModel } from './pipeline.js';
 export { planQuantization, type GroupDecision, type Layout, type QuantizePlan } from './plan.js';
 export { findRecipe, RECIPES } from './recipes/index.js';

@@ -85,10 +85,11 @@ class Pipeline {
     const { ids, sequences, length } = calibration;
     const perChunk = Math.max(1, Math.floor(CHUNK_TOKENS / length));
     const chunks: Chunk[] = [];
+    const rows = new Map<number, Float32Array>();
     for (let begin = 0; begin < sequences; begin += perChunk) {
       const batch = Math.min(perChunk, sequences - begin);
       const x = await backend.upload(
-        await embedFromFile(source, ids.subarray(begin * length, (begin + batch) * length)),
+        await embedFromFile(source, ids.subarray(begin * length, (begin + batch) * length), rows),
       );
       chunks.push({ batch, reference: x, quantized: x });
     }

@@ -58,6 +58,26 @@ export const groupRecordSchema = z.object({
 });
 export type GroupRecord = z.output<typeof groupRecordSchema>;
 
+/** See {@link StageCurve}. */
+export const stageCurveSchema = z.object({
+  stage: z.string(),
+  /** Mean over the epoch's steps. */
+  train: z.array(z.number()).readonly(),
+  /** After each epoch; the first is before any, so it is one longer. */
+  validation: z.array(z.number()).readonly(),
+  /** The epoch that was kept: an index of `validation`. */
+  best: z.int().min(0),
+});
+/** Losses of one stage of a block's training, by epoch. */
+export type StageCurve = Readonly<z.output<typeof stageCurveSchema>>;
+
+/** Losses of a block's training. */
+export const blockTrainingSchema = z.object({
+  layer: z.int().min(0),
+  stages: z.array(stageCurveSchema).readonly(),
+});
+export type BlockTraining = Readonly<z.output<typeof blockTrainingSchema>>;
+
 /** A model's name and size in a record; the same names as in evaluation results. */
 const sizeSchema = z.object({
   fingerprint: z.string(),
@@ -84,6 +104,8 @@ export const recordSchema = z.object({
   model: sizeSchema,
   source: sizeSchema.extend({ name: z.string(), family: z.string() }),
   groups: z.array(groupRecordSchema),
+  /** Of recipes that train whole blocks. */
+  training: z.array(blockTrainingSchema).optional(),
   /** Only on the command's output: seconds of the run. */
   seconds: z.number().optional(),
   /** Only on the command's output: the folder. */

@@ -14,6 +14,9 @@ import type {
 import type { GroupName } from '../models/block.js';
 import type { NarrowBits } from './grids/activations.js';
 import type { FixedBlock } from './objectives/block.js';
+import type { StageCurve } from './results.js';
+
+export type { StageCurve } from './results.js';
 
 /** How values land on the grid. */
 export type Rounding = 'rtn' | 'gptq';
@@ -181,19 +184,19 @@ export interface BlockTask {
   readonly training: BlockSamples;
   readonly validation: BlockSamples;
   readonly settings: QuantizeSettings;
+  /** The stage that an interrupted run has finished of this block, if there is one. */
+  finishedStage(): Promise<FinishedStage | undefined>;
+  /** Keeps a stage for a run that goes on after it. */
+  keepStage(stage: FinishedStage): Promise<void>;
   tell(message: string): void;
   checkAborted(): void;
 }
 
-/** Losses of one stage of training, by epoch. */
-export interface StageCurve {
-  readonly stage: string;
-  /** Mean over the epoch's steps. */
-  readonly train: readonly number[];
-  /** After each epoch; the first is before any. */
-  readonly validation: readonly number[];
-  /** The epoch that was kept: an index of `validation`. */
-  readonly best: number;
+/** A stage of a block's training that is over. */
+export interface FinishedStage {
+  readonly curve: StageCurve;
+  /** What it has learned, f32, by names that the recipe gives. */
+  readonly learned: ReadonlyMap<string, Float32Array>;
 }
 
 /** What a whole-block recipe returns. */

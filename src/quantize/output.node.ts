@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { readdir, stat } from 'node:fs/promises';
 import path from 'node:path';
+import { z } from 'zod';
 import type { BackendName } from '../backends/registry.js';
 import { ensure } from '../core/errors.js';
 import { bytesOf } from '../core/tensor.js';
@@ -18,9 +19,15 @@ import { groupModules, openModel, type ModelSource } from '../models/load.js';
 import type { CalibrationText, CalibrationTokens } from '../quant/calibration/tokens.js';
 import { TRAINING_KEY } from '../quant/block-pipeline.js';
 import type { QuantizePlan } from '../quant/plan.js';
-import { RECORD_KIND, RECORD_VERSION, type QuantizationRecord } from '../quant/results.js';
+import {
+  RECORD_KIND,
+  RECORD_VERSION,
+  stageCurveSchema,
+  type BlockTraining,
+  type QuantizationRecord,
+} from '../quant/results.js';
 import { blockShard } from '../quant/sink.js';
-import type { QuantizeSettings, StageCurve } from '../quant/types.js';
+import type { QuantizeSettings } from '../quant/types.js';
 import { VERSION } from '../version.js';
 import type { QuantizeReport } from './options.js';
 import { megabytes } from './plan-text.js';
@@ -115,18 +122,12 @@ export function activationFiles(
   return new ActivationFiles(folder.temporary('activations'), elements);
 }
 
-/** Losses of one block's training, as `training.json` has them. */
-interface BlockTraining {
-  readonly layer: number;
-  readonly stages: readonly StageCurve[];
-}
-
 /** The losses that finished shards carry, those of an interrupted run included. */
 export async function trainingOf(folder: RunFolder, source: ModelSource): Promise<BlockTraining[]> {
   const blocks: BlockTraining[] = [];
   for (let layer = 0; layer < source.config.layers; layer++) {
     const file = await SafetensorsFile.open(await folder.open(blockShard(layer)).open('model.safetensors'));
-    blocks.push({ layer, stages: JSON.parse(file.metadata[TRAINING_KEY] ?? '[]') as StageCurve[] });
+    blocks.push({ layer, stages: z.array(stageCurveSchema).parse(JSON.parse(file.metadata[TRAINING_KEY] ?? '[]')) });
     await file.close();
   }
   return blocks;
@@ -165,7 +166,7 @@ async function readRaw(files: ModelFiles, name: string): Promise<string> {
 export async function describeResult(
   source: ModelSource,
   files: ModelFiles,
-  what: Pick<QuantizationRecord, 'method' | 'settings' | 'layout' | 'calibration' | 'notes' | 'groups'>,
+  what: Pick<QuantizationRecord, 'method' | 'settings' | 'layout' | 'calibration' | 'notes' | 'groups' | 'training'>,
 ): Promise<QuantizationRecord> {
   const size = async (model: ModelSource) => {
     const { parameters, bytes, bitsPerWeight, linearBytes, linearBitsPerWeight } = summarizeModel(model);

@@ -1,5 +1,6 @@
 // What only whole-block recipes have: losses by epoch, residual streams on disk, stages and pair choices, and limits in which
 // they must be something simpler.
+import { spawn } from 'node:child_process';
 import { readdir, readFile, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -86,6 +87,41 @@ describe('paroquant-block', () => {
     for (const name of names.filter((n) => n.endsWith('.safetensors') || n === 'training.json'))
       expect(await readFile(path.join(disk.out, name))).toEqual(await readFile(path.join(memory.out, name)));
     expect(await stat(`${disk.out}.partial`).catch(() => undefined)).toBeUndefined();
+  });
+
+  it('goes on behind a finished stage after it was killed, and ends with the same bytes', async () => {
+    /** Runs until a line matches, if one is given; all lines. */
+    const run = (out: string, until?: RegExp): Promise<string[]> =>
+      new Promise((resolve, reject) => {
+        const script = path.join(import.meta.dirname, '../support/train-and-wait.ts');
+        const child = spawn(process.execPath, ['--import', 'tsx', script, MODEL, out]);
+        let text = '';
+        child.stdout.on('data', (data: Buffer) => {
+          text += data.toString();
+          if (until?.test(text)) child.kill('SIGKILL');
+        });
+        child.on('error', reject);
+        child.on('close', (code) => {
+          if (code !== 0 && !until) reject(new Error(`ended with ${code}`));
+          else resolve(text.split('\n'));
+        });
+      });
+    const [whole, killed] = ['whole', 'killed'].map((name) => path.join(scratch.folder, name));
+    await run(whole);
+    // In the second epoch of the second block's second stage.
+    await run(killed, /block 2\/2 weights: epoch 2/);
+    const kept = await readdir(`${killed}.partial`);
+    expect(kept.filter((name) => name.endsWith('.stage.safetensors'))).toEqual([
+      'model-00002-of-00003.stage.safetensors',
+    ]);
+    const rest = await run(killed);
+    expect(rest.some((line) => line.includes('block 1/2 is finished'))).toBe(true);
+    expect(rest.some((line) => /block 2\/2 weights: epoch 1/.test(line))).toBe(true);
+    expect(rest.filter((line) => line.includes('transforms:'))).toEqual([]);
+    const names = (await readdir(whole)).sort();
+    expect((await readdir(killed)).sort()).toEqual(names);
+    for (const name of names.filter((n) => n.endsWith('.safetensors') || n === 'training.json'))
+      expect((await readFile(path.join(killed, name))).equals(await readFile(path.join(whole, name))), name).toBe(true);
   });
 
   it('without rotations, scales and stage 2 is rounding to nearest', async () => {

@@ -107,6 +107,18 @@ describe.skipIf(webgpuMissing)('continuous batching on WebGPU', () => {
     expect(await write({ slots: 1 })).toEqual(texts);
   });
 
+  it('writes more texts at once than a workgroup takes', { timeout: 300_000 }, async () => {
+    const many: ContinuousRequest[] = Array.from({ length: 44 }, (_, i) => ({
+      prompt: prompts[i % prompts.length],
+      maxTokens: 2 + (i % 3),
+      stream: i,
+    }));
+    const sampling = { temperature: 1, slots: 64 };
+    const texts = await write(sampling, many);
+    expect(plans[0]).toBe(44);
+    expect(texts).toEqual(await write({ ...sampling, slots: 8 }, many));
+  });
+
   it('draws the same for a seed, whatever shares the batch', { timeout: 300_000 }, async () => {
     const sampling = { temperature: 1, slots: 6 };
     const texts = await write(sampling);

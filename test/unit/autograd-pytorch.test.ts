@@ -61,13 +61,18 @@ describe.each([
       );
   };
 
-  it('a decoder block under smooth-L1', async () => {
-    const { batch, tokens, hidden, heads, kvHeads, headDim, eps, theta } = SHAPE;
+  const loadRope = async () => {
+    const { tokens, headDim, theta } = SHAPE;
     const half = headDim / 2;
     const angle = (at: number): number => Math.floor(at / half) * theta ** (-((at % half) * 2) / headDim);
-    const cos = Float32Array.from({ length: tokens * half }, (_, at) => Math.cos(angle(at)));
-    const sin = Float32Array.from({ length: tokens * half }, (_, at) => Math.sin(angle(at)));
-    const rope = await backend.loadRope(cos, sin, headDim);
+    const table = (of: (angle: number) => number): Float32Array =>
+      Float32Array.from({ length: tokens * half }, (_, at) => of(angle(at)));
+    return backend.loadRope(table(Math.cos), table(Math.sin), headDim);
+  };
+
+  it('a decoder block under smooth-L1', async () => {
+    const { batch, tokens, hidden, heads, kvHeads, headDim, eps } = SHAPE;
+    const rope = await loadRope();
     const x = await leaf('in.block.x', [batch * tokens, hidden]);
     const weights = {
       qkv: await leaf('in.block.qkv'),
@@ -91,6 +96,34 @@ describe.each([
     await loss.backward();
     await close(x.gradient, 'out.block.x');
     for (const [group, weight] of Object.entries(weights)) await close(weight.gradient, `out.block.${group}`);
+    tape.free();
+  });
+
+  it('the norms of a block: RMSNorm and those of heads', async () => {
+    const { batch, tokens, hidden, heads, kvHeads, headDim, eps } = SHAPE;
+    const rope = await loadRope();
+    const norms = {
+      inputNorm: await leaf('in.block.inputNorm'),
+      postNorm: await leaf('in.block.postNorm'),
+      qNorm: await leaf('in.block.qNorm'),
+      kNorm: await leaf('in.block.kNorm'),
+    };
+    const x = await leaf('in.block.x', [batch * tokens, hidden]);
+    const [qkv, o] = [await leaf('in.block.qkv'), await leaf('in.block.o')];
+    const [gateUp, down] = [await leaf('in.block.gateUp'), await leaf('in.block.down')];
+    const tape = new Tape(backend);
+    const shape = { heads, kvHeads, headDim };
+    const inputs = await tape.matmul(await tape.rmsNorm(x, norms.inputNorm, eps), qkv);
+    const { qNorm, kNorm } = norms;
+    const split = await tape.splitHeads(inputs, { ...shape, rope, batch, start: 0, eps }, { q: qNorm, k: kNorm });
+    const attended = await tape.attention(split.q, split.k, split.v, { ...shape, batch, scale: headDim ** -0.5 });
+    const middle = await tape.add(x, await tape.matmul(attended, o));
+    const between = await tape.matmul(await tape.rmsNorm(middle, norms.postNorm, eps), gateUp);
+    const y = await tape.add(middle, await tape.matmul(await tape.siluMul(between), down));
+    const target = await upload('in.block.target', [batch * tokens, hidden]);
+    const loss = await tape.elementLoss(y, target, { kind: 'smooth-l1', beta: 0.5 });
+    await loss.backward();
+    for (const [norm, weight] of Object.entries(norms)) await close(weight.gradient, `out.block.${norm}`);
     tape.free();
   });
 

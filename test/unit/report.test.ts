@@ -187,6 +187,18 @@ describe('reading results', () => {
     expect(read({ date: 'today', machine: 'one', results: [{ kernel: 'a', gflops: 2 }] }).kind).toBe('benchmark');
   });
 
+  it('draws how blocks were trained', async () => {
+    const stage = { train: [0.3, 0.2], validation: [0.4, 0.3, 0.35], best: 1 };
+    const training = [0, 1].map((layer) => ({
+      layer,
+      stages: ['transforms', 'weights'].map((name) => ({ stage: name, ...stage })),
+    }));
+    const trained = { ...record, method: 'paroquant-block', groups: [], training };
+    const { html: page, charts } = await renderReport([read(trained)], { madeBy: 'a test' });
+    expect(charts.map(({ name }) => name)).toEqual(['curves-1']);
+    expect(text(page)).toContain('a stage takes 25 percent off it');
+  });
+
   it('passes over JSON that is no result', () => {
     expect(readInput('config.json', '{"model_type": "qwen3"}')).toBeUndefined();
     expect(readInput('list.json', '[1, 2]')).toBeUndefined();

@@ -44,7 +44,12 @@ export interface PreparedDispatch {
 interface Compiled {
   readonly pipeline: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
+  /** Bindings made so far, by {@link GpuDevice.#key} of their buffers. */
+  readonly bindings: Map<string, GPUBindGroup>;
 }
+
+/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops need few. */
+const MOST_BINDINGS = 512;
 
 /** Bytes between uniform blocks of dispatches in one submission. */
 const UNIFORM_STRIDE = 256;
@@ -64,7 +69,11 @@ export class GpuDevice {
   readonly #pool: BufferPool;
   readonly #staging: StagingPool;
   readonly #uploads: UploadPool;
-  readonly #compiled = new Map<string, Compiled>();
+  /** Kernels of dispatches, whose parameters lie anywhere in {@link GpuDevice.#uniforms}, and of prepared ones, which have their own. */
+  readonly #compiled = { dispatch: new Map<string, Compiled>(), prepare: new Map<string, Compiled>() };
+  /** Numbers of buffers, for the keys of bindings. */
+  readonly #numbers = new WeakMap<GPUBuffer, number>();
+  #lastNumber = 0;
   readonly #uniforms: GPUBuffer;
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
   #slots = 0;
@@ -195,17 +204,25 @@ export class GpuDevice {
   ): void {
     this.#check();
     if (groups.some((n) => n === 0)) return;
-    const { pipeline, layout } = this.#compile(kernel);
-    let uniform: GPUBufferBinding | undefined;
+    const compiled = this.#compile(kernel, 'dispatch');
+    // Here, since parameters go with the submission that they are written for.
+    if (this.#profile?.full) this.flush();
     const size = paramBytes(kernel);
+    let offset: number | undefined;
     if (size > 0) {
       if (this.#slots === UNIFORM_SLOTS) this.flush();
-      const offset = this.#slots++ * UNIFORM_STRIDE;
+      offset = this.#slots++ * UNIFORM_STRIDE;
       packParams(kernel, params, this.#uniformData, offset);
-      uniform = { buffer: this.#uniforms, offset, size };
     }
-    const bindGroup = this.#bind(kernel, layout, buffers, uniform);
-    this.#encode({ name: kernel.name, pipeline, bindGroup, groups });
+    // Making a binding takes longer than all the rest of a dispatch.
+    const key = this.#key(kernel, buffers);
+    let bindGroup = compiled.bindings.get(key);
+    if (!bindGroup) {
+      if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
+      bindGroup = this.#bind(kernel, compiled.layout, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
+      compiled.bindings.set(key, bindGroup);
+    }
+    this.#encode({ name: kernel.name, pipeline: compiled.pipeline, bindGroup, groups }, offset);
     if (this.#dispatches >= BATCH) this.flush();
   }
 
@@ -220,7 +237,7 @@ export class GpuDevice {
     groups: Workgroups,
   ): PreparedDispatch {
     this.#check();
-    const { pipeline, layout } = this.#compile(kernel);
+    const { pipeline, layout } = this.#compile(kernel, 'prepare');
     const size = paramBytes(kernel);
     let uniform: GPUBufferBinding | undefined;
     if (size > 0) {
@@ -307,13 +324,14 @@ export class GpuDevice {
     this.#pass = undefined;
   }
 
-  #encode({ name, pipeline, bindGroup, groups }: PreparedDispatch): void {
+  /** `offset`: of the parameters, for what was compiled for dispatches. */
+  #encode({ name, pipeline, bindGroup, groups }: PreparedDispatch, offset?: number): void {
     const encoder = this.#commands();
     if (this.#profile) {
       this.#endPass();
       if (this.#profile.full) {
         this.flush();
-        this.#encode({ name, pipeline, bindGroup, groups });
+        this.#encode({ name, pipeline, bindGroup, groups }, offset);
         return;
       }
     }
@@ -324,14 +342,15 @@ export class GpuDevice {
     }
     if (this.#bound !== pipeline) this.#pass.setPipeline(pipeline);
     this.#bound = pipeline;
-    this.#pass.setBindGroup(0, bindGroup);
+    if (offset === undefined) this.#pass.setBindGroup(0, bindGroup);
+    else this.#pass.setBindGroup(0, bindGroup, [offset]);
     this.#pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
     this.#dispatches++;
     if (profiled) this.#endPass();
   }
 
-  #compile(kernel: Kernel): Compiled {
-    const known = this.#compiled.get(kernel.code);
+  #compile(kernel: Kernel, use: 'dispatch' | 'prepare'): Compiled {
+    const known = this.#compiled[use].get(kernel.code);
     if (known) return known;
     const { device } = this;
     device.pushErrorScope('out-of-memory');
@@ -339,9 +358,11 @@ export class GpuDevice {
     device.pushErrorScope('validation');
     const module = device.createShaderModule({ label: kernel.name, code: kernel.code });
     const entries: GPUBindGroupLayoutEntry[] = [];
-    const add = (type: GPUBufferBindingType): void =>
-      void entries.push({ binding: entries.length, visibility: GPUShaderStage.COMPUTE, buffer: { type } });
-    if (paramBytes(kernel) > 0) add('uniform');
+    const add = (type: GPUBufferBindingType, hasDynamicOffset = false): void => {
+      const buffer = { type, hasDynamicOffset };
+      entries.push({ binding: entries.length, visibility: GPUShaderStage.COMPUTE, buffer });
+    };
+    if (paramBytes(kernel) > 0) add('uniform', use === 'dispatch');
     for (const { access } of Object.values(kernel.buffers)) add(access === 'read' ? 'read-only-storage' : 'storage');
     const layout = device.createBindGroupLayout({ label: kernel.name, entries });
     const pipeline = device.createComputePipeline({
@@ -350,9 +371,26 @@ export class GpuDevice {
       compute: { module, entryPoint: 'main' },
     });
     for (let i = 0; i < 3; i++) this.#watch(device.popErrorScope(), `kernel '${kernel.name}'`);
-    const compiled = { pipeline, layout };
-    this.#compiled.set(kernel.code, compiled);
+    const compiled = { pipeline, layout, bindings: new Map<string, GPUBindGroup>() };
+    this.#compiled[use].set(kernel.code, compiled);
     return compiled;
+  }
+
+  /** What tells a kernel's bindings apart. */
+  #key(kernel: Kernel, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
+    let key = '';
+    for (const name in kernel.buffers) {
+      const value = buffers[name];
+      key +=
+        'bytes' in value ? `${this.#number(value.buffer)}+${value.offset}:${value.bytes},` : `${this.#number(value)},`;
+    }
+    return key;
+  }
+
+  #number(buffer: GPUBuffer): number {
+    let number = this.#numbers.get(buffer);
+    if (number === undefined) this.#numbers.set(buffer, (number = ++this.#lastNumber));
+    return number;
   }
 
   #bind(

@@ -4,8 +4,15 @@
 // Channel-major throughout: Wt [in, cols] = Wᵀ. With Gram H and target Pt = (W·C)ᵀ = Cᵀ·Wt the loss of Ŵ is
 // tr(ŴᵗHŴt) − 2·⟨Ŵt, Pt⟩, its gradient 2(H·Ŵt − Pt).
 import type { Backend, GridSpec, PairwiseTransform, Tensor } from '../../ops/backend.js';
-import { AdamW, cosineRate } from '../optimizer.js';
+import { ADAM_DEFAULTS, cosineRate } from '../../autograd/index.js';
+import { hostTensor } from '../../core/tensor.js';
+import { requireGradients } from '../../ops/gradients.js';
 import { roundTransform } from '../../transforms/index.js';
+
+/** Scales stay where f16 holds their inverse well: one near zero or below would blow it up. */
+export const USABLE_SCALES = { minimum: 1 / 64, maximum: 64 } as const;
+/** Steps that are submitted before the loss of the first of them is waited for. */
+const STEPS_UNDER_WAY = 4;
 
 /** A group's quadratic objective on a backend. */
 export interface LayerObjective {
@@ -25,16 +32,18 @@ export async function evaluateObjective(
   return { loss: await loss, halfGradient };
 }
 
-/** The same with the loss still under way: a backend that computes elsewhere can be given more to do meanwhile. */
+/** The same with the loss, ⟨Ŵ, HŴ − 2P⟩, still under way: one sum, so that a backend that computes elsewhere is asked once. */
 async function beginEvaluation(
   backend: Backend,
-  objective: LayerObjective,
+  { gram, target }: LayerObjective,
   w: Tensor,
 ): Promise<{ loss: Promise<number>; halfGradient: Tensor }> {
-  const product = await backend.matmul(objective.gram, w);
-  const halfGradient = await backend.addScaled(product, objective.target, -1, true);
-  const terms = Promise.all([backend.dot(w, halfGradient), backend.dot(w, objective.target)]);
-  return { loss: terms.then(([square, linear]) => square - linear), halfGradient };
+  const product = await backend.matmul(gram, w);
+  const halfGradient = await backend.addScaled(product, target, -1, true);
+  const rest = await backend.addScaled(halfGradient, target, -1);
+  const loss = Promise.resolve(backend.dot(w, rest));
+  backend.free(rest);
+  return { loss, halfGradient };
 }
 
 /** Settings of {@link learnTransform}. */
@@ -66,39 +75,84 @@ export async function learnTransform(
 ): Promise<{ transform: PairwiseTransform; curve: number[] }> {
   const { channels, groupSize, krot, pairs, grid, steps, learnScales } = options;
   const peak = options.learningRate ?? 0.05;
-  const theta = new Float64Array((krot * channels) / 2);
-  const scales = new Float64Array(channels).fill(1);
-  const curve: number[] = [];
-  let best = { loss: Infinity, theta: theta.slice(), scales: scales.slice() };
+  const gradients = requireGradients(backend);
+  const angles = (krot * channels) / 2;
+  const theta = await parameterOf(backend, [krot, channels / 2], 0);
+  const scales = await parameterOf(backend, [channels], 1);
   const learned = await backend.createObjective(w, { channels, groupSize, krot, pairs }, grid);
-  const thetaOptimizer = new AdamW(theta.length);
-  const scaleOptimizer = new AdamW(channels);
+  const trained = [
+    ...(krot > 0 ? [{ parameter: theta, of: 'theta' as const }] : []),
+    ...(learnScales ? [{ parameter: scales, of: 'scales' as const, range: USABLE_SCALES }] : []),
+  ];
+  const curve: number[] = [];
+  let best: Point | undefined;
+  const settle = async (point: Point): Promise<void> => {
+    const loss = await point.loss;
+    curve.push(loss);
+    const worse = loss < (best ? await best.loss : Infinity) ? best : point;
+    if (worse !== point) best = point;
+    if (worse) backend.free(worse.theta, worse.scales);
+  };
+  // Losses are waited for when later steps are submitted, so that a backend that computes elsewhere never runs dry.
+  const underWay: Point[] = [];
   try {
     for (let step = 0; step <= steps; step++) {
-      const estimate = await learned.forward(Float32Array.from(theta), Float32Array.from(scales));
-      const { loss: pending, halfGradient } = await beginEvaluation(backend, objective, estimate);
-      // Both are asked for before either is waited for: one round trip a step.
-      const [loss, gradient] = await Promise.all([pending, step < steps ? learned.backward(halfGradient) : undefined]);
-      curve.push(loss);
-      if (loss < best.loss) best = { loss, theta: theta.slice(), scales: scales.slice() };
-      if (gradient) {
-        const rate = cosineRate(step, steps, peak);
-        if (krot > 0) thetaOptimizer.step(theta, gradient.theta, rate);
-        if (learnScales) {
-          scaleOptimizer.step(scales, gradient.scales, rate);
-          keepPositive(scales);
-        }
+      const estimate = await learned.forward(theta.value, scales.value);
+      const { loss, halfGradient } = await beginEvaluation(backend, objective, estimate);
+      // An error is thrown where the promise is waited for, and only there.
+      loss.catch(() => undefined);
+      underWay.push({ loss, theta: await copyOf(backend, theta.value), scales: await copyOf(backend, scales.value) });
+      if (step < steps) {
+        const gradient = await learned.backwardOn(halfGradient);
+        const learningRate = cosineRate(step, steps, peak);
+        for (const { parameter, of, range } of trained)
+          await gradients.adamW(parameter.value, gradient[of], parameter.first, parameter.second, {
+            ...ADAM_DEFAULTS,
+            weightDecay: 0,
+            learningRate,
+            step: step + 1,
+            range,
+          });
+        backend.free(gradient.theta, gradient.scales);
       }
       backend.free(halfGradient);
+      if (underWay.length > STEPS_UNDER_WAY) await settle(underWay.shift() as Point);
     }
+    for (const point of underWay.splice(0)) await settle(point);
+    // A loss that never was a number leaves the start.
+    const start = { theta: new Float32Array(angles), scales: new Float32Array(channels).fill(1) };
+    const found = best
+      ? { theta: await backend.download(best.theta), scales: await backend.download(best.scales) }
+      : start;
+    return { transform: roundTransform({ channels, groupSize, krot, pairs }, found.theta, found.scales), curve };
   } finally {
     learned.dispose();
+    for (const point of [...underWay, ...(best ? [best] : [])]) backend.free(point.theta, point.scales);
+    for (const { value, first, second } of [theta, scales]) backend.free(value, first, second);
   }
-  const transform = roundTransform({ channels, groupSize, krot, pairs }, best.theta, best.scales);
-  return { transform, curve };
 }
 
-/** A scale near zero or below would blow up its inverse: hold it where f16 and the optimiser stay well-behaved. */
-function keepPositive(scales: Float64Array): void {
-  for (let i = 0; i < scales.length; i++) scales[i] = Math.min(Math.max(scales[i], 1 / 64), 64);
+/** What is learned, and its moments. */
+interface Learned {
+  readonly value: Tensor;
+  readonly first: Tensor;
+  readonly second: Tensor;
+}
+
+/** A step's parameters, and the loss that they have, which may be under way. */
+interface Point {
+  readonly loss: Promise<number>;
+  readonly theta: Tensor;
+  readonly scales: Tensor;
+}
+
+async function parameterOf(backend: Backend, shape: readonly number[], value: number): Promise<Learned> {
+  const size = shape.reduce((a, b) => a * b, 1);
+  const filled = async (x: number): Promise<Tensor> =>
+    backend.upload(hostTensor('f32', shape, new Float32Array(size).fill(x)));
+  return { value: await filled(value), first: await filled(0), second: await filled(0) };
+}
+
+async function copyOf(backend: Backend, tensor: Tensor): Promise<Tensor> {
+  return backend.addScaled(tensor, tensor, 0);
 }

@@ -5,6 +5,7 @@
 // activations, as the runtime does, would cost the same for every token. The two are one function.
 import { constant, parameter, type Tape, type Variable } from '../../autograd/index.js';
 import { roundToF16 } from '../../core/dtype.js';
+import { ensure } from '../../core/errors.js';
 import { createRng } from '../../core/rng.js';
 import { hostTensor } from '../../core/tensor.js';
 import { GROUP_NAMES, type GroupName } from '../../models/block.js';
@@ -18,6 +19,7 @@ import type {
 } from '../../ops/backend.js';
 import { roundTransform } from '../../transforms/index.js';
 import { byWeights, perGroup, type ApplyLinear } from '../objectives/block.js';
+import { USABLE_SCALES } from '../objectives/layer.js';
 import { trainBlock, type BlockModel } from '../objectives/block-training.js';
 import {
   BLOCK_DEFAULTS,
@@ -33,8 +35,6 @@ import { channelMajor, splitRounded } from '../weights.js';
 import { choosePairs } from './pair-choice.js';
 import { rotationGroup } from './paroquant.js';
 
-/** Scales stay where f16 holds their inverse well: one near zero or below would blow it up. */
-const USABLE = { minimum: 1 / 64, maximum: 64 };
 /** The smallest grid scale: the smallest normal f16. */
 const MIN_GRID_SCALE = 2 ** -14;
 
@@ -81,7 +81,7 @@ class BlockTrainer {
     const { stages } = this.#settings;
     for (const group of GROUP_NAMES) await this.#prepare(group, this.#task.groups[group]);
     const curves: StageCurve[] = [];
-    if (stages !== 'weights') curves.push(await this.#stageTransforms());
+    if (stages !== 'weights') curves.push((await this.#recallTransforms()) ?? (await this.#stageTransforms()));
     if (stages !== 'transforms') curves.push(await this.#stageWeights());
     const stats: Record<string, number> = {};
     for (const { stage, validation, best } of curves) {
@@ -167,7 +167,7 @@ class BlockTrainer {
     const model: BlockModel = {
       groups: [
         ...(settings.krot > 0 ? [{ parameters: learned.map((l) => l.theta), ...rate }] : []),
-        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, range: USABLE }] : []),
+        ...(settings.scales ? [{ parameters: learned.map((l) => l.scales), ...rate, range: USABLE_SCALES }] : []),
       ],
       prepare: (tape) =>
         this.#weights(tape, (_, i) =>
@@ -185,11 +185,39 @@ class BlockTrainer {
       stage: 'transforms',
       rng: this.#rng('transforms'),
     });
+    // With one stage there is nothing left to be interrupted in.
+    if (this.#settings.stages === 'both') await this.#keepTransforms(curve);
     for (const { theta, scales, objective } of learned) {
       objective.dispose();
       backend.free(theta.value, theta.takeGradient(), scales.value, scales.takeGradient());
     }
     return curve;
+  }
+
+  /** Takes up the transforms that an interrupted run has finished; their losses. */
+  async #recallTransforms(): Promise<StageCurve | undefined> {
+    const finished = await this.#task.finishedStage();
+    if (!finished) return undefined;
+    const { curve, learned } = finished;
+    for (const [i, unit] of this.#units.entries()) {
+      const [theta, channelScales] = [learned.get(`${i}.theta`), learned.get(`${i}.scales`)];
+      const { channels, krot } = unit.layout;
+      ensure(
+        theta?.length === (krot * channels) / 2 && channelScales?.length === channels,
+        'file-corrupt',
+        () => `what was kept of block ${this.#task.layer}'s first stage does not fit the model`,
+        'remove the .stage.safetensors file from the partial folder: the stage then starts anew',
+      );
+      unit.transform = { ...unit.layout, theta, channelScales };
+    }
+    return curve;
+  }
+
+  async #keepTransforms(curve: StageCurve): Promise<void> {
+    const learned = new Map<string, Float32Array>();
+    for (const [i, { transform }] of this.#units.entries())
+      learned.set(`${i}.theta`, transform.theta).set(`${i}.scales`, transform.channelScales);
+    await this.#task.keepStage({ curve, learned });
   }
 
   /** Stage 2: weights, grid scales and float zero points, under the transforms of stage 1. */

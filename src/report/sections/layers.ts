@@ -3,7 +3,7 @@ import type { TopLevelSpec } from 'vega-lite';
 import { html, significant } from '../html.js';
 import type { ReportData, ReportModel } from '../models.js';
 import type { GroupRecord } from '../../quant/results.js';
-import type { Figure, Layout } from '../render.js';
+import type { Figure, KeyItem, Layout } from '../render.js';
 import { DEPTHS, PALETTE } from '../theme.js';
 import {
   groupPhrase,
@@ -33,6 +33,10 @@ export function layerSections(data: ReportData): Section[] {
   const curves: Figure[] = [];
   for (const one of recorded) {
     const figure = curveFigure(one, curves.length + 1);
+    if (figure) curves.push(figure);
+  }
+  for (const model of data.models) {
+    const figure = trainingFigure(model, curves.length + 1);
     if (figure) curves.push(figure);
   }
   return [
@@ -148,12 +152,30 @@ function errorFigure(recorded: readonly Recorded[]): Figure | undefined {
   };
 }
 
+/** Lines of blocks, coloured by how deep the block is. */
+const DEPTH_COLOR = {
+  field: 'depth',
+  type: 'ordinal' as const,
+  legend: null,
+  scale: { domain: DEPTHS.map((_, d) => d), range: DEPTHS.map((name) => PALETTE[name].light) },
+};
+
+/** Which run of blocks a block of so many is in, and the key of the runs. */
+function depths(layers: number): { depth: (layer: number) => number; key: KeyItem[] } {
+  const depth = (layer: number): number => Math.min(DEPTHS.length - 1, Math.floor((layer / layers) * DEPTHS.length));
+  const rangeOf = (i: number): string => {
+    const own = Array.from({ length: layers }, (_, layer) => layer).filter((layer) => depth(layer) === i);
+    return own.length === 0 ? '' : own.length === 1 ? `block ${own[0]}` : `blocks ${own[0]}–${own[own.length - 1]}`;
+  };
+  const key = DEPTHS.map((name, i) => ({ label: rangeOf(i), color: name, shape: 'line' }) as const);
+  return { depth, key: key.filter(({ label }) => label !== '') };
+}
+
 function curveFigure({ model, groups }: Recorded, number: number): Figure | undefined {
   const learned = groups.filter(({ curve }) => curve && curve.length > 1);
   if (learned.length === 0) return undefined;
   const shown = GROUPS.filter(([name]) => learned.some(({ group }) => group === name));
-  const layers = Math.max(...learned.map(({ layer }) => layer)) + 1;
-  const depth = (layer: number): number => Math.min(DEPTHS.length - 1, Math.floor((layer / layers) * DEPTHS.length));
+  const { depth, key } = depths(Math.max(...learned.map(({ layer }) => layer)) + 1);
   // The loss lacks a constant (the reference outputs' own square), so only its changes mean something.
   const values = learned.flatMap(({ layer, group, curve }) =>
     (curve ?? []).map((loss, step) => ({
@@ -166,17 +188,11 @@ function curveFigure({ model, groups }: Recorded, number: number): Figure | unde
   );
   const drops = learned.map(({ curve }) => (curve?.[0] ?? 0) - Math.min(...(curve ?? [0])));
   const mean = 100 * (drops.reduce((a, b) => a + b, 0) / drops.length);
-  const rangeOf = (i: number): string => {
-    const own = Array.from({ length: layers }, (_, layer) => layer).filter((layer) => depth(layer) === i);
-    return own.length === 0 ? '' : own.length === 1 ? `block ${own[0]}` : `blocks ${own[0]}–${own[own.length - 1]}`;
-  };
   return {
     id: `curves-${number}`,
     title: `${model.label}: error while its transforms were learned`,
     alt: `Line charts of the change in error by optimiser step, one line per block, for ${shown.map(([, title]) => title).join('; ')}. On average it falls by ${significant(mean, 2)} percent of the outputs’ square.`,
-    key: DEPTHS.map((name, i) => ({ label: rangeOf(i), color: name, shape: 'line' })).filter(
-      ({ label }) => label !== '',
-    ),
+    key,
     caption: html`Change of the squared error of the rounded outputs since the first step, in percent of the outputs’
     square ‖WX‖²; one line per decoder block. The first step is a transform that changes nothing. The best step is kept:
     on average it takes off ${significant(mean, 2)} percent. The rounding that follows (GPTQ and coordinate descent)
@@ -205,12 +221,7 @@ function curveFigure({ model, groups }: Recorded, number: number): Figure | unde
               title: null,
             },
             detail: { field: 'line' },
-            color: {
-              field: 'depth',
-              type: 'ordinal',
-              legend: null,
-              scale: { domain: DEPTHS.map((_, d) => d), range: DEPTHS.map((name) => PALETTE[name].light) },
-            },
+            color: DEPTH_COLOR,
           },
         })),
       ),
@@ -227,6 +238,95 @@ function curveFigure({ model, groups }: Recorded, number: number): Figure | unde
         groupTitle(group),
         significant(100 * drops[i]),
         String((curve ?? []).indexOf(Math.min(...(curve ?? [0])))),
+      ]),
+    },
+  };
+}
+
+/** Losses of recipes that train whole blocks, stage by stage. */
+function trainingFigure({ label, record }: ReportModel, number: number): Figure | undefined {
+  const blocks = record?.training ?? [];
+  const stages = [...new Set(blocks.flatMap((block) => block.stages.map(({ stage }) => stage)))];
+  if (stages.length === 0) return undefined;
+  const { depth, key } = depths(Math.max(...blocks.map(({ layer }) => layer)) + 1);
+  const rows = blocks.flatMap(({ layer, stages: own }) => own.map((curve) => ({ layer, ...curve })));
+  const line = (layer: number, stage: string, kind: string, losses: readonly number[], first: number) =>
+    losses.flatMap((loss, i) =>
+      loss > 0 ? [{ line: `${layer} ${kind}`, depth: depth(layer), stage, kind, epoch: first + i, loss }] : [],
+    );
+  // An epoch's training loss is a mean over its steps: it belongs to its middle.
+  const values = rows.flatMap(({ layer, stage, train, validation }) => [
+    ...line(layer, stage, 'validation', validation, 0),
+    ...line(layer, stage, 'training', train, 0.5),
+  ]);
+  const falls = rows.map(({ validation, best }) => 1 - validation[best] / validation[0]);
+  const mean = significant(100 * (falls.reduce((a, b) => a + b, 0) / falls.length), 2);
+  const losses = values.map(({ loss }) => loss);
+  const domain: [number, number] = [Math.min(...losses) / 1.1, Math.max(...losses) * 1.1];
+  return {
+    id: `curves-${number}`,
+    title: `${label}: loss while its blocks were trained`,
+    alt: `Line charts of the loss by epoch, one for each of ${stages.length} stages (${stages.join(', ')}), with two lines per block: held-out and training sequences. On average a stage takes ${mean} percent off the held-out loss.`,
+    key,
+    caption: html`Mean error of a block’s output against the original’s, by epoch, one line per decoder block: solid on
+    the sequences held out, dashed on those it was trained on. Logarithmic. The epoch with the least held-out loss is
+    kept, the start counting as one: on average a stage takes ${mean} percent off it.`,
+    spec: (layout) =>
+      grid(
+        layout,
+        stages.map((stage): Panel => ({
+          data: { values: values.filter((row) => row.stage === stage) },
+          width: panelWidth(layout, layout.narrow ? 1 : 2, 74, 56),
+          height: 220,
+          title: panelTitle(stage, true),
+          mark: { type: 'line', strokeWidth: 1.5 },
+          encoding: {
+            x: {
+              field: 'epoch',
+              type: 'quantitative',
+              scale: { nice: false },
+              axis: { grid: false, format: 'd', tickMinStep: 1 },
+              title: 'epoch',
+            },
+            y: {
+              field: 'loss',
+              type: 'quantitative',
+              scale: { type: 'log', domain, nice: false },
+              axis: logAxis(domain),
+              title: null,
+            },
+            detail: { field: 'line' },
+            strokeDash: {
+              field: 'kind',
+              type: 'nominal',
+              legend: null,
+              scale: {
+                domain: ['validation', 'training'],
+                range: [
+                  [1, 0],
+                  [3, 3],
+                ],
+              },
+            },
+            color: DEPTH_COLOR,
+          },
+        })),
+      ),
+    table: {
+      caption: `${label}: held-out loss of each block`,
+      columns: [
+        { title: 'block' },
+        { title: 'stage' },
+        { title: 'before', numeric: true },
+        { title: 'after', numeric: true },
+        { title: 'kept epoch', numeric: true },
+      ],
+      rows: rows.map(({ layer, stage, validation, best }) => [
+        String(layer),
+        stage,
+        significant(validation[0]),
+        significant(validation[best]),
+        String(best),
       ]),
     },
   };

@@ -1,11 +1,15 @@
 // Which kernel multiplies by a weight when a plan decodes several sequences, and in what shape.
 import type { BufferSlice, GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
-import { batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
+import { BATCH_GEMM_MAX, batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
 import { variants } from '../kernel.js';
 import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
 
-/** Most sequences that the kernels take. */
-export const MOST_SEQUENCES = 32;
+/** Most sequences of one step. */
+export const MOST_SEQUENCES = 256;
+/** Most sequences that a kernel takes: more are multiplied part by part. */
+const PART = BATCH_GEMM_MAX;
+/** What offsets of bindings are multiples of. */
+const ALIGNMENT = 256;
 /** Fewest sequences from which the weights are worth matrix units, and fewest for the tiled product; see docs/log-kernels.md. */
 const [MATRIX_BATCH, TILED_BATCH] = [5, 5];
 
@@ -61,8 +65,39 @@ export interface BatchProduct {
   readonly params: Readonly<Record<'chunks' | 'outFeatures' | 'stride' | 'column' | 'first', number>>;
 }
 
-/** Prepares a product of several sequences. */
-export function batchProduct(gpu: GpuDevice, kind: BatchProductKind, product: BatchProduct): PreparedDispatch {
+/** Prepares a product of several sequences: a dispatch for every 32 of them. */
+export function batchProducts(gpu: GpuDevice, kind: BatchProductKind, product: BatchProduct): PreparedDispatch[] {
+  const { batch, params } = product;
+  const dispatches: PreparedDispatch[] = [];
+  for (let begin = 0; begin < batch; begin += PART)
+    dispatches.push(prepareProduct(gpu, kind, part(product, begin, Math.min(PART, batch - begin), params)));
+  return dispatches;
+}
+
+/** The product of `count` sequences from the one at `begin`: the same weights, further on in everything that has a row for each. */
+function part(product: BatchProduct, begin: number, count: number, params: BatchProduct['params']): BatchProduct {
+  if (begin === 0) return { ...product, batch: count };
+  const { buffers, residual } = product;
+  const { chunks, stride, column } = params;
+  const from = (whole: GPUBuffer | BufferSlice, offset: number): BufferSlice =>
+    'bytes' in whole
+      ? { buffer: whole.buffer, offset: whole.offset + offset, bytes: whole.bytes - offset }
+      : { buffer: whole, offset, bytes: whole.size - offset };
+  // 32 channels of f16, and a factor and a sum in f32, per chunk.
+  const [x, factors] = [from(buffers.x, begin * chunks * 64), from(buffers.factors, begin * chunks * 8)];
+  // Rows of results begin anywhere: what the binding's offset can't say, the first column does.
+  const row = begin * stride * 4;
+  const at = row - (row % ALIGNMENT);
+  const y = from(buffers.y, at);
+  return {
+    ...product,
+    batch: count,
+    buffers: { ...buffers, x, factors, y, residual: residual ? from(buffers.residual, at) : buffers.residual },
+    params: { ...params, column: column + (row - at) / 4 },
+  };
+}
+
+function prepareProduct(gpu: GpuDevice, kind: BatchProductKind, product: BatchProduct): PreparedDispatch {
   const { batch, weights, groupSize, residual, bias, source, buffers, params } = product;
   const variant = { weights, groupSize, residual, bias };
   const uniforms = { ...params, batch };

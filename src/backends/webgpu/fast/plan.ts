@@ -10,8 +10,8 @@ import { WHOLE_HEAD, wholeAttentionKernel, wholeMemory, type WholeAttentionVaria
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
 import {
   MOST_SEQUENCES,
-  batchProduct,
   batchProductKind,
+  batchProducts,
   denseProductKind,
   type BatchProduct,
 } from './batch-products.js';
@@ -218,8 +218,8 @@ export class DecodePlan implements DecodeProgram {
     const spans = make(batch * spanCount * 16);
 
     let steps = [this.#short, this.#long];
-    const push = (dispatch: PreparedDispatch): void => {
-      for (const step of steps) step.push(dispatch);
+    const push = (...dispatches: PreparedDispatch[]): void => {
+      for (const step of steps) step.push(...dispatches);
     };
     const activate = (
       source: ActivationSource,
@@ -282,7 +282,7 @@ export class DecodePlan implements DecodeProgram {
         column += rows;
         done += run.length;
         if (product) {
-          push(batchProduct(gpu, product, { ...variant, weights: kind, source, buffers, params }));
+          push(...batchProducts(gpu, product, { ...variant, weights: kind, source, buffers, params }));
           continue;
         }
         const named = {
@@ -367,7 +367,7 @@ export class DecodePlan implements DecodeProgram {
       const { kind: weights, weight } = model.head;
       const unused = { grid: weight, residual: weight, bias: weight };
       push(
-        batchProduct(gpu, several, {
+        ...batchProducts(gpu, several, {
           batch,
           weights,
           groupSize: CHUNK,
