@@ -134,9 +134,10 @@ export async function scoreContinuations(
   };
   const ordered = forestOrder(requests.map(toSequence));
   let tokens = 0;
-  const walk = new CacheWalk(decoder, rows, check);
+  const long = ordered.filter(({ ids }) => ids.length > most);
+  const walk = new CacheWalk(decoder, { rows, longest: Math.max(0, ...long.map(({ ids }) => ids.length)) }, check);
   try {
-    for (const sequence of ordered.filter(({ ids }) => ids.length > most)) {
+    for (const sequence of long) {
       await read([sequence], [Promise.resolve(await walk.score(sequence, step))]);
     }
   } finally {
@@ -201,26 +202,23 @@ function checkLengths(decoder: Decoder, requests: readonly LikelihoodRequest[]):
 class CacheWalk {
   readonly #decoder: Decoder;
   readonly #rows: number;
+  readonly #longest: number;
   readonly #check: () => Promise<void>;
   #cache: DecoderCache | undefined;
   #before: Int32Array = new Int32Array(0);
   tokens = 0;
 
-  constructor(decoder: Decoder, rows: number, check: () => Promise<void>) {
+  constructor(decoder: Decoder, options: { rows: number; longest: number }, check: () => Promise<void>) {
     this.#decoder = decoder;
-    this.#rows = rows;
+    this.#rows = options.rows;
+    this.#longest = options.longest;
     this.#check = check;
   }
 
-  /** The longest sequence comes first. */
   async score({ ids, first, targets }: ScoredSequence, step: number): Promise<RowScores> {
     const decoder = this.#decoder;
     const { backend } = decoder;
-    if (!this.#cache || this.#cache.capacity < ids.length) {
-      this.release();
-      this.#cache = await decoder.createCache(1, ids.length);
-    }
-    const cache = this.#cache;
+    const cache = (this.#cache ??= await decoder.createCache(1, this.#longest));
     const nll = new Float64Array(targets.length);
     const hit = new Uint8Array(targets.length);
     const begin = Math.min(first, sharedLength(this.#before, ids));
@@ -250,6 +248,5 @@ class CacheWalk {
   release(): void {
     if (this.#cache) this.#decoder.releaseCache(this.#cache);
     this.#cache = undefined;
-    this.#before = new Int32Array(0);
   }
 }
