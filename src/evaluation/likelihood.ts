@@ -138,7 +138,7 @@ export async function scoreContinuations(
   const walk = new CacheWalk(decoder, { rows, longest: Math.max(0, ...long.map(({ ids }) => ids.length)) }, check);
   try {
     for (const sequence of long) {
-      await read([sequence], [Promise.resolve(await walk.score(sequence, step))]);
+      await read([sequence], [await walk.score(sequence, step)]);
     }
   } finally {
     walk.release();
@@ -153,7 +153,7 @@ export async function scoreContinuations(
     const pending = await submitScores(decoder, predicting, pass.targets, step);
     backend.free(predicting);
     tokens += pass.ids.length;
-    await flight.add(() => read(pass.sequences, pending));
+    await flight.add(pending, () => read(pass.sequences, pending));
   }
   await flight.drain();
   return { results, tokens };

@@ -1,6 +1,6 @@
 // What evaluations that score many rows share: how many rows of logits are held at a time, and passes whose scores are read while
 // later ones are on their way.
-import type { Backend, RowScores, Tensor } from '../ops/backend.js';
+import type { Awaitable, Backend, RowScores, Tensor } from '../ops/backend.js';
 import type { Decoder } from '../models/decoder.js';
 
 /** Bytes of logits held at a time, unless the backend asks for more. */
@@ -16,8 +16,8 @@ export function logitRows(backend: Backend, vocabSize: number): number {
   return rows > TILE_ROWS ? rows - (rows % TILE_ROWS) : rows;
 }
 
-/** Scores of rows that a machine is still working on: parts in the order of the rows. */
-export type PendingScores = readonly Promise<RowScores>[];
+/** Scores of rows that a machine may still be working on: parts in the order of the rows. */
+export type PendingScores = readonly Awaitable<RowScores>[];
 
 /**
  * Submits the logits of hidden rows and their scores against targets [rows], `step` rows at a time. The hidden rows may be freed
@@ -30,7 +30,7 @@ export async function submitScores(
   step: number,
 ): Promise<PendingScores> {
   const { backend } = decoder;
-  const pending: Promise<RowScores>[] = [];
+  const pending: Awaitable<RowScores>[] = [];
   for (let begin = 0; begin < targets.length; begin += step) {
     const end = Math.min(begin + step, targets.length);
     const part = backend.sliceRows(hidden, begin, end);
@@ -41,21 +41,24 @@ export async function submitScores(
   return pending;
 }
 
-/** A promise whose failure waits for whoever awaits it, however late. */
-export function settled<T>(value: T | Promise<T>): Promise<T> {
-  const promise = Promise.resolve(value);
-  promise.catch(() => undefined);
-  return promise;
+/** What a promise fails with waits for whoever awaits it, however late. */
+export function settled<T>(value: Awaitable<T>): Awaitable<T> {
+  if (value instanceof Promise) value.catch(() => undefined);
+  return value;
 }
 
 /** Work that is submitted, whose ends are waited for in order and a few at a time. */
 export class InFlight {
   readonly #ends: (() => Promise<void>)[] = [];
 
-  /** Takes what is to be done when a pass is through; waits for the oldest where there are too many. */
-  async add(end: () => Promise<void>): Promise<void> {
+  /**
+   * Takes what is to be done with scores when they are there, and does what is due: at once where they are, as on machines that
+   * compute while they are called, else when too many wait.
+   */
+  async add(pending: PendingScores, end: () => Promise<void>): Promise<void> {
     this.#ends.push(end);
-    while (this.#ends.length >= IN_FLIGHT) await this.#next();
+    const most = pending.some((scores) => scores instanceof Promise) ? IN_FLIGHT : 1;
+    while (this.#ends.length >= most) await this.#next();
   }
 
   /** Waits for all of them. */

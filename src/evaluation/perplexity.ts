@@ -160,7 +160,10 @@ export async function evaluateText(
     // A window's last token is only predicted. It is fed all the same where it fits, as papers have it: dynamic RoPE
     // scaling depends on the length.
     const pending = await submitWindows(decoder, reference, batch, Math.min(length, seqLen), step);
-    await flight.add(() => read(batch, pending));
+    await flight.add(
+      pending.ranges.flatMap(({ own }) => own),
+      () => read(batch, pending),
+    );
     begin = end;
   }
   await flight.drain();
