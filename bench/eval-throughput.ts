@@ -9,10 +9,9 @@
 //
 // In every round each way is run between two prefills and compared with the mean of these, so that a machine that others load in the
 // meantime disturbs both sides of a ratio alike. Ratios are medians over rounds, with the 95% interval of the median; the
-// result is written after every round, of which there are --rounds or as many as begin within --seconds. The host's
-// share is how long its event loop was busy. --profile adds the GPU's time by kernel, once and beside the rounds.
+// result is written after every round, of which there are --rounds or as many as begin within --seconds. On a GPU the host's
+// share is the time that went into submitting passes. --profile adds the GPU's time by kernel, once and after the rounds.
 import { writeFileSync } from 'node:fs';
-import { performance as eventLoop } from 'node:perf_hooks';
 import { parseArgs } from 'node:util';
 import { openBackend, PRECISIONS } from '../src/backends/registry.js';
 import type { WebGpuBackend } from '../src/backends/webgpu/index.js';
@@ -81,18 +80,32 @@ const ways: Readonly<Record<string, () => Promise<number>>> = {
   choices: async () => (await scoreContinuations(decoder, requests)).tokens,
 };
 
+/** Milliseconds spent in the decoder's own calls, which wait for nothing on a GPU. */
+let submitting = 0;
+for (const name of ['hidden', 'logits'] as const) {
+  const method = decoder[name].bind(decoder) as (...args: never[]) => unknown;
+  Object.assign(decoder, {
+    [name]: async (...args: never[]): Promise<unknown> => {
+      const begun = performance.now();
+      const result = await method(...args);
+      submitting += performance.now() - begun;
+      return result;
+    },
+  });
+}
+
 interface Run {
   readonly tokensPerSecond: number;
-  /** Share of the time that the host's event loop was busy. */
+  /** Share of the time in which passes were submitted. */
   readonly host: number;
 }
 
 async function measure(run: () => Promise<number>): Promise<Run> {
-  const loop = eventLoop.eventLoopUtilization();
+  submitting = 0;
   const begun = performance.now();
   const tokens = await run();
-  const tokensPerSecond = (1000 * tokens) / (performance.now() - begun);
-  return { tokensPerSecond, host: eventLoop.eventLoopUtilization(loop).utilization };
+  const milliseconds = performance.now() - begun;
+  return { tokensPerSecond: (1000 * tokens) / milliseconds, host: submitting / milliseconds };
 }
 
 const sorted = (list: readonly number[]): number[] => [...list].sort((a, b) => a - b);
@@ -114,7 +127,6 @@ function medianInterval(list: readonly number[]): [low: number, high: number] {
 }
 
 const rounds = Number(values.rounds);
-const begun = performance.now();
 const inTime = (): boolean => performance.now() - begun < 1000 * Number(values.seconds);
 const prefills: Run[] = [];
 const found = new Map(Object.keys(ways).map((name) => [name, [] as (Run & { readonly ratio: number })[]]));
@@ -122,6 +134,7 @@ await prefill();
 for (const run of Object.values(ways)) await run(); // compiles
 // A GPU takes a second to come to its clocks.
 if (large) for (const warm = performance.now(); performance.now() - warm < 1500;) await prefill();
+const begun = performance.now();
 const profiles: Record<string, unknown> = {};
 
 /** Everything so far. */
@@ -134,7 +147,7 @@ function result(): Record<string, unknown> {
       shareOfPrefill: median(runs.map(({ ratio }) => ratio)),
       low,
       high,
-      hostBusy: median(runs.map(({ host }) => host)),
+      host: median(runs.map(({ host }) => host)),
     };
   });
   const speeds = prefills.map((run) => run.tokensPerSecond);
@@ -144,7 +157,7 @@ function result(): Record<string, unknown> {
     backend: backend.info.description,
     rounds: Math.min(...[...found.values()].map((runs) => runs.length)),
     passRows,
-    prefill: { tokensPerSecond: median(speeds), hostBusy: median(prefills.map(({ host }) => host)) },
+    prefill: { tokensPerSecond: median(speeds), host: median(prefills.map(({ host }) => host)) },
     rows,
     ...(values.profile && { profiles }),
   };
@@ -153,22 +166,6 @@ const write = (): void => {
   if (values.out !== undefined) writeFileSync(values.out, `${JSON.stringify(result(), null, 1)}\n`);
 };
 
-if (values.profile && shape) {
-  const { gpu } = backend as WebGpuBackend;
-  for (const [name, run] of Object.entries({ prefill, ...ways })) {
-    gpu.startProfile();
-    const tokens = await run();
-    const kernels = await gpu.stopProfile();
-    const calls = kernels.reduce((sum, kernel) => sum + kernel.calls, 0);
-    const milliseconds = kernels.reduce((sum, { seconds }) => sum + 1000 * seconds, 0);
-    profiles[name] = { tokens, dispatches: calls, milliseconds, kernels };
-    console.log(`${name}: ${tokens} tokens, ${calls} dispatches, ${milliseconds.toFixed(1)} ms on the GPU`);
-    for (const kernel of kernels.slice(0, 12))
-      console.log(
-        `  ${kernel.name.padEnd(44)} ${String(kernel.calls).padStart(5)} ${(1000 * kernel.seconds).toFixed(2)} ms`,
-      );
-  }
-}
 for (let round = 0; round < rounds && (round === 0 || inTime()); round++) {
   let before = await measure(prefill);
   for (const [name, run] of Object.entries(ways)) {
@@ -198,8 +195,25 @@ for (const [name, runs] of found) {
     .padStart(7);
   const host = (100 * median(runs.map((run) => run.host))).toFixed(0);
   console.log(
-    `${name.padEnd(11)}  ${rate} tokens/s  ${(100 * median(ratios)).toFixed(1)} % of prefill (${low} to ${high}), host ${host} % busy`,
+    `${name.padEnd(11)}  ${rate} tokens/s  ${(100 * median(ratios)).toFixed(1)} % of prefill (${low} to ${high}), submitting ${host} % of the time`,
   );
+}
+if (values.profile && shape) {
+  const { gpu } = backend as WebGpuBackend;
+  for (const [name, run] of Object.entries({ prefill, ...ways })) {
+    gpu.startProfile();
+    const tokens = await run();
+    const kernels = await gpu.stopProfile();
+    const calls = kernels.reduce((sum, kernel) => sum + kernel.calls, 0);
+    const milliseconds = kernels.reduce((sum, { seconds }) => sum + 1000 * seconds, 0);
+    profiles[name] = { tokens, dispatches: calls, milliseconds, kernels };
+    console.log(`${name}: ${tokens} tokens, ${calls} dispatches, ${milliseconds.toFixed(1)} ms on the GPU`);
+    for (const kernel of kernels.slice(0, 12))
+      console.log(
+        `  ${kernel.name.padEnd(44)} ${String(kernel.calls).padStart(5)} ${(1000 * kernel.seconds).toFixed(2)} ms`,
+      );
+  }
+  write();
 }
 await source?.checkpoint.close();
 await backend.dispose();

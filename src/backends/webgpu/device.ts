@@ -42,6 +42,7 @@ export interface PreparedDispatch {
 }
 
 interface Compiled {
+  readonly id: number;
   readonly pipeline: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
@@ -53,6 +54,8 @@ const UNIFORM_SLOTS = 256;
 const STAGED_BYTES = 256 * 2 ** 10;
 /** Bytes waiting in staging memory at most, before they are submitted. */
 const MOST_STAGED_BYTES = 64 * 2 ** 20;
+/** Bind groups kept; more than the dispatches of a pass through a large model, in a few sizes. */
+const MOST_BIND_GROUPS = 8192;
 /** Dispatches gathered before they are submitted: few enough that the GPU starts early, many enough that submitting is cheap. */
 const BATCH = 64;
 
@@ -65,6 +68,10 @@ export class GpuDevice {
   readonly #staging: StagingPool;
   readonly #uploads: UploadPool;
   readonly #compiled = new Map<string, Compiled>();
+  /** Passes bind the same buffers to the same kernels again and again, and making a bind group takes longer than all else of a dispatch. */
+  readonly #bindGroups = new Map<string, GPUBindGroup>();
+  readonly #bufferIds = new WeakMap<GPUBuffer, number>();
+  #buffersSeen = 0;
   readonly #uniforms: GPUBuffer;
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
   #slots = 0;
@@ -195,8 +202,8 @@ export class GpuDevice {
   ): void {
     this.#check();
     if (groups.some((n) => n === 0)) return;
-    const { pipeline, layout } = this.#compile(kernel);
-    let uniform: GPUBufferBinding | undefined;
+    const compiled = this.#compile(kernel);
+    let uniform: Required<GPUBufferBinding> | undefined;
     const size = paramBytes(kernel);
     if (size > 0) {
       if (this.#slots === UNIFORM_SLOTS) this.flush();
@@ -204,8 +211,8 @@ export class GpuDevice {
       packParams(kernel, params, this.#uniformData, offset);
       uniform = { buffer: this.#uniforms, offset, size };
     }
-    const bindGroup = this.#bind(kernel, layout, buffers, uniform);
-    this.#encode({ name: kernel.name, pipeline, bindGroup, groups });
+    const bindGroup = this.#boundAgain(kernel, compiled, buffers, uniform);
+    this.#encode({ name: kernel.name, pipeline: compiled.pipeline, bindGroup, groups });
     if (this.#dispatches >= BATCH) this.flush();
   }
 
@@ -290,6 +297,7 @@ export class GpuDevice {
     this.#encoder = undefined;
     this.#pass = undefined;
     this.#profile?.dispose();
+    this.#bindGroups.clear();
     this.#pool.dispose();
     this.#staging.dispose();
     this.#uploads.dispose();
@@ -350,9 +358,38 @@ export class GpuDevice {
       compute: { module, entryPoint: 'main' },
     });
     for (let i = 0; i < 3; i++) this.#watch(device.popErrorScope(), `kernel '${kernel.name}'`);
-    const compiled = { pipeline, layout };
+    const compiled = { id: this.#compiled.size, pipeline, layout };
     this.#compiled.set(kernel.code, compiled);
     return compiled;
+  }
+
+  /** A bind group from the last time that the kernel had these buffers, or a new one. Numbers of buffers that are gone never come again. */
+  #boundAgain(
+    kernel: Kernel,
+    { id, layout }: Compiled,
+    buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
+    uniform: Required<GPUBufferBinding> | undefined,
+  ): GPUBindGroup {
+    let key = `${id}:${uniform?.offset ?? ''}`;
+    for (const name in kernel.buffers) {
+      const value = buffers[name];
+      key +=
+        'bytes' in value
+          ? `,${this.#bufferId(value.buffer)}:${value.offset}:${value.bytes}`
+          : `,${this.#bufferId(value)}`;
+    }
+    const known = this.#bindGroups.get(key);
+    if (known) return known;
+    if (this.#bindGroups.size >= MOST_BIND_GROUPS) this.#bindGroups.clear();
+    const made = this.#bind(kernel, layout, buffers, uniform);
+    this.#bindGroups.set(key, made);
+    return made;
+  }
+
+  #bufferId(buffer: GPUBuffer): number {
+    let id = this.#bufferIds.get(buffer);
+    if (id === undefined) this.#bufferIds.set(buffer, (id = ++this.#buffersSeen));
+    return id;
   }
 
   #bind(
