@@ -1,12 +1,16 @@
 // Evaluation against bare forward passes: tokens per second of perplexity and of choices, as shares of the prefill rate.
 // Run: npx tsx bench/eval-throughput.ts [--model FOLDER | --shape NAME] [--device cpu|webgpu]
-// [--precision auto|f32|f16] [--rounds N] [--threads N] [--out FILE]
+// [--precision auto|f32|f16] [--rounds N] [--seconds N] [--threads N] [--profile] [--out FILE]
 //
 // Prefill is what the model does with such tokens at best: hidden states and logits of full passes of 1024 rows, or
-// of as many as the backend asks for. --shape takes a published model's shapes with random 4-bit weights, rotations included
-// (WebGPU), e.g. Qwen3-0.6B. In every
-// round each way is run between two prefills and compared with the mean of these, so that a machine that others load in the
-// meantime disturbs both sides of a ratio alike. Ratios are medians over rounds, with the 95% interval of the median.
+// of as many as the backend asks for, submitted one after the other and waited for at the end. --shape takes a published model's
+// shapes with random 4-bit weights, rotations included (WebGPU), e.g. Qwen3-0.6B. Tokens are those that go through the model: padding
+// does not count, and what sequences share counts once.
+//
+// In every round each way is run between two prefills and compared with the mean of these, so that a machine that others load in the
+// meantime disturbs both sides of a ratio alike. Ratios are medians over rounds, with the 95% interval of the median; the
+// result is written after every round, of which there are --rounds or as many as begin within --seconds. On a GPU the host's
+// share is the time that went into submitting passes. --profile adds the GPU's time by kernel, once and after the rounds.
 import { writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { openBackend, PRECISIONS } from '../src/backends/registry.js';
@@ -25,7 +29,9 @@ const { values } = parseArgs({
     device: { type: 'string', default: 'cpu' },
     precision: { type: 'string', default: 'auto' },
     rounds: { type: 'string', default: '15' },
+    seconds: { type: 'string', default: '600' },
     threads: { type: 'string' },
+    profile: { type: 'boolean', default: false },
     out: { type: 'string' },
   },
 });
@@ -74,11 +80,32 @@ const ways: Readonly<Record<string, () => Promise<number>>> = {
   choices: async () => (await scoreContinuations(decoder, requests)).tokens,
 };
 
-/** Tokens per second. */
-async function speed(run: () => Promise<number>): Promise<number> {
+/** Milliseconds spent in the decoder's own calls, which wait for nothing on a GPU. */
+let submitting = 0;
+for (const name of ['hidden', 'logits'] as const) {
+  const method = decoder[name].bind(decoder) as (...args: never[]) => unknown;
+  Object.assign(decoder, {
+    [name]: async (...args: never[]): Promise<unknown> => {
+      const begun = performance.now();
+      const result = await method(...args);
+      submitting += performance.now() - begun;
+      return result;
+    },
+  });
+}
+
+interface Run {
+  readonly tokensPerSecond: number;
+  /** Share of the time in which passes were submitted. */
+  readonly host: number;
+}
+
+async function measure(run: () => Promise<number>): Promise<Run> {
+  submitting = 0;
   const begun = performance.now();
   const tokens = await run();
-  return (1000 * tokens) / (performance.now() - begun);
+  const milliseconds = performance.now() - begun;
+  return { tokensPerSecond: (1000 * tokens) / milliseconds, host: submitting / milliseconds };
 }
 
 const sorted = (list: readonly number[]): number[] => [...list].sort((a, b) => a - b);
@@ -100,42 +127,93 @@ function medianInterval(list: readonly number[]): [low: number, high: number] {
 }
 
 const rounds = Number(values.rounds);
-const prefills: number[] = [];
-const found = new Map(Object.keys(ways).map((name) => [name, { speeds: [] as number[], ratios: [] as number[] }]));
+const inTime = (): boolean => performance.now() - begun < 1000 * Number(values.seconds);
+const prefills: Run[] = [];
+const found = new Map(Object.keys(ways).map((name) => [name, [] as (Run & { readonly ratio: number })[]]));
 await prefill();
 for (const run of Object.values(ways)) await run(); // compiles
-for (let round = 0; round < rounds; round++) {
-  let before = await speed(prefill);
-  for (const [name, run] of Object.entries(ways)) {
-    const own = await speed(run);
-    const after = await speed(prefill);
-    // Times add, so the mean rate of the two is the harmonic one.
-    const { speeds, ratios } = found.get(name) ?? { speeds: [], ratios: [] };
-    speeds.push(own);
-    ratios.push((own * (before + after)) / (2 * before * after));
-    prefills.push(before);
-    console.error(`${name.padEnd(11)}  ${own.toFixed(0).padStart(7)} tokens/s, prefill ${after.toFixed(0)}`);
-    before = after;
-  }
-}
-console.log(`prefill      ${median(prefills).toFixed(0).padStart(7)} tokens/s`);
-const rows = [...found].map(([name, { speeds, ratios }]) => {
-  const [low, high] = medianInterval(ratios);
-  console.log(
-    `${name.padEnd(11)}  ${median(speeds).toFixed(0).padStart(7)} tokens/s  ${(100 * median(ratios)).toFixed(1)} % of prefill (${(100 * low).toFixed(1)} to ${(100 * high).toFixed(1)})`,
-  );
-  return { name, tokensPerSecond: median(speeds), shareOfPrefill: median(ratios), low, high };
-});
-if (values.out !== undefined) {
-  const { description } = backend.info;
-  const result = {
+// A GPU takes a second to come to its clocks.
+if (large) for (const warm = performance.now(); performance.now() - warm < 1500;) await prefill();
+const begun = performance.now();
+const profiles: Record<string, unknown> = {};
+
+/** Everything so far. */
+function result(): Record<string, unknown> {
+  const rows = [...found].map(([name, runs]) => {
+    const [low, high] = medianInterval(runs.map(({ ratio }) => ratio));
+    return {
+      name,
+      tokensPerSecond: median(runs.map((run) => run.tokensPerSecond)),
+      shareOfPrefill: median(runs.map(({ ratio }) => ratio)),
+      low,
+      high,
+      host: median(runs.map(({ host }) => host)),
+    };
+  });
+  const speeds = prefills.map((run) => run.tokensPerSecond);
+  return {
     benchmark: 'eval-throughput',
     model: shape?.name ?? values.model,
-    backend: description,
-    rounds,
+    backend: backend.info.description,
+    rounds: Math.min(...[...found.values()].map((runs) => runs.length)),
+    passRows,
+    prefill: { tokensPerSecond: median(speeds), host: median(prefills.map(({ host }) => host)) },
     rows,
+    ...(values.profile && { profiles }),
   };
-  writeFileSync(values.out, `${JSON.stringify(result, null, 1)}\n`);
+}
+const write = (): void => {
+  if (values.out !== undefined) writeFileSync(values.out, `${JSON.stringify(result(), null, 1)}\n`);
+};
+
+for (let round = 0; round < rounds && (round === 0 || inTime()); round++) {
+  let before = await measure(prefill);
+  for (const [name, run] of Object.entries(ways)) {
+    const own = await measure(run);
+    const after = await measure(prefill);
+    // Times add, so the mean rate of the two is the harmonic one.
+    const [a, b] = [before.tokensPerSecond, after.tokensPerSecond];
+    found.get(name)?.push({ ...own, ratio: (own.tokensPerSecond * (a + b)) / (2 * a * b) });
+    prefills.push(before);
+    console.error(
+      `${name.padEnd(11)}  ${own.tokensPerSecond.toFixed(0).padStart(7)} tokens/s, prefill ${b.toFixed(0)}`,
+    );
+    before = after;
+  }
+  write();
+}
+console.log(
+  `prefill      ${median(prefills.map((run) => run.tokensPerSecond))
+    .toFixed(0)
+    .padStart(7)} tokens/s`,
+);
+for (const [name, runs] of found) {
+  const ratios = runs.map(({ ratio }) => ratio);
+  const [low, high] = medianInterval(ratios).map((ratio) => (100 * ratio).toFixed(1));
+  const rate = median(runs.map((run) => run.tokensPerSecond))
+    .toFixed(0)
+    .padStart(7);
+  const host = (100 * median(runs.map((run) => run.host))).toFixed(0);
+  console.log(
+    `${name.padEnd(11)}  ${rate} tokens/s  ${(100 * median(ratios)).toFixed(1)} % of prefill (${low} to ${high}), submitting ${host} % of the time`,
+  );
+}
+if (values.profile && shape) {
+  const { gpu } = backend as WebGpuBackend;
+  for (const [name, run] of Object.entries({ prefill, ...ways })) {
+    gpu.startProfile();
+    const tokens = await run();
+    const kernels = await gpu.stopProfile();
+    const calls = kernels.reduce((sum, kernel) => sum + kernel.calls, 0);
+    const milliseconds = kernels.reduce((sum, { seconds }) => sum + 1000 * seconds, 0);
+    profiles[name] = { tokens, dispatches: calls, milliseconds, kernels };
+    console.log(`${name}: ${tokens} tokens, ${calls} dispatches, ${milliseconds.toFixed(1)} ms on the GPU`);
+    for (const kernel of kernels.slice(0, 12))
+      console.log(
+        `  ${kernel.name.padEnd(44)} ${String(kernel.calls).padStart(5)} ${(1000 * kernel.seconds).toFixed(2)} ms`,
+      );
+  }
+  write();
 }
 await source?.checkpoint.close();
 await backend.dispose();

@@ -1,24 +1,22 @@
-// Log-likelihoods of many continuations: contexts that continuations share are computed once, in batches of like lengths.
+// Log-likelihoods of many continuations.
 //
-// A continuation of n tokens after a context of L is predicted by the rows at positions L−1 … L+n−2. So a pass is made of
-// the contexts without their last token, padded on the right, into a cache; each continuation then starts from a copy of
-// its context's cache with that last token and its own tokens but the last: every row of this second pass is scored.
+// A continuation of n tokens after a context of L is predicted by the rows at positions L−1 … L+n−2 of both together, without the last
+// token. All such sequences are packed into passes in which what they begin with alike is computed once (token-forest.ts), be it
+// examples, a question or the first words of its choices; only rows that predict something go through the head. A pass is submitted
+// before the scores of the last ones are read.
 import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { contextLength, createBreath } from '../generate/index.js';
 import type { Decoder, DecoderCache } from '../models/decoder.js';
+import type { RowScores } from '../ops/backend.js';
 import type { Tokenizer } from '../tokenizer/index.js';
+import { InFlight, logitRows, submitScores, type PendingScores } from './passes.js';
+import { forestOrder, packSequences, sharedLength, type ScoredSequence } from './token-forest.js';
 
 /** Rows of one forward pass, unless the backend asks for more. */
 const ROWS_PER_PASS = 1024;
-/** Share of these rows from which a pass is worth less padding rather than more rows. */
-const SMALL_PASS = 3 / 16;
-/** Bytes of keys and values held at a time, unless the backend asks for more. */
-const CACHE_BYTES = 768 * 1024 * 1024;
-/** Bytes of logits held at a time, unless the backend asks for more. */
-const LOGITS_BYTES = 64 * 1024 * 1024;
-/** A beginning that all sequences of a batch share is computed apart from this length on. */
-const MIN_HEADER = 16;
+/** Sequences of more passes than these go through a cache, a pass at a time: activations of a pass are all held at once. */
+const LONG_PASSES = 4;
 
 /** A continuation to score. */
 export interface LikelihoodRequest {
@@ -98,18 +96,6 @@ export function truncateLeft(request: LikelihoodRequest, context: number): Likel
   return over <= 0 || over >= before.length ? request : { context: before.slice(over), continuation };
 }
 
-/** A request with its place; `begin` is where its own tokens start after the shared context. */
-interface Job {
-  readonly index: number;
-  readonly continuation: Int32Array;
-}
-
-/** Requests of one context. */
-interface Group {
-  readonly context: Int32Array;
-  readonly jobs: Job[];
-}
-
 /**
  * Scores continuations. Results are in the order of the requests and do not depend on how they were batched, but for
  * rounding.
@@ -122,25 +108,80 @@ export async function scoreContinuations(
 ): Promise<Likelihoods> {
   const { onProgress = silent, signal } = options;
   checkLengths(decoder, requests);
+  const { backend, config } = decoder;
+  const rows = backend.info.pass?.rows ?? ROWS_PER_PASS;
+  const most = LONG_PASSES * rows;
+  const step = logitRows(backend, config.vocabSize);
   const results: Likelihood[] = new Array<Likelihood>(requests.length);
+  const flight = new InFlight();
   const breathe = createBreath();
-  const pass = new Passes(decoder, async () => {
+  const check = async (): Promise<void> => {
     await breathe();
-    if (signal?.aborted)
-      throw new GyreError('interrupted', 'the evaluation was interrupted', {
-        remedy: 'Run it again: what is done is kept.',
-      });
-  });
-  let done = 0;
-  for (const batch of batches(decoder, groupByContext(requests))) {
-    await pass.run(batch, options.greedy ?? false, async (indices, scored) => {
-      for (const [i, index] of indices.entries()) results[index] = scored[i];
-      done += indices.length;
-      await options.onScored?.(indices, scored);
-      onProgress({ stage: 'score', done, total: requests.length, unit: 'requests' });
+    if (!signal?.aborted) return;
+    await flight.drain();
+    throw new GyreError('interrupted', 'the evaluation was interrupted', {
+      remedy: 'Run it again: what is done is kept.',
     });
+  };
+  let done = 0;
+  const read = async (sequences: readonly ScoredSequence[], pending: PendingScores): Promise<void> => {
+    const scored = likelihoods(sequences, await Promise.all(pending), options.greedy ?? false);
+    const indices = sequences.map(({ index }) => index);
+    for (const [i, index] of indices.entries()) results[index] = scored[i];
+    done += indices.length;
+    await options.onScored?.(indices, scored);
+    onProgress({ stage: 'score', done, total: requests.length, unit: 'requests' });
+  };
+  const ordered = forestOrder(requests.map(toSequence));
+  let tokens = 0;
+  const long = ordered.filter(({ ids }) => ids.length > most);
+  const walk = new CacheWalk(decoder, { rows, longest: Math.max(0, ...long.map(({ ids }) => ids.length)) }, check);
+  try {
+    for (const sequence of long) {
+      await read([sequence], [await walk.score(sequence, step)]);
+    }
+  } finally {
+    walk.release();
   }
-  return { results, tokens: pass.tokens };
+  tokens += walk.tokens;
+  const packed = ordered.filter(({ ids }) => ids.length <= most);
+  for (const pass of packSequences(packed, { rows, most })) {
+    await check();
+    const hidden = await decoder.hidden(pass.ids, { forest: pass });
+    const predicting = await backend.gatherRows(hidden, pass.rows);
+    backend.free(hidden);
+    const pending = await submitScores(decoder, predicting, pass.targets, step);
+    backend.free(predicting);
+    tokens += pass.ids.length;
+    await flight.add(pending, () => read(pass.sequences, pending));
+  }
+  await flight.drain();
+  return { results, tokens };
+}
+
+/** Context and continuation together; the last token is only predicted. */
+function toSequence({ context, continuation }: LikelihoodRequest, index: number): ScoredSequence {
+  const ids = new Int32Array(context.length + continuation.length - 1);
+  ids.set(context);
+  ids.set(continuation.subarray(0, -1), context.length);
+  return { index, ids, first: context.length - 1, targets: continuation };
+}
+
+/** Sums scores of rows, sequence by sequence. */
+function likelihoods(sequences: readonly ScoredSequence[], parts: readonly RowScores[], greedy: boolean): Likelihood[] {
+  const rows = parts.flatMap(({ nll, hit }) => Array.from(nll, (value, i) => ({ value, hit: hit[i] === 1 })));
+  let at = 0;
+  return sequences.map(({ targets }) => {
+    const own = rows.slice(at, (at += targets.length));
+    const logLikelihood = own.reduce((sum, { value }) => sum - value, 0);
+    ensure(
+      Number.isFinite(logLikelihood),
+      'non-finite',
+      'the logits of the model are not finite',
+      'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
+    );
+    return { logLikelihood, greedy: greedy ? own.every(({ hit }) => hit) : null };
+  });
 }
 
 function checkLengths(decoder: Decoder, requests: readonly LikelihoodRequest[]): void {
@@ -157,266 +198,55 @@ function checkLengths(decoder: Decoder, requests: readonly LikelihoodRequest[]):
   }
 }
 
-/** Groups by context, longest first: memory runs out at the start or not at all, and neighbours are of like length. */
-function groupByContext(requests: readonly LikelihoodRequest[]): Group[] {
-  const groups = new Map<string, Group>();
-  for (const [index, { context, continuation }] of requests.entries()) {
-    const key = context.join();
-    const group = groups.get(key);
-    if (group) group.jobs.push({ index, continuation });
-    else groups.set(key, { context, jobs: [{ index, continuation }] });
-  }
-  return [...groups.values()].sort((a, b) => b.context.length - a.context.length || compare(a.context, b.context));
-}
-
-/** Equal beginnings beside one another: headers of subjects stay together among equal lengths. */
-function compare(a: Int32Array, b: Int32Array): number {
-  for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return a[i] - b[i];
-  return 0;
-}
-
-/** Bytes of one token's keys and values. */
-function cacheBytesPerToken(decoder: Decoder): number {
-  const { layers, kvHeads, headDim } = decoder.config;
-  return layers * kvHeads * headDim * 2 * 4;
-}
-
-/** Tokens that the cache of contexts holds, and the one of their continuations. */
-function cacheRoom(decoder: Decoder): number {
-  const bytes = decoder.backend.info.pass?.cacheBytes ?? CACHE_BYTES;
-  return Math.max(1, Math.floor(bytes / 2 / cacheBytesPerToken(decoder)));
-}
-
-/** As many groups as fit the cache of contexts. */
-function* batches(decoder: Decoder, groups: readonly Group[]): Generator<Group[], void, void> {
-  const room = cacheRoom(decoder);
-  let batch: Group[] = [];
-  for (const group of groups) {
-    const width = batch[0]?.context.length ?? group.context.length;
-    // A quarter shorter than the longest would be padding; a shared header is worth more than that, so few are split.
-    if (batch.length > 0 && (batch.length + 1) * width > room) {
-      yield batch;
-      batch = [];
-    }
-    batch.push(group);
-  }
-  if (batch.length > 0) yield batch;
-}
-
-/**
- * How many sequences, longest first, make a pass: at most so many, and once the pass is large enough, while padding stays
- * below a tenth.
- */
-function countTogether(length: (i: number) => number, most: number, small: number): number {
-  const width = length(0);
-  let tokens = width;
-  let count = 1;
-  for (; count < most && length(count) > 0; count++) {
-    tokens += length(count);
-    const rows = width * (count + 1);
-    if (rows > small && tokens < 0.9 * rows) break;
-  }
-  return count;
-}
-
-/** Tokens at the front that all sequences share, one less than the shortest at most. */
-function commonPrefix(sequences: readonly Int32Array[]): number {
-  const [first] = sequences;
-  let length = Math.min(...sequences.map((s) => s.length)) - 1;
-  for (const sequence of sequences) {
-    let same = 0;
-    while (same < length && sequence[same] === first[same]) same++;
-    length = same;
-  }
-  return length;
-}
-
-/** Runs batches; counts the tokens. */
-class Passes {
+/** Scores long sequences one by one, from where they leave the one before. */
+class CacheWalk {
   readonly #decoder: Decoder;
-  readonly #check: () => Promise<void>;
   readonly #rows: number;
-  readonly #logitsBytes: number;
+  readonly #longest: number;
+  readonly #check: () => Promise<void>;
+  #cache: DecoderCache | undefined;
+  #before: Int32Array = new Int32Array(0);
   tokens = 0;
 
-  constructor(decoder: Decoder, check: () => Promise<void>) {
+  constructor(decoder: Decoder, options: { rows: number; longest: number }, check: () => Promise<void>) {
     this.#decoder = decoder;
+    this.#rows = options.rows;
+    this.#longest = options.longest;
     this.#check = check;
-    const { rows = ROWS_PER_PASS, logitsBytes = LOGITS_BYTES } = decoder.backend.info.pass ?? {};
-    this.#rows = rows;
-    this.#logitsBytes = logitsBytes;
   }
 
-  async run(
-    batch: readonly Group[],
-    greedy: boolean,
-    onScored: (indices: readonly number[], results: readonly Likelihood[]) => Promise<void>,
-  ): Promise<void> {
+  async score({ ids, first, targets }: ScoredSequence, step: number): Promise<RowScores> {
     const decoder = this.#decoder;
-    // Contexts without their last token, which opens each continuation.
-    const shared = batch.map(({ context }) => context.subarray(0, -1));
-    const longest = shared[0].length;
-    const limit = contextLength(decoder.config);
-    const cache = longest > 0 ? await decoder.createCache(batch.length, longest) : undefined;
-    try {
-      if (cache) await this.#fillContexts(cache, shared);
-      const jobs = batch
-        .flatMap((group, sequence) => group.jobs.map((job) => ({ ...job, sequence })))
-        .sort((a, b) => b.continuation.length - a.continuation.length || a.index - b.index);
-      const room = cacheRoom(decoder);
-      for (let begin = 0; begin < jobs.length;) {
-        const width = jobs[begin].continuation.length;
-        const most = Math.min(Math.floor(this.#rows / width), Math.floor(room / (longest + width)));
-        const count = countTogether((i) => jobs[begin + i]?.continuation.length ?? 0, most, SMALL_PASS * this.#rows);
-        // Padding must not reach beyond the model's context: a long question waits for a pass of short continuations.
-        const fits = (sequence: number): boolean => shared[sequence].length + width <= limit;
-        const late = jobs.slice(begin, begin + count).findIndex(({ sequence }) => !fits(sequence));
-        const part = jobs.slice(begin, begin + (late > 0 ? late : count));
-        begin += part.length;
-        await this.#check();
-        const chunks = part.map(({ sequence, continuation }) => {
-          const ids = new Int32Array(width);
-          ids[0] = batch[sequence].context.at(-1) ?? 0;
-          ids.set(continuation.subarray(0, -1), 1);
-          return ids;
-        });
-        const starts = Int32Array.from(part, ({ sequence }) => shared[sequence].length);
-        const fork = cache && (await decoder.createCache(part.length, Math.max(...starts) + width));
-        try {
-          if (cache && fork) {
-            const copies = part.map(({ sequence }, to) => ({ from: sequence, to, tokens: starts[to] }));
-            await decoder.copySequences(cache, fork, copies);
-          }
-          const scored = await this.#score(chunks, part, starts, fork, greedy);
-          await onScored(
-            part.map((job) => job.index),
-            scored,
-          );
-        } finally {
-          if (fork) decoder.releaseCache(fork);
-        }
-      }
-    } finally {
-      if (cache) decoder.releaseCache(cache);
-    }
-  }
-
-  /** Puts contexts, longest first, into a cache; what all of them begin with is computed once. */
-  async #fillContexts(cache: DecoderCache, contexts: readonly Int32Array[]): Promise<void> {
-    const decoder = this.#decoder;
-    const common = contexts.length > 1 && contexts.every((c) => c.length > MIN_HEADER) ? commonPrefix(contexts) : 0;
-    const header = common >= MIN_HEADER ? common : 0;
-    if (header > 0) {
-      const first = await decoder.createCache(1, header);
-      try {
-        await this.#feed([contexts[0].subarray(0, header)], 0, first);
-        const copies = contexts.map((_, to) => ({ from: 0, to, tokens: header }));
-        await decoder.copySequences(first, cache, copies);
-      } finally {
-        decoder.releaseCache(first);
-      }
-    }
-    // Pieces of the batch, each through a cache of its own size: rows of one pass are limited.
-    for (let begin = 0; begin < contexts.length && contexts[begin].length > header;) {
-      const width = contexts[begin].length - header;
-      const count = countTogether(
-        (i) => (contexts[begin + i]?.length ?? 0) - header,
-        Math.floor(this.#rows / width),
-        SMALL_PASS * this.#rows,
-      );
-      const rests = contexts.slice(begin, begin + count).map((context) => context.subarray(header));
-      if (count === contexts.length) {
-        await this.#feed(rests, header, cache);
-      } else {
-        const piece = await decoder.createCache(count, header + width);
-        try {
-          if (header > 0) {
-            const copies = rests.map((_, to) => ({ from: begin + to, to, tokens: header }));
-            await decoder.copySequences(cache, piece, copies);
-          }
-          await this.#feed(rests, header, piece);
-          const copies = rests.map((rest, from) => ({ from, to: begin + from, tokens: header + rest.length }));
-          await decoder.copySequences(piece, cache, copies);
-        } finally {
-          decoder.releaseCache(piece);
-        }
-      }
-      begin += count;
-    }
-  }
-
-  /** Tokens of every sequence into a cache, padded on the right, in chunks. */
-  async #feed(sequences: readonly Int32Array[], start: number, cache: DecoderCache): Promise<void> {
-    const decoder = this.#decoder;
-    const width = Math.max(...sequences.map((s) => s.length));
-    const chunk = Math.max(1, Math.floor(this.#rows / sequences.length));
-    for (let begin = 0; begin < width; begin += chunk) {
+    const { backend } = decoder;
+    const cache = (this.#cache ??= await decoder.createCache(1, this.#longest));
+    const nll = new Float64Array(targets.length);
+    const hit = new Uint8Array(targets.length);
+    const begin = Math.min(first, sharedLength(this.#before, ids));
+    for (let at = begin; at < ids.length; at += this.#rows) {
       await this.#check();
-      const tokens = Math.min(chunk, width - begin);
-      const ids = new Int32Array(sequences.length * tokens);
-      for (const [i, sequence] of sequences.entries()) ids.set(sequence.subarray(begin, begin + tokens), i * tokens);
-      const starts = new Int32Array(sequences.length).fill(start + begin);
-      decoder.backend.free(await decoder.hidden(ids, { cache, starts }));
-    }
-    for (const sequence of sequences) this.tokens += sequence.length;
-  }
-
-  /** Runs chunks of one width and scores the rows that predict each continuation. */
-  async #score(
-    chunks: readonly Int32Array[],
-    jobs: readonly Job[],
-    starts: Int32Array,
-    cache: DecoderCache | undefined,
-    greedy: boolean,
-  ): Promise<Likelihood[]> {
-    const { backend, config } = this.#decoder;
-    const width = chunks[0].length;
-    const ids = new Int32Array(chunks.length * width);
-    const targets = new Int32Array(chunks.length * width);
-    for (const [i, chunk] of chunks.entries()) {
-      ids.set(chunk, i * width);
-      targets.set(jobs[i].continuation, i * width);
-      this.tokens += jobs[i].continuation.length;
-    }
-    const hidden = await this.#decoder.hidden(ids, cache ? { cache, starts } : { batch: chunks.length });
-    const rows = ids.length;
-    const nll = new Float64Array(rows);
-    const best = new Uint8Array(greedy ? rows : 0);
-    const step = Math.max(1, Math.floor(this.#logitsBytes / (4 * config.vocabSize)));
-    for (let begin = 0; begin < rows; begin += step) {
-      const end = Math.min(begin + step, rows);
-      const logits = await this.#decoder.logits(backend.sliceRows(hidden, begin, end));
-      const part = targets.slice(begin, end);
-      nll.set((await backend.score(logits, part)).nll, begin);
-      if (greedy) best.set(isArgmax(await backend.download(logits), part), begin);
-      backend.free(logits);
-    }
-    backend.free(hidden);
-    return jobs.map(({ continuation }, i) => {
-      let logLikelihood = 0;
-      let all = true;
-      for (let t = i * width; t < i * width + continuation.length; t++) {
-        logLikelihood -= nll[t];
-        all &&= best[t] === 1;
+      const end = Math.min(at + this.#rows, ids.length);
+      const hidden = await decoder.hidden(ids.subarray(at, end), { cache, starts: Int32Array.of(at) });
+      const from = Math.max(first, at);
+      if (from < end) {
+        const part = targets.slice(from - first, end - first);
+        const scored = backend.sliceRows(hidden, from - at, end - at);
+        let to = from - first;
+        for (const scores of await Promise.all(await submitScores(decoder, scored, part, step))) {
+          nll.set(scores.nll, to);
+          hit.set(scores.hit, to);
+          to += scores.nll.length;
+        }
+        backend.free(scored);
       }
-      ensure(
-        Number.isFinite(logLikelihood),
-        'non-finite',
-        'the logits of the model are not finite',
-        'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
-      );
-      return { logLikelihood, greedy: greedy ? all : null };
-    });
+      backend.free(hidden);
+    }
+    this.tokens += ids.length - begin;
+    this.#before = ids;
+    return { nll, hit };
   }
-}
 
-/** 1 for rows whose first largest logit is the target's. */
-function isArgmax(logits: Float32Array, targets: Int32Array): Uint8Array {
-  const vocab = logits.length / targets.length;
-  return Uint8Array.from(targets, (target, row) => {
-    const at = row * vocab;
-    const value = logits[at + target];
-    for (let v = 0; v < vocab; v++) if (logits[at + v] > value || (v < target && logits[at + v] === value)) return 0;
-    return 1;
-  });
+  release(): void {
+    if (this.#cache) this.#decoder.releaseCache(this.#cache);
+    this.#cache = undefined;
+  }
 }

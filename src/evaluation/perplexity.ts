@@ -7,16 +7,15 @@ import { GyreError, ensure } from '../core/errors.js';
 import { silent, type ProgressListener } from '../core/progress.js';
 import { contextLength, createBreath } from '../generate/index.js';
 import { weightedMean, type Mean } from '../core/intervals.js';
+import { InFlight, logitRows, settled, submitScores, type PendingScores } from './passes.js';
 import { hexDigest } from './request-cache.js';
 import { cutWindows, type ProtocolOptions, type TextWindow } from './windows.js';
 import { hostTensor } from '../core/tensor.js';
 import type { Decoder } from '../models/decoder.js';
+import type { Tensor } from '../ops/backend.js';
 
 /** Rows of one forward pass, unless the backend asks for more; short windows are run together up to this many. */
 const ROWS_PER_PASS = 1024;
-
-/** Bytes of logits held at a time (per model), unless told how many rows or asked for more by the backend. */
-const LOGITS_BYTES = 64 * 1024 * 1024;
 
 /** What is evaluated: a {@link Decoder}, or something that answers like one. */
 export type Predictor = Pick<Decoder, 'backend' | 'config' | 'hidden' | 'logits'>;
@@ -117,16 +116,41 @@ export async function evaluateText(
     cutWindows(tokens, { ...options, seqLen }).map((window) => ({ ...window, document })),
   );
   ensure(windows.length > 0, 'usage', 'there is no text to evaluate on', 'Give at least one document.');
-  const { rows = ROWS_PER_PASS, logitsBytes = LOGITS_BYTES } = decoder.backend.info.pass ?? {};
-  const rowsPerLogits = options.rowsPerLogits ?? Math.max(1, Math.floor(logitsBytes / (4 * decoder.config.vocabSize)));
+  const { rows = ROWS_PER_PASS } = decoder.backend.info.pass ?? {};
+  const step = options.rowsPerLogits ?? logitRows(decoder.backend, decoder.config.vocabSize);
   const scores: WindowScore[] = [];
+  const flight = new InFlight();
   const breathe = createBreath();
   let running = 0;
   let tokens = 0;
+  /** Reads the scores of a batch that was submitted. */
+  const read = async (batch: readonly DocumentWindow[], pending: SubmittedWindows): Promise<void> => {
+    const hashes = batch.map(({ first, ids }) => hexDigest(`${first}:${ids.join()}`, 8));
+    for (const [i, score] of (await meanScores(batch, pending)).entries()) {
+      ensure(
+        Number.isFinite(score.nll) && !(score.kl !== undefined && !Number.isFinite(score.kl)),
+        'non-finite',
+        'the logits of the model are not finite',
+        'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
+      );
+      scores.push({ ...score, document: batch[i].document, hash: await hashes[i] });
+      running += score.nll * score.tokens;
+      tokens += score.tokens;
+    }
+    onProgress({
+      stage: 'evaluate',
+      done: scores.length,
+      total: windows.length,
+      unit: 'windows',
+      message: `perplexity ${Math.exp(running / tokens).toFixed(3)}`,
+    });
+  };
   for (let begin = 0; begin < windows.length;) {
     await breathe();
-    if (signal?.aborted)
+    if (signal?.aborted) {
+      await flight.drain();
       throw new GyreError('interrupted', 'the evaluation was interrupted', { remedy: 'Run it again.' });
+    }
     // Neighbours of one length run together; only a text's last window differs.
     const { length } = windows[begin].ids;
     let end = begin + 1;
@@ -135,28 +159,14 @@ export async function evaluateText(
     const batch = windows.slice(begin, end);
     // A window's last token is only predicted. It is fed all the same where it fits, as papers have it: dynamic RoPE
     // scaling depends on the length.
-    const width = Math.min(length, seqLen);
-    for (const [i, score] of (await scoreWindows(decoder, reference, batch, width, rowsPerLogits)).entries()) {
-      ensure(
-        Number.isFinite(score.nll) && !(score.kl !== undefined && !Number.isFinite(score.kl)),
-        'non-finite',
-        'the logits of the model are not finite',
-        'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
-      );
-      const { document, ids, first } = batch[i];
-      scores.push({ ...score, document, hash: await hexDigest(`${first}:${ids.join()}`, 8) });
-      running += score.nll * score.tokens;
-      tokens += score.tokens;
-    }
+    const pending = await submitWindows(decoder, reference, batch, Math.min(length, seqLen), step);
+    await flight.add(
+      pending.ranges.flatMap(({ own }) => own),
+      () => read(batch, pending),
+    );
     begin = end;
-    onProgress({
-      stage: 'evaluate',
-      done: begin,
-      total: windows.length,
-      unit: 'windows',
-      message: `perplexity ${Math.exp(running / tokens).toFixed(3)}`,
-    });
   }
+  await flight.drain();
   const seconds = (performance.now() - begun) / 1000;
   const weights = scores.map((score) => score.tokens);
   const over = (pick: (score: WindowScore) => number | undefined): Mean =>
@@ -187,14 +197,23 @@ export async function evaluateText(
   };
 }
 
-/** Mean scores of each window of a batch of windows of one length. */
-async function scoreWindows(
+/** A window of one of the documents. */
+type DocumentWindow = TextWindow & { readonly document: number };
+
+/** Scores that are on their way, range of rows by range. */
+interface SubmittedWindows {
+  readonly width: number;
+  readonly ranges: readonly { readonly from: number; readonly own: PendingScores; readonly reference: PendingScores }[];
+}
+
+/** Runs a batch of windows of one length, without waiting for its scores. */
+async function submitWindows(
   decoder: Predictor,
   reference: Predictor | undefined,
   batch: readonly TextWindow[],
   width: number,
-  rowsPerLogits: number,
-): Promise<Omit<WindowScore, 'document' | 'hash'>[]> {
+  step: number,
+): Promise<SubmittedWindows> {
   const { backend } = decoder;
   const scored = batch[0].ids.length - 1;
   const rows = batch.length * width;
@@ -206,31 +225,78 @@ async function scoreWindows(
   }
   const hidden = await decoder.hidden(ids, { batch: batch.length });
   const referenceHidden = await reference?.hidden(ids, { batch: batch.length });
-  const found = { nll: new Float64Array(rows), kl: new Float64Array(rows), agree: new Uint8Array(rows) };
-  const referenceNll = new Float64Array(rows);
+  const ranges = [];
   for (const [from, to] of scoredRows(batch, width, scored)) {
-    for (let begin = from; begin < to; begin += rowsPerLogits) {
-      const end = Math.min(begin + rowsPerLogits, to);
-      const part = targets.slice(begin, end);
-      const logits = await decoder.logits(backend.sliceRows(hidden, begin, end));
-      const expected =
-        reference && referenceHidden && (await reference.logits(backend.sliceRows(referenceHidden, begin, end)));
-      const score = await backend.score(logits, part, expected);
-      found.nll.set(score.nll, begin);
-      if (expected) {
-        found.kl.set(score.kl ?? [], begin);
-        found.agree.set(score.agree ?? [], begin);
-        referenceNll.set((await backend.score(expected, part)).nll, begin);
-      }
-      backend.free(logits, expected);
+    const part = targets.slice(from, to);
+    const own = backend.sliceRows(hidden, from, to);
+    if (reference && referenceHidden) {
+      const theirs = backend.sliceRows(referenceHidden, from, to);
+      ranges.push({ from, ...(await submitComparison(decoder, own, reference, theirs, part, step)) });
+      backend.free(theirs);
+    } else {
+      ranges.push({ from, own: await submitScores(decoder, own, part, step), reference: [] });
     }
+    backend.free(own);
   }
   backend.free(hidden, referenceHidden);
+  return { width, ranges };
+}
+
+/** Submits the scores of rows of a model against those of its reference, and the reference's own. */
+async function submitComparison(
+  decoder: Predictor,
+  hidden: Tensor,
+  reference: Predictor,
+  referenceHidden: Tensor,
+  targets: Int32Array,
+  step: number,
+): Promise<{ own: PendingScores; reference: PendingScores }> {
+  const { backend } = decoder;
+  const own = [];
+  const theirs = [];
+  for (let begin = 0; begin < targets.length; begin += step) {
+    const end = Math.min(begin + step, targets.length);
+    const part = targets.slice(begin, end);
+    const rows = backend.sliceRows(hidden, begin, end);
+    const referenceRows = backend.sliceRows(referenceHidden, begin, end);
+    const logits = await decoder.logits(rows);
+    const expected = await reference.logits(referenceRows);
+    own.push(settled(backend.score(logits, part, expected)));
+    theirs.push(settled(backend.score(expected, part)));
+    backend.free(rows, referenceRows, logits, expected);
+  }
+  return { own, reference: theirs };
+}
+
+/** Mean scores of each window of a batch of windows of one length. */
+async function meanScores(
+  batch: readonly TextWindow[],
+  { width, ranges }: SubmittedWindows,
+): Promise<Omit<WindowScore, 'document' | 'hash'>[]> {
+  const scored = batch[0].ids.length - 1;
+  const rows = batch.length * width;
+  const found = { nll: new Float64Array(rows), kl: new Float64Array(rows), agree: new Uint8Array(rows) };
+  const referenceNll = new Float64Array(rows);
+  let compared = false;
+  for (const { from, own, reference } of ranges) {
+    let at = from;
+    for (const [i, part] of own.entries()) {
+      const { nll, kl, agree } = await part;
+      found.nll.set(nll, at);
+      if (i < reference.length) {
+        compared = true;
+        found.kl.set(kl ?? [], at);
+        found.agree.set(agree ?? [], at);
+        referenceNll.set((await reference[i]).nll, at);
+      }
+      at += nll.length;
+    }
+  }
   return batch.map(({ first }, i) => {
     const [begin, end] = [i * width + first - 1, i * width + scored];
     const mean = (values: Float64Array | Uint8Array): number => sum(values.subarray(begin, end)) / (end - begin);
     const own = { tokens: end - begin, nll: mean(found.nll) };
-    return reference ? { ...own, kl: mean(found.kl), agree: mean(found.agree), referenceNll: mean(referenceNll) } : own;
+    return compared ? { ...own, kl: mean(found.kl), agree: mean(found.agree), referenceNll: mean(referenceNll) } : own;
   });
 }
 

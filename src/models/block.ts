@@ -34,6 +34,8 @@ export interface ChunkContext {
   readonly rope: RopeHandle;
   /** This block's cache; without one the chunk attends to itself. */
   readonly cache?: KvCacheHandle;
+  /** Rows are packed tokens of several sequences: batch = rows, start their positions. See `AttentionOptions.ends`. */
+  readonly ends?: Int32Array;
 }
 
 /** What happens to heads on the way to attention; see online.ts. */
@@ -94,6 +96,7 @@ export class BlockFrame {
       scale: headDim ** -0.5,
       window: config.windows[this.layer],
       cache: context.cache,
+      ends: context.ends,
     });
     backend.free(q, k, v);
     return y;

@@ -32,6 +32,12 @@ export class DecoderCache {
   }
 }
 
+/** Where packed tokens stand, and where what continues each of them ends; see `AttentionOptions.ends`. */
+export interface TokenForest {
+  readonly positions: Int32Array;
+  readonly ends: Int32Array;
+}
+
 /** A model ready to run on a backend. */
 export class Decoder {
   readonly backend: Backend;
@@ -77,22 +83,25 @@ export class Decoder {
   /**
    * Residual stream after the last block, normalised: ids [batch × tokens], row-major, continuing `cache` (which is
    * advanced) or from position 0 without one → [batch·tokens, hidden]. With `starts` each sequence continues at its own
-   * position: shorter ones are padded on the right with any ids, and the rows of padding mean nothing.
+   * position: shorter ones are padded on the right with any ids, and the rows of padding mean nothing. With `forest` the ids are
+   * tokens of sequences that may share beginnings, packed without padding: each has its position and where what continues it ends
+   * (`AttentionOptions.ends`).
    */
   async hidden(
     ids: Int32Array,
-    options: { batch?: number; cache?: DecoderCache; starts?: Int32Array } = {},
+    options: { batch?: number; cache?: DecoderCache; starts?: Int32Array; forest?: TokenForest } = {},
   ): Promise<Tensor> {
     const { backend, parts, config } = this;
-    const { cache, starts } = options;
-    const batch = options.batch ?? cache?.batch ?? 1;
+    const { cache, forest } = options;
+    const starts = forest?.positions ?? options.starts;
+    const batch = forest ? ids.length : (options.batch ?? cache?.batch ?? 1);
     const tokens = ids.length / batch;
     ensure(
       ids.length > 0 && Number.isInteger(tokens),
       'usage',
       () => `${ids.length} token ids do not split into ${batch} sequences`,
     );
-    const start = starts ? Math.max(...starts) : (cache?.length ?? 0);
+    const start = starts ? starts.reduce((most, own) => Math.max(most, own), 0) : (cache?.length ?? 0);
     if (cache && start + tokens > cache.capacity) {
       throw new GyreError('context-length', `${start + tokens} tokens do not fit a cache of ${cache.capacity}`, {
         remedy: 'shorten the prompt, generate fewer tokens, or make a larger cache',
@@ -107,7 +116,8 @@ export class Decoder {
     const rope = await this.rope(start + tokens);
     let x = await backend.embed(parts.embedding, ids);
     for (const [i, block] of parts.blocks.entries()) {
-      const y = await block.forward(x, { batch, start: starts ?? start, rope, cache: cache?.blocks[i] });
+      const context = { batch, start: starts ?? start, rope, cache: cache?.blocks[i], ends: forest?.ends };
+      const y = await block.forward(x, context);
       backend.free(x);
       x = y;
     }

@@ -209,12 +209,21 @@ export interface AttentionOptions extends AttentionShape {
    * the cache from a sequence's start on, padding of an earlier call say, is overwritten and never attended to.
    */
   readonly start: PerSequence;
+  /**
+   * Sequences packed row after row without padding, which may share their beginnings: a forest of tokens in preorder. Each
+   * row is given as a sequence of one token (`batch` = rows, `start` its position, without a cache) and sees the rows j up to
+   * its own with row < ends[j], where ends[j] is the first row after all that continues token j; they stand at the
+   * positions 0 … its own. See {@link forestRoots}. The layers of a pass are given the same array, which stays as it is.
+   */
+  readonly ends?: Int32Array;
 }
 
 /** Scores of rows of logits against the next tokens; see {@link InferenceOps.score}. */
 export interface RowScores {
   /** −log p(target), nats. */
   readonly nll: Float64Array;
+  /** 1 where the target is the most likely token, the first of equals. */
+  readonly hit: Uint8Array;
   /** KL(reference ‖ logits), nats; present when a reference was given. */
   readonly kl?: Float64Array;
   /** 1 where the two argmaxes agree; present when a reference was given. */
@@ -231,6 +240,8 @@ export interface InferenceOps {
   free(...tensors: readonly (Tensor | undefined)[]): void;
   /** A view of rows [begin, end). Valid while `tensor` is. */
   sliceRows(tensor: Tensor, begin: number, end: number): Tensor;
+  /** Rows of x [n, cols] in the order of `rows`, of which some may be missing and some repeated: [rows.length, cols]. */
+  gatherRows(x: Tensor, rows: Int32Array): Awaitable<Tensor>;
   /** [rows, a], [rows, b], … → [rows, a + b + …]. */
   concatColumns(parts: readonly Tensor[]): Awaitable<Tensor>;
 
@@ -266,7 +277,11 @@ export interface InferenceOps {
   attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Awaitable<Tensor>;
   /** Merged gate and up [rows, 2·n] → silu(gate) · up [rows, n]. */
   siluMul(gateUp: Tensor): Awaitable<Tensor>;
-  /** Scores logits [rows, vocab] against targets [rows], and against reference logits [rows, vocab] when given. */
+  /**
+   * Scores logits [rows, vocab] against targets [rows], and against reference logits [rows, vocab] when given. All of them may be
+   * freed or changed once the call has returned, while its promise is still open: machines that take commands get their next ones
+   * before the scores are read.
+   */
   score(logits: Tensor, targets: Int32Array, reference?: Tensor): Awaitable<RowScores>;
 }
 
@@ -404,8 +419,6 @@ export interface BackendInfo {
     readonly rows: number;
     /** Bytes of logits held at a time. */
     readonly logitsBytes: number;
-    /** Bytes of keys and values held at a time, counted as f32. */
-    readonly cacheBytes: number;
   };
 }
 

@@ -23,3 +23,32 @@ export function checkCopies(from: KvCacheHandle, to: KvCacheHandle, copies: read
     ensure(from !== to || !read.has(copy.to), 'tensor-shape', () => `sequence ${copy.to} is both read and written`);
   }
 }
+
+/**
+ * The first row of each row's tree in a forest of packed tokens; see `AttentionOptions.ends`.
+ * @throws GyreError `tensor-shape` where ends are not nested or positions are not the tokens' depths.
+ */
+export function forestRoots(ends: Int32Array, positions: PerSequence): Int32Array {
+  const rows = ends.length;
+  const depths = startsOf(positions, rows);
+  const roots = new Int32Array(rows);
+  /** Rows that the present one continues, outermost first. */
+  const path: number[] = [];
+  for (let row = 0; row < rows; row++) {
+    while (path.length > 0 && ends[path[path.length - 1]] <= row) path.pop();
+    const limit = path.length > 0 ? ends[path[path.length - 1]] : rows;
+    ensure(
+      ends[row] > row && ends[row] <= limit,
+      'tensor-shape',
+      () => `row ${row} of a packed forest ends at ${ends[row]}, not between ${row + 1} and ${limit}`,
+    );
+    ensure(
+      depths[row] === path.length,
+      'tensor-shape',
+      () => `row ${row} of a packed forest is at position ${depths[row]}, not ${path.length}`,
+    );
+    path.push(row);
+    roots[row] = path[0];
+  }
+  return roots;
+}

@@ -1,5 +1,6 @@
 // Conformance cases of the forward pass. Tolerances: u = unit roundoff, λ as in duo.ts; each formula stands by its case.
 import { fromFloat32, type FloatDType } from '../../src/core/dtype.js';
+import type { Rng } from '../../src/core/rng.js';
 import { hostTensor } from '../../src/core/tensor.js';
 import type { AttentionShape, LinearSource, Tensor, WeightBits } from '../../src/ops/backend.js';
 import { dequantize } from '../../src/ops/reference/linear.js';
@@ -194,6 +195,21 @@ function movingCases(): ConformanceCase[] {
             0,
             'its transpose',
           );
+        }
+      },
+    },
+    {
+      op: 'gatherRows',
+      name: 'some, in another order, one repeated; gathered rows as an input',
+      run: async (duo) => {
+        for (const cols of [172, 43]) {
+          const x = await duo.input([17, cols]);
+          for (const rows of [Int32Array.of(16), Int32Array.of(3, 0, 3, 16, 9, 8, 7, 6, 5, 4, 3, 2)]) {
+            const actual = await duo.subject.gatherRows(x.subject, rows);
+            const expected = await duo.oracle.gatherRows(x.oracle, rows);
+            await duo.close(actual, expected, 0, `rows ${rows.join()}`);
+            await duo.close(await duo.subject.transpose(actual), await duo.oracle.transpose(expected), 0, 'transposed');
+          }
         }
       },
     },
@@ -568,17 +584,84 @@ function scoreCases(): ConformanceCase[] {
                 base.map((z, i) => z + small[i]),
               )
             : undefined;
-          const targets = Int32Array.from({ length: rows }, () => duo.rng.int(0, vocab));
+          // Every other row is asked for its most likely token, one of them for the second of two that are.
+          const targets = Int32Array.from({ length: rows }, (_, r) => {
+            const row = base.subarray(r * vocab, (r + 1) * vocab);
+            return r % 2 === 0 ? row.indexOf(row.reduce((a, b) => Math.max(a, b))) : duo.rng.int(0, vocab);
+          });
           const actual = await duo.subject.score(logits.subject, targets, reference?.subject);
           const expected = await duo.oracle.score(logits.oracle, targets, reference?.oracle);
           const peak = Math.max(maxAbs(base), maxAbs(reference?.host ?? base));
           const tolerance = LAMBDA * duo.allowance.roundoff * (Math.sqrt(vocab) + 4 * peak + 4);
           closeArrays(actual.nll, expected.nll, tolerance, 'nll');
+          closeArrays(actual.hit, expected.hit, 0, 'hit');
           if ((actual.kl === undefined) === withReference || (actual.agree === undefined) === withReference) {
             throw new Error('kl and agree must be there if and only if there is a reference');
           }
           closeArrays(actual.kl ?? [], expected.kl ?? [], tolerance, 'kl');
           closeArrays(actual.agree ?? [], expected.agree ?? [], 0, 'agree');
+        }
+      },
+    })),
+  );
+}
+
+/** Sequences that branch, packed: parents of each token in preorder, −1 for the first of a tree. */
+const FORESTS: readonly (readonly number[])[] = [
+  [-1],
+  // Two sequences side by side.
+  [-1, 0, 1, 2, 3, -1, 5, 6, 7, 8, 9, 10],
+  // A trunk of six, branches of one to three tokens, one of them branching again; then a tree of branches at its root.
+  [-1, 0, 1, 2, 3, 4, 5, 6, 7, 5, 9, 10, 9, 12, 5, 5, -1, 16, 16, 18, 16],
+];
+
+/** Three trees whose branches leave long trunks at several places, so that tiles of keys and of rows hold parts of many. */
+export function largeForest(rng: Rng): number[] {
+  const parents: number[] = [];
+  const grow = (from: number, length: number): void => {
+    for (let i = 0; i < length; i++) parents.push(i === 0 ? from : parents.length - 1);
+  };
+  for (const trunk of [7, 45, 70]) {
+    const root = parents.length;
+    grow(-1, trunk);
+    // In preorder later branches leave the trunk earlier.
+    const leaves = Array.from({ length: 5 }, () => rng.int(Math.floor(trunk / 2), trunk)).sort((a, b) => b - a);
+    for (const at of leaves) grow(root + at, rng.int(1, 12));
+  }
+  return parents;
+}
+
+/** Ends and positions of tokens with these parents. */
+export function forestOf(parents: readonly number[]): { ends: Int32Array; positions: Int32Array } {
+  const rows = parents.length;
+  const ends = Int32Array.from(parents, (_, row) => row + 1);
+  for (let row = rows - 1; row >= 0; row--)
+    if (parents[row] >= 0) ends[parents[row]] = Math.max(ends[parents[row]], ends[row]);
+  const positions = new Int32Array(rows);
+  for (const [row, parent] of parents.entries()) positions[row] = parent < 0 ? 0 : positions[parent] + 1;
+  return { ends, positions };
+}
+
+/** Packed rows against the same sequences, each on its own; tolerance as attention's. */
+function forestCases(): ConformanceCase[] {
+  return HEADS.flatMap(([heads, kvHeads, headDim]) =>
+    [undefined, 1, 4].map((window): ConformanceCase => ({
+      op: 'attention',
+      name: `${heads}/${kvHeads} heads of ${headDim}${window ? `, window ${window}` : ''}: sequences with common beginnings, packed`,
+      run: async (duo) => {
+        const shape = { heads, kvHeads, headDim };
+        const scale = headDim ** -0.5;
+        for (const parents of [...FORESTS, largeForest(duo.rng)]) {
+          const rows = parents.length;
+          const { ends, positions } = forestOf(parents);
+          const q = await duo.input([rows, heads * headDim]);
+          const k = await duo.input([rows, kvHeads * headDim]);
+          const v = await duo.input([rows, kvHeads * headDim]);
+          const options = { ...shape, scale, window, batch: rows, start: positions, ends };
+          const expected = await duo.oracle.attention(q.oracle, k.oracle, v.oracle, options);
+          const actual = await duo.subject.attention(q.subject, k.subject, v.subject, options);
+          await duo.close(actual, expected, attentionTolerance(duo, [q, k, v], shape, scale), `${rows} rows`);
+          duo.subject.free(actual);
         }
       },
     })),
@@ -595,6 +678,7 @@ export const inferenceCases: readonly ConformanceCase[] = [
   ...splitHeadsCases(),
   ...attentionCases(),
   ...raggedCases(),
+  ...forestCases(),
   ...siluMulCases(),
   ...scoreCases(),
 ];

@@ -13,6 +13,7 @@ import { makeTensor, narrow, own } from '../../src/backends/webgpu/tensor.js';
 import type { Backend, LinearHandle, LinearSource, Tensor } from '../../src/ops/backend.js';
 import { dequantize } from '../../src/ops/reference/linear.js';
 import { createReferenceBackend, readF64 } from '../../src/ops/reference/backend.js';
+import { forestOf, largeForest } from './cases-inference.js';
 import { closeArrays, LAMBDA, maxAbs, norm, randomQuantized, randomTransform } from './duo.js';
 
 /** A check of a backend opened with precision f16. */
@@ -239,11 +240,56 @@ function attentionCheck(shape: AttentionCase): PrefillCheck {
   };
 }
 
+/** Packed sequences with common beginnings, many tiles of them. */
+function forestCheck(shape: Pick<AttentionCase, 'heads' | 'kvHeads' | 'headDim' | 'window' | 'sharp'>): PrefillCheck {
+  const { heads, kvHeads, headDim, window, sharp = 1 } = shape;
+  const name = `attention ${heads}/${kvHeads} heads of ${headDim}${window ? `, window ${window}` : ''}, packed`;
+  return {
+    name,
+    run: async (backend) => {
+      const rng = createRng(14).fork(name);
+      const { ends, positions } = forestOf(largeForest(rng));
+      const rows = ends.length;
+      const [q, k, v] = [
+        halves(rng, rows * heads * headDim, sharp),
+        halves(rng, rows * kvHeads * headDim),
+        halves(rng, rows * kvHeads * headDim),
+      ];
+      const options = { heads, kvHeads, headDim, batch: rows, scale: headDim ** -0.5, window, start: positions, ends };
+      const y = await backend.attention(
+        await uploadHalf(backend, [rows, heads * headDim], q),
+        await uploadHalf(backend, [rows, kvHeads * headDim], k),
+        await uploadHalf(backend, [rows, kvHeads * headDim], v),
+        options,
+      );
+      const expected = await oracle.attention(
+        await uploadTo(oracle, [rows, heads * headDim], q),
+        await uploadTo(oracle, [rows, kvHeads * headDim], k),
+        await uploadTo(oracle, [rows, kvHeads * headDim], v),
+        options,
+      );
+      // As above.
+      const tolerance = (): number => (LAMBDA * C + 2 ** -20 * sharp * Math.sqrt(headDim) * 4) * maxAbs(v);
+      const worst = compare(await backend.download(y), readF64(expected), tolerance, name);
+      backend.free(y);
+      return worst;
+    },
+  };
+}
+
+const PACKED = [
+  { heads: 4, kvHeads: 1, headDim: 128 },
+  { heads: 6, kvHeads: 2, headDim: 64, window: 20 },
+  { heads: 8, kvHeads: 8, headDim: 16, sharp: 12 },
+  { heads: 2, kvHeads: 1, headDim: 24 },
+];
+
 /** Every check. */
 export const prefillChecks: readonly PrefillCheck[] = [
   ...PRODUCTS.map((product) => productCheck(product)),
   ...TRANSFORMS.map(transformCheck),
   ...ATTENTION.map(attentionCheck),
+  ...PACKED.map(forestCheck),
 ];
 
 /** Checks of every tile of the product for matrix units; none where there are no units. */

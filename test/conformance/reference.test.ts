@@ -6,6 +6,7 @@ import { hostTensor } from '../../src/core/tensor.js';
 import type { Backend, GridSpec, Tensor, TransformObjective } from '../../src/ops/backend.js';
 import { createReferenceBackend, readF64 } from '../../src/ops/reference/backend.js';
 import { MIN_SCALE, roundHalfEven, roundToNearest } from '../../src/ops/reference/quantize.js';
+import { forestRoots } from '../../src/ops/sequences.js';
 import { ReferenceTensor } from '../../src/ops/reference/tensor.js';
 import { randomPairs } from '../../src/transforms/index.js';
 import { randomTransform } from './duo.js';
@@ -124,6 +125,47 @@ describe('closed forms', () => {
     expectClose(readF64(await ops.attention(q, k, v, { ...options, window: 2 })), expected, 1e-13);
     // Two sequences of one token do not see each other.
     expectClose(readF64(await ops.attention(q, k, v, { ...options, batch: 2 })), [10, 10, 20, 20], 0);
+  });
+
+  it('packed sequences with a common beginning attend as each alone; a forest that is none is refused', async () => {
+    const rng = createRng(5);
+    const [heads, kvHeads, headDim] = [4, 2, 3];
+    // Tokens 0 1 2, after which 3 4 or 5; then another sequence.
+    const paths = [
+      [0, 1, 2, 3, 4],
+      [0, 1, 2, 5],
+      [6, 7],
+    ];
+    const ends = Int32Array.of(6, 6, 6, 5, 5, 6, 8, 8);
+    const start = Int32Array.of(0, 1, 2, 3, 4, 3, 0, 1);
+    const [q, k, v] = [normals(8 * 12, rng), normals(8 * 6, rng), normals(8 * 6, rng)];
+    const rows = (x: Float64Array, width: number, path: readonly number[]) =>
+      tensor(
+        [path.length, width],
+        path.flatMap((row) => [...x.subarray(row * width, (row + 1) * width)]),
+      );
+    const every = [0, 1, 2, 3, 4, 5, 6, 7];
+    for (const window of [undefined, 3]) {
+      const options = { heads, kvHeads, headDim, scale: 0.7, window };
+      const packed = await ops.attention(await rows(q, 12, every), await rows(k, 6, every), await rows(v, 6, every), {
+        ...options,
+        batch: 8,
+        start,
+        ends,
+      });
+      for (const path of paths) {
+        const alone = await ops.attention(await rows(q, 12, path), await rows(k, 6, path), await rows(v, 6, path), {
+          ...options,
+          batch: 1,
+          start: 0,
+        });
+        expectClose(readF64(await rows(readF64(packed), 12, path)), [...readF64(alone)], 1e-14);
+      }
+    }
+    const refused = (bad: Int32Array, positions: Int32Array) => () => forestRoots(bad, positions);
+    expect([...forestRoots(ends, start)]).toEqual([0, 0, 0, 0, 0, 0, 6, 6]);
+    expect(refused(Int32Array.of(2, 3, 3), Int32Array.of(0, 1, 1))).toThrow(/ends at 3/);
+    expect(refused(Int32Array.of(2, 2, 3), Int32Array.of(0, 0, 0))).toThrow(/position 0, not 1/);
   });
 
   it('score: uniform logits cost log(vocab); KL of two coins', async () => {

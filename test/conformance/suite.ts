@@ -36,6 +36,7 @@ export const OPS = Object.keys({
   download: true,
   free: true,
   sliceRows: true,
+  gatherRows: true,
   concatColumns: true,
   loadLinear: true,
   loadTransform: true,

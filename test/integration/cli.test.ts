@@ -9,6 +9,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { resultSchema } from '../../src/evaluation/results.js';
 import { driftSchema } from '../../src/report/drift-schema.js';
 import { readInput } from '../../src/report/inputs.js';
+import { fakeHub } from '../support/fake-hub.js';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const bin = path.join(root, 'bin', 'gyre.js');
@@ -374,6 +375,51 @@ describe('eval', () => {
     const [whole, resumed] = [await result('whole.json'), await result('resumed.json')];
     expect([resumed.items, resumed.metrics]).toEqual([whole.items, whole.metrics]);
     expect(resumed.throughput.promptTokens).toBeLessThan(whole.throughput.promptTokens);
+  });
+
+  it('fetches the data of a task from a hub at its commit, once', async () => {
+    const commit = '3'.repeat(40);
+    const rows = ['rain', 'hail'].map((right, i) => ({
+      id: `q${i}`,
+      question: 'What falls from clouds?',
+      choices: { text: [right, 'stones', 'milk'], label: ['A', 'B', 'C'] },
+      answerKey: 'A',
+    }));
+    const content = new TextEncoder().encode(rows.map((row) => JSON.stringify(row)).join('\n'));
+    const hub = await fakeHub([
+      { kind: 'dataset', name: 'me/clouds', commits: { [commit]: { 'test.jsonl': content } }, refs: { main: commit } },
+    ]);
+    const file = path.join(folder, 'clouds.json');
+    await writeFile(
+      file,
+      JSON.stringify({
+        schemaVersion: 1,
+        name: 'clouds',
+        title: 'Clouds',
+        version: 1,
+        type: 'choices',
+        source: { dataset: 'me/clouds', revision: commit, splits: { test: [{ path: 'test.jsonl' }] } },
+        split: 'test',
+        columns: ['question', 'choices.text', 'choices.label', 'answerKey'],
+        id: 'id',
+        prompt: '{{ question }}',
+        choices: { column: 'choices.text' },
+        answer: { column: 'answerKey', labels: 'choices.label' },
+        metrics: ['acc', 'acc_norm'],
+      }),
+    );
+    const env = { HF_ENDPOINT: hub.url, HF_HUB_CACHE: path.join(folder, 'hub') };
+    const args = ['eval', model, '--tasks', file, '--device', 'cpu', '--no-cache', '--json'];
+    const first = await gyre(args, { env: { ...env, HF_HUB_OFFLINE: '' } });
+    expect(first.stderr).not.toContain('error');
+    const { evaluations } = resultSchema.parse(json(first));
+    expect(evaluations[0]).toMatchObject({
+      source: { dataset: 'me/clouds', revision: commit, files: [{ name: 'test.jsonl' }] },
+      items: { ids: ['q0', 'q1'] },
+    });
+    // The second time without the hub.
+    const again = resultSchema.parse(json(await gyre(args, { env })));
+    expect(again.evaluations[0].items).toEqual(evaluations[0].items);
   });
 
   it('lists tasks, and refuses what it does not know before loading a model', async () => {

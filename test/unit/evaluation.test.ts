@@ -25,7 +25,7 @@ import { evaluateText } from '../../src/evaluation/perplexity.js';
 import { textResult } from '../../src/evaluation/text-result.js';
 import { resultSchema, type Evaluation, type EvaluationResult } from '../../src/evaluation/results.js';
 import { folderFiles } from '../../src/formats/source.node.js';
-import type { Decoder } from '../../src/models/decoder.js';
+import { Decoder } from '../../src/models/decoder.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
 import type { Backend } from '../../src/ops/backend.js';
 import { loadTokenizer, type Tokenizer } from '../../src/tokenizer/index.js';
@@ -158,6 +158,25 @@ describe('scoreContinuations', () => {
       const separate = requests.reduce((sum, r) => sum + r.context.length + r.continuation.length - 1, 0);
       expect(tokens).toBeLessThan(0.75 * separate);
     }
+  });
+
+  it('gives the same through a cache where sequences are too long for a pass', async () => {
+    const rng = createRng(6);
+    const draw = (length: number): Int32Array => Int32Array.from({ length }, () => rng.int(10, 4000));
+    // Passes of 24 rows: whatever exceeds 96 is long.
+    const narrow = Object.assign(Object.create(null) as Backend, backend, {
+      info: { ...backend.info, pass: { rows: 24, logitsBytes: 5 * 4 * decoder.config.vocabSize } },
+    });
+    const small = new Decoder(narrow, decoder.config, decoder.parts);
+    const shared = draw(100);
+    const requests = [shared, shared, draw(4), Int32Array.from([...shared, ...draw(3)])].flatMap((context) =>
+      [1, 11].map((length) => ({ context, continuation: draw(length) })),
+    );
+    const { results, tokens } = await scoreContinuations(small, requests, { greedy: true });
+    for (const [i, request] of requests.entries())
+      expect(results[i].logLikelihood).toBeCloseTo(await alone(request), 3);
+    expect(results.every(({ greedy }) => greedy !== null)).toBe(true);
+    expect(tokens).toBeLessThanOrEqual(100 + 1 + 4 * 11 + 3 + 4 + 10);
   });
 
   it('knows what greedy decoding would say', async () => {

@@ -18,9 +18,10 @@ import type {
   Tensor,
   TransformHandle,
 } from '../../ops/backend.js';
-import { checkCopies, startsOf } from '../../ops/sequences.js';
+import { checkCopies, forestRoots, startsOf } from '../../ops/sequences.js';
 import {
   attention,
+  attentionForest,
   KvCache,
   LONG_SPIN,
   MAX_GEMV_ROWS,
@@ -121,6 +122,18 @@ export class CpuInference implements InferenceOps {
     const { shape, data } = own(tensor);
     const width = data.length / shape[0];
     return new CpuTensor([end - begin, ...shape.slice(1)], data.subarray(begin * width, end * width));
+  }
+
+  gatherRows(x: Tensor, rows: Int32Array): Tensor {
+    const { rows: count, cols } = own(x).size;
+    const out = this.#make(rows.length, cols);
+    const { arena } = this.#pool;
+    const [from, to] = [arena.view(own(x).floats), arena.view(out.floats)];
+    for (const [at, row] of rows.entries()) {
+      ensure(row >= 0 && row < count, 'tensor-shape', () => `gatherRows: row ${row} of ${count}`);
+      to.set(from.subarray(row * cols, (row + 1) * cols), at * cols);
+    }
+    return out;
   }
 
   concatColumns(parts: readonly Tensor[]): Tensor {
@@ -346,6 +359,18 @@ export class CpuInference implements InferenceOps {
     const starts = startsOf(options.start, batch);
     const { rows, cols } = own(q).size;
     const tokens = rows / batch;
+    if (options.ends) {
+      ensure(
+        !cache && batch === rows && options.ends.length === rows,
+        'tensor-shape',
+        () => `${rows} packed rows are sequences of one token without a cache, found ${batch} sequences`,
+      );
+      const out = this.#make(rows, cols);
+      const forest = { ends: options.ends, positions: starts, roots: forestRoots(options.ends, starts) };
+      const operands = { q: own(q).floats, k: own(k).floats, v: own(v).floats, out: out.floats };
+      attentionForest(this.#pool, { ...operands, heads, kvHeads, headDim, scale, window, ...forest });
+      return out;
+    }
     if (cache && !(cache instanceof KvCache || cache instanceof QuantizedKvCache)) throw foreign();
     if (cache instanceof QuantizedKvCache) {
       const out = tokens <= FEW_QUERY_ROWS ? this.#make(rows, cols) : this.#tensors.make([rows, cols]);

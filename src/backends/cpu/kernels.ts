@@ -20,6 +20,7 @@ export { cholesky, invertLower } from './wasm/linalg-kernels.js';
 export { encodeRows, QuantizedKvCache, quantizeRows, RowHadamard } from './wasm/activation-kernels.js';
 export {
   attention,
+  attentionForest,
   KvCache,
   rmsNorm,
   RopeTable,
@@ -28,6 +29,7 @@ export {
   siluMul,
   splitHeads,
   type AttentionArguments,
+  type ForestArguments,
   type LogitScores,
   type SplitHeadsArguments,
 } from './wasm/forward-kernels.js';

@@ -11,7 +11,7 @@ import type {
   SplitHeadsOptions,
   Tensor,
 } from '../../ops/backend.js';
-import { checkCopies, startsOf } from '../../ops/sequences.js';
+import { checkCopies, forestRoots, startsOf } from '../../ops/sequences.js';
 import { gridRun } from './activation-grid.js';
 import { hasMatrixUnits } from './capabilities.js';
 import { attentionByProducts } from './attention-products.js';
@@ -122,11 +122,17 @@ interface Starts {
 const uploaded = new WeakMap<GpuDevice, { readonly table: Uint32Array; readonly buffer: GPUBuffer }[]>();
 const TABLES_KEPT = 4;
 
+function equal(a: Uint32Array, b: Uint32Array): boolean {
+  if (a.length !== b.length) return false;
+  for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return false;
+  return true;
+}
+
 /** A small table on the GPU, valid for commands recorded now. */
 function tableOn(gpu: GpuDevice, table: Uint32Array): GPUBuffer {
   const known = uploaded.get(gpu) ?? [];
   uploaded.set(gpu, known);
-  const same = known.find((one) => one.table.length === table.length && one.table.every((x, i) => x === table[i]));
+  const same = known.find((one) => one.table === table || equal(one.table, table));
   if (same) return same.buffer;
   const buffer = gpu.buffer(table.byteLength, 'positions of sequences');
   gpu.upload(buffer, table);
@@ -138,9 +144,81 @@ function tableOn(gpu: GpuDevice, table: Uint32Array): GPUBuffer {
 function startsOn(gpu: GpuDevice, start: PerSequence, batch: number): Starts {
   if (typeof start === 'number') return { start, ragged: 0, buffer: undefined, longest: start };
   const starts = startsOf(start, batch);
-  const longest = Math.max(...starts);
-  if (starts.every((own) => own === longest)) return { start: longest, ragged: 0, buffer: undefined, longest };
-  return { start: 0, ragged: 1, buffer: tableOn(gpu, Uint32Array.from(starts)), longest };
+  let [longest, alike] = [0, true];
+  for (const own of starts) {
+    longest = Math.max(longest, own);
+    alike &&= own === starts[0];
+  }
+  if (alike) return { start: longest, ragged: 0, buffer: undefined, longest };
+  return { start: 0, ragged: 1, buffer: tableOn(gpu, new Uint32Array(starts)), longest };
+}
+
+/** Words of a section: rows, and those that a tile of keys may read after them. */
+const forestStride = (rows: number): number => 4 * Math.ceil((rows + 36) / 4);
+
+/** Tables of forests by their ends, which all layers of a pass share. */
+const forests = new WeakMap<Int32Array, { readonly positions: PerSequence; readonly table: Uint32Array }>();
+
+/** Ends, positions and roots of packed rows, in sections of {@link forestStride} words: rows after the last end at 0. */
+function forestTable(ends: Int32Array, positions: PerSequence): Uint32Array {
+  const known = forests.get(ends);
+  if (known?.positions === positions) return known.table;
+  const stride = forestStride(ends.length);
+  const table = new Uint32Array(3 * stride);
+  table.set(ends);
+  table.set(startsOf(positions, ends.length), stride);
+  table.set(forestRoots(ends, positions), 2 * stride);
+  forests.set(ends, { positions, table });
+  return table;
+}
+
+/** Attention within a forest of packed tokens; see AttentionOptions.ends. */
+function attentionForest(
+  gpu: GpuDevice,
+  query: GpuTensor | HalfTensor,
+  k: GpuTensor | HalfTensor,
+  v: GpuTensor | HalfTensor,
+  ends: Int32Array,
+  options: AttentionOptions,
+): Tensor {
+  const { heads, kvHeads, headDim, scale, cache, batch } = options;
+  const { rows, cols } = query.matrix;
+  ensure(
+    !cache && batch === rows && ends.length === rows,
+    'tensor-shape',
+    () => `${rows} packed rows are sequences of one token without a cache, found ${batch} sequences`,
+  );
+  const starts = tableOn(gpu, forestTable(ends, options.start));
+  const stride = forestStride(rows);
+  const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
+  const rowCount = rows * (heads / kvHeads);
+  const params = { tokens: rows, heads, kvHeads, start: 0, ragged: 0, window, stride, scale };
+  if (
+    [query, k, v].every((one) => one instanceof HalfTensor) &&
+    hasMatrixUnits(gpu.capabilities) &&
+    flashTakes(headDim)
+  ) {
+    const out = makeHalf(gpu, rows, cols);
+    const warps = 4;
+    gpu.dispatch(flashKernel({ headDim, source: 'forest', warps }), { q: query, k, v, starts, out }, params, [
+      Math.ceil(rowCount / flashRows({ warps })),
+      1,
+      kvHeads,
+    ]);
+    return out;
+  }
+  const out = makeTensor(gpu, query.shape);
+  const tile = chooseTile(gpu, headDim, rowCount);
+  gpu.dispatch(
+    attentionKernel({ headDim, ...tile, source: 'forest' }),
+    { q: own(query), k: own(k), v: own(v), starts, out },
+    { ...params, splitKeys: rows },
+    [Math.ceil(rowCount / tile.rows), 1, kvHeads],
+  );
+  if (!(query instanceof HalfTensor)) return out;
+  const narrowed = narrow(gpu, out);
+  freeTensor(gpu, out);
+  return narrowed;
 }
 
 /** See InferenceOps.copySequences. */
@@ -269,6 +347,7 @@ export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, o
     () =>
       `q [${given.shape.join(', ')}] and k [${keys.shape.join(', ')}] are not ${heads} and ${kvHeads} heads of ${headDim}`,
   );
+  if (options.ends) return attentionForest(gpu, given, keys, values, options.ends, options);
   const starts = startsOn(gpu, options.start, batch);
   const { start, ragged, longest } = starts;
   if (cache) append(gpu, cache, keys, values, options, tokens, starts);

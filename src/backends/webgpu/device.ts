@@ -48,8 +48,9 @@ interface Compiled {
   readonly bindings: Map<string, GPUBindGroup>;
 }
 
-/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops need few. */
-const MOST_BINDINGS = 512;
+/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops
+ * need few, and a pass through a large model one per layer and use. */
+const MOST_BINDINGS = 2048;
 
 /** Bytes between uniform blocks of dispatches in one submission. */
 const UNIFORM_STRIDE = 256;
@@ -307,6 +308,7 @@ export class GpuDevice {
     this.#encoder = undefined;
     this.#pass = undefined;
     this.#profile?.dispose();
+    for (const kernels of Object.values(this.#compiled)) kernels.clear();
     this.#pool.dispose();
     this.#staging.dispose();
     this.#uploads.dispose();

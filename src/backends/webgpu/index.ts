@@ -39,7 +39,7 @@ export function choosePrecision(capabilities: GpuCapabilities, wanted: WebGpuOpt
 }
 
 /** For GPUs with matrix units: enough rows that a block's pass outlasts its encoding, on small models too. */
-const PASS = { rows: 2048, logitsBytes: 2 ** 29, cacheBytes: 3 * 2 ** 30 };
+const PASS = { rows: 2048, logitsBytes: 2 ** 29 };
 
 function describe(gpu: GpuDevice, precision: Precision): BackendInfo {
   const { capabilities } = gpu;

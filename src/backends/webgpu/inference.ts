@@ -24,6 +24,7 @@ import { GpuHadamard, hadamardHalf } from './hadamard.js';
 import { placeColumnsKernel } from './kernels/columns.js';
 import { MAX_GEMV_ROWS } from './kernels/linear.js';
 import { rmsNormHalfKernel, rmsNormKernel } from './kernels/norm.js';
+import { gatherRowsKernel } from './kernels/rows.js';
 import { siluMulHalfKernel, siluMulKernel } from './kernels/silu.js';
 import { applyLinear, embedRows, GpuLinear, loadLinear, ownLinear } from './linear.js';
 import { GpuTransform, rotate, rotateHalf } from './rotation.js';
@@ -89,6 +90,21 @@ export class WebGpuInference implements InferenceOps {
     }
     const out = half ? makeHalf(this.#gpu, ...shape) : makeTensor(this.#gpu, shape);
     this.#gpu.copy(x.buffer, offset, out.buffer, 0, out.bytes);
+    return out;
+  }
+
+  gatherRows(tensor: Tensor, rows: Int32Array): Tensor {
+    const x = ownAny(tensor);
+    const { rows: count, cols } = x.matrix;
+    for (const row of rows) ensure(row >= 0 && row < count, 'tensor-shape', () => `gatherRows: row ${row} of ${count}`);
+    const half = x instanceof HalfTensor;
+    const out = half ? makeHalf(this.#gpu, rows.length, cols) : makeTensor(this.#gpu, [rows.length, cols]);
+    const words = half ? cols / 2 : cols;
+    const ids = this.#gpu.buffer(rows.byteLength);
+    this.#gpu.upload(ids, rows);
+    const params = { count: rows.length * words, words };
+    this.#gpu.dispatch(gatherRowsKernel, { x, rows: ids, out }, params, elementGroups(params.count));
+    this.#gpu.release(ids);
     return out;
   }
 

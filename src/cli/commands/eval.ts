@@ -224,19 +224,30 @@ function report({ model, reference, evaluations }: EvaluationResult): string {
     { title: 'of' },
     { title: 'time' },
   ];
-  const notes = evaluations.flatMap((evaluation) =>
-    evaluation.type === 'choices' && evaluation.truncated > 0
-      ? [
-          `\n\n${evaluation.name}: ${evaluation.truncated} choices were scored without the beginning of their question, which is longer than the model's context.`,
-        ]
-      : [],
-  );
+  const notes = evaluations.flatMap((evaluation) => {
+    if (evaluation.type === 'choices' && evaluation.truncated > 0)
+      return [
+        `\n\n${evaluation.name}: ${evaluation.truncated} choices were scored without the beginning of their question, which is longer than the model's context.`,
+      ];
+    const cut = evaluation.type === 'generation' ? evaluation.stopReasons['length'] : 0;
+    if (evaluation.type !== 'generation' || !cut) return [];
+    const all = Object.values(evaluation.stopReasons).reduce((sum, count) => sum + count, 0);
+    return [
+      `\n\n${evaluation.name}: ${cut} of ${all} answers were cut off at ${evaluation.settings.maxTokens} tokens.`,
+    ];
+  });
   const groups = evaluations.flatMap((evaluation) => {
     const parts = evaluation.type === 'text' ? evaluation.documents : evaluation.groups;
     if (parts.length === 0) return [];
+    // Documents under a reference are about what changed, too.
+    const shown = [evaluation.primary, 'kl', 'top1_agreement'].filter((name) => name in parts[0].metrics);
     const table = formatTable(
-      [{ title: evaluation.name }, { title: evaluation.primary }, { title: 'of', align: 'right' }],
-      parts.map((part) => [part.name, formatMetric(part.metrics[evaluation.primary]), String(part.items)]),
+      [{ title: evaluation.name }, ...shown.map((title) => ({ title })), { title: 'of', align: 'right' }],
+      parts.map(({ name, metrics, items }) => [
+        name,
+        ...shown.map((metric) => formatMetric(metrics[metric])),
+        String(items),
+      ]),
     );
     return [`\n\n${table}`];
   });

@@ -121,17 +121,54 @@ export function splitHeads(
   return { q, k, v };
 }
 
+/** What each query of a row attends to. */
+interface Visible {
+  /** Rows of keys and values, oldest first. */
+  readonly rows: readonly number[];
+  readonly scale: number;
+}
+
+/** One row of queries [heads·headDim] over rows of keys and values; query head h reads key head ⌊h / (heads / kvHeads)⌋. */
+function attendRow(
+  row: number,
+  q: Float64Array,
+  keys: Float64Array,
+  values: Float64Array,
+  { heads, kvHeads, headDim }: AttentionShape,
+  { rows, scale }: Visible,
+  y: Float64Array,
+): void {
+  for (let head = 0; head < heads; head++) {
+    const kvHead = Math.floor(head / (heads / kvHeads));
+    const query = (row * heads + head) * headDim;
+    const at = rows.map((r) => (r * kvHeads + kvHead) * headDim);
+    const logits = at.map((key) => {
+      let dot = 0;
+      for (let d = 0; d < headDim; d++) dot += q[query + d] * keys[key + d];
+      return dot * scale;
+    });
+    const max = logits.reduce((a, z) => Math.max(a, z), -Infinity);
+    const weights = logits.map((z) => Math.exp(z - max));
+    const total = weights.reduce((a, w) => a + w, 0);
+    for (const [i, value] of at.entries())
+      for (let d = 0; d < headDim; d++) y[query + d] += (weights[i] / total) * values[value + d];
+  }
+}
+
+/** Whole numbers from `first` to `last`. */
+const upTo = (first: number, last: number): number[] => Array.from({ length: last - first + 1 }, (_, i) => first + i);
+
 /**
  * Causal attention of `tokens` new tokens per sequence over keys and values [batch, stride, kvHeads·headDim], of which
- * the first starts[sequence] + tokens are filled. q [batch·tokens, heads·headDim] → the same shape. Query head h reads key head
- * ⌊h / (heads / kvHeads)⌋. The token at position p sees positions max(0, p − window + 1) … p.
+ * the first starts[sequence] + tokens are filled. q [batch·tokens, heads·headDim] → the same shape. The token at position p
+ * sees positions max(0, p − window + 1) … p.
  */
 export function attend(
   q: Float64Array,
   keys: Float64Array,
   values: Float64Array,
   stride: number,
-  { heads, kvHeads, headDim }: AttentionShape,
+  shape: AttentionShape,
   options: { batch: number; tokens: number; starts: Int32Array; scale: number; window: number | undefined },
 ): Float64Array {
   const { batch, tokens, starts, scale, window = Infinity } = options;
@@ -139,26 +176,26 @@ export function attend(
   for (let b = 0; b < batch; b++) {
     for (let t = 0; t < tokens; t++) {
       const position = starts[b] + t;
-      const first = Math.max(0, position - window + 1);
-      for (let head = 0; head < heads; head++) {
-        const kvHead = Math.floor(head / (heads / kvHeads));
-        const query = ((b * tokens + t) * heads + head) * headDim;
-        const keyAt = (p: number): number => ((b * stride + p) * kvHeads + kvHead) * headDim;
-
-        const logits: number[] = [];
-        for (let p = first; p <= position; p++) {
-          let dot = 0;
-          for (let d = 0; d < headDim; d++) dot += q[query + d] * keys[keyAt(p) + d];
-          logits.push(dot * scale);
-        }
-        const max = logits.reduce((a, z) => Math.max(a, z), -Infinity);
-        const weights = logits.map((z) => Math.exp(z - max));
-        const total = weights.reduce((a, w) => a + w, 0);
-        for (let p = first; p <= position; p++) {
-          for (let d = 0; d < headDim; d++) y[query + d] += (weights[p - first] / total) * values[keyAt(p) + d];
-        }
-      }
+      const rows = upTo(Math.max(0, position - window + 1), position).map((p) => b * stride + p);
+      attendRow(b * tokens + t, q, keys, values, shape, { rows, scale }, y);
     }
+  }
+  return y;
+}
+
+/** Attention within a forest of packed tokens; see `AttentionOptions.ends`. */
+export function attendForest(
+  q: Float64Array,
+  keys: Float64Array,
+  values: Float64Array,
+  shape: AttentionShape,
+  options: { ends: Int32Array; scale: number; window: number | undefined },
+): Float64Array {
+  const { ends, scale, window = Infinity } = options;
+  const y = new Float64Array(q.length);
+  for (let row = 0; row < ends.length; row++) {
+    const seen = upTo(0, row).filter((j) => row < ends[j]);
+    attendRow(row, q, keys, values, shape, { rows: seen.slice(-window), scale }, y);
   }
   return y;
 }

@@ -22,13 +22,14 @@ import type {
   TransformHandle,
   TransformObjective,
 } from '../backend.js';
-import { checkCopies, startsOf } from '../sequences.js';
+import { checkCopies, forestRoots, startsOf } from '../sequences.js';
 import { ensure } from '../../core/errors.js';
 import type { HostTensor } from '../../core/tensor.js';
 import { kvActivationGrid, quantizeRows } from './activations.js';
 import {
   appendToCache,
   attend,
+  attendForest,
   ownKvCache,
   ownRope,
   ReferenceKvCache,
@@ -86,6 +87,17 @@ class ReferenceBackend implements Backend {
     );
     const values = parent.values.subarray(begin * columns, end * columns);
     return new ReferenceTensor([end - begin, columns], values, parent);
+  }
+
+  gatherRows(x: Tensor, rows: Int32Array): Tensor {
+    const { values } = own(x);
+    const [count, columns] = matrixShape(x, 'gatherRows');
+    const y = new Float64Array(rows.length * columns);
+    for (const [to, from] of rows.entries()) {
+      ensure(from >= 0 && from < count, 'tensor-shape', () => `gatherRows: row ${from} of ${count}`);
+      y.set(values.subarray(from * columns, (from + 1) * columns), to * columns);
+    }
+    return new ReferenceTensor([rows.length, columns], y);
   }
 
   concatColumns(parts: readonly Tensor[]): Tensor {
@@ -207,6 +219,18 @@ class ReferenceBackend implements Backend {
     const end = Math.max(...starts) + tokens;
     let keys = own(k).values;
     let values = own(v).values;
+    if (options.ends) {
+      const { ends } = options;
+      ensure(
+        !options.cache && batch === rows,
+        'tensor-shape',
+        'packed rows are sequences of one token without a cache',
+      );
+      expectSize(ends.length, rows, 'ends of packed rows');
+      forestRoots(ends, start);
+      const y = attendForest(own(q).values, keys, values, options, { ends, scale, window });
+      return new ReferenceTensor(q.shape, y);
+    }
     let stride = tokens;
     if (options.cache) {
       const cache = ownKvCache(options.cache);

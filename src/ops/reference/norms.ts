@@ -49,6 +49,7 @@ export function score(
 ): RowScores {
   const rows = targets.length;
   const nll = new Float64Array(rows);
+  const hit = new Uint8Array(rows);
   const kl = new Float64Array(rows);
   const agree = new Uint8Array(rows);
   for (let r = 0; r < rows; r++) {
@@ -56,11 +57,12 @@ export function score(
     ensure(target >= 0 && target < vocab, 'usage', () => `target ${target} is outside the vocabulary of ${vocab}`);
     const logQ = logSoftmax(logits.subarray(r * vocab, (r + 1) * vocab));
     nll[r] = -logQ[target];
+    hit[r] = argmax(logQ) === target ? 1 : 0;
     if (!reference) continue;
     const logP = logSoftmax(reference.subarray(r * vocab, (r + 1) * vocab));
     // p = 0 contributes nothing, also where log q is −∞.
     kl[r] = logP.reduce((sum, lp, i) => (lp === -Infinity ? sum : sum + Math.exp(lp) * (lp - logQ[i])), 0);
     agree[r] = argmax(logP) === argmax(logQ) ? 1 : 0;
   }
-  return reference ? { nll, kl, agree } : { nll };
+  return reference ? { nll, hit, kl, agree } : { nll, hit };
 }

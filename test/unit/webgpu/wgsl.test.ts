@@ -155,7 +155,9 @@ const kernels: Kernel[] = [
     ),
   ),
   ...[16, 64, 80, 128].flatMap((headDim) =>
-    (['rows', 'cache'] as const).flatMap((source) => [4, 8].map((warps) => flashKernel({ headDim, source, warps }))),
+    (['rows', 'cache', 'forest'] as const).flatMap((source) =>
+      [4, 8].map((warps) => flashKernel({ headDim, source, warps })),
+    ),
   ),
 ];
 

@@ -361,9 +361,53 @@ export function attention(pool: KernelPool, args: AttentionArguments): void {
   });
 }
 
+/** Arguments of {@link attentionForest}. */
+export interface ForestArguments {
+  /** [rows, heads · headDim]. */
+  readonly q: Floats;
+  readonly out: Floats;
+  /** [rows, kvHeads · headDim]. */
+  readonly k: Floats;
+  readonly v: Floats;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly scale: number;
+  readonly window?: number;
+  /** [rows] each; see AttentionOptions.ends and forestRoots. */
+  readonly ends: Int32Array;
+  readonly positions: Int32Array;
+  readonly roots: Int32Array;
+}
+
+/** Attention within a forest of packed tokens. */
+export function attentionForest(pool: KernelPool, args: ForestArguments): void {
+  const { q, k, v, out, heads, kvHeads, headDim, ends, positions, roots } = args;
+  const rows = ends.length;
+  checkLength('queries', q, rows * heads * headDim);
+  checkLength('keys', k, rows * kvHeads * headDim);
+  checkLength('values', v, k.length);
+  checkLength('result', out, q.length);
+  const share = heads / kvHeads;
+  ensure(Number.isInteger(share), 'tensor-shape', () => `attention of ${heads} heads over ${kvHeads}`);
+  const longest = positions.reduce((most, position) => Math.max(most, position), 0) + 1;
+  pool.ensureScratch(share * (longest + 8) * 4);
+  const { arena } = pool;
+  arena.scoped(() => {
+    const sources = [arena.input(q), arena.input(k), arena.input(v)];
+    const to = arena.output(out);
+    const tables = [ends, positions, roots].map((table) => arena.pushI32(table));
+    const shape = [heads, kvHeads, headDim, ...tables, args.window ?? 0, args.scale];
+    const work = share * longest * headDim;
+    pool.run('attentionForest', rows * kvHeads, [...sources, to, ...shape], Math.ceil(20_000 / work));
+    arena.finish(to, out);
+  });
+}
+
 /** Scores of rows of logits; see RowScores in the op contract. */
 export interface LogitScores {
   nll: Float64Array;
+  hit: Uint8Array;
   kl?: Float64Array;
   agree?: Uint8Array;
 }
@@ -383,7 +427,7 @@ export function score(
     () => `score: ${logits.length} logits for ${rows} rows`,
   );
   if (reference) checkLength('reference logits', reference, logits.length);
-  const result: LogitScores = { nll: new Float64Array(rows) };
+  const result: LogitScores = { nll: new Float64Array(rows), hit: new Uint8Array(rows) };
   if (reference) {
     result.kl = new Float64Array(rows);
     result.agree = new Uint8Array(rows);
@@ -408,6 +452,7 @@ export function score(
           () => `target ${target} is outside the vocabulary of ${vocab}`,
         );
         result.nll[r + i] = top + Math.log(sum) - logits[(r + i) * vocab + target];
+        result.hit[r + i] = best === target ? 1 : 0;
         if (result.kl && result.agree) {
           // Rounding may leave a divergence of equal rows at −1e-9.
           result.kl[r + i] = Math.max(0, cross / sumRef + Math.log(sum) - Math.log(sumRef));

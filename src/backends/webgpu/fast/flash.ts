@@ -15,8 +15,8 @@ import { narrowWgsl } from './half.js';
 export interface FlashVariant {
   /** A multiple of 16, at most 128. */
   readonly headDim: number;
-  /** Where keys and values are: rows of f16 beside the queries, or a cache. */
-  readonly source: 'rows' | 'cache';
+  /** Where keys and values are: rows of f16 beside the queries, a cache, or the rows of a packed forest (attention.ts). */
+  readonly source: 'rows' | 'cache' | 'forest';
   /** Subgroups; a tile has 16 rows of each. */
   readonly warps: number;
 }
@@ -27,6 +27,10 @@ export const flashTakes = (headDim: number): boolean => headDim % 16 === 0 && he
 /** Rows (tokens × heads per key head) of a tile. */
 export const flashRows = ({ warps }: Pick<FlashVariant, 'warps'>): number => 16 * warps;
 
+/** WGSL: a row's word in a section of a forest's table: 0 its end, 1 its position, 2 its root. */
+const forestWord = (row: string, section: number): string =>
+  `starts[(params.stride * ${section}u + ${row}) / 4u][(${row}) % 4u]`;
+
 /** Keys of a tile. */
 const KEYS = 32;
 /** Words of 16 bytes in a row of scores, and one against bank conflicts. */
@@ -34,10 +38,12 @@ const ROW = KEYS / 4 + 1;
 
 /**
  * Workgroups: tiles of rows, 1, batch · kvHeads. Buffers: q and out [batch·tokens, heads·headDim]; k, v rows
- * [batch·stride, kvHeads·headDim] or caches [batch, kvHeads, stride, headDim]; starts [batch] when `ragged`.
+ * [batch·stride, kvHeads·headDim] or caches [batch, kvHeads, stride, headDim]; starts [batch] when `ragged`. A forest is one
+ * sequence of `tokens` rows, starts its table (forestTable) with sections of `stride` words.
  */
 export const flashKernel = variants(({ headDim, source, warps }: FlashVariant) => {
   const each = (n: number, f: (i: number) => string): string => Array.from({ length: n }, (_, i) => f(i)).join('\n');
+  const forest = source === 'forest';
   const threads = 32 * warps;
   const rows = 16 * warps;
   const vectors = headDim / 8;
@@ -73,7 +79,7 @@ export const flashKernel = variants(({ headDim, source, warps }: FlashVariant) =
       q: read('vec4<u32>'),
       k: read('vec4<u32>'),
       v: read('vec4<u32>'),
-      starts: read('u32'),
+      starts: read(forest ? 'vec4<u32>' : 'u32'),
       out: write('vec2<u32>'),
     },
     params: {
@@ -113,10 +119,15 @@ fn main(
   // The last rows see the most keys: they begin first.
   let firstRow = (groups.x - 1u - group.x) * ${rows}u;
   var start = params.start;
-  if (params.ragged != 0u) { start = starts[sequence]; }
+${forest ? '' : '  if (params.ragged != 0u) { start = starts[sequence]; }'}
   let firstPosition = start + firstRow / share;
   let lastPosition = start + min(firstRow + ${rows - 1}u, rowCount - 1u) / share;
-  let begin = firstPosition + 1u - min(params.window, firstPosition + 1u);
+${
+  forest
+    ? `  // From the root of the first row's tree, in whole words of the table.
+  let begin = ${forestWord('firstPosition', 2)} & ~3u;`
+    : '  let begin = firstPosition + 1u - min(params.window, firstPosition + 1u);'
+}
   let end = lastPosition + 1u;
   let base = warp * ${16 * ROW}u;
 ${portions
@@ -135,6 +146,7 @@ ${each(width / 16, (i) => `  let q${begin / 16 + i} = subgroupMatrixLoad<subgrou
   let mine = lane / 2u;
   let half = lane % 2u;
   let position = start + min(firstRow + warp * 16u + mine, rowCount - 1u) / share;
+${forest ? `  let depth = ${forestWord('position', 1)};` : ''}
   // Scores count in powers of two.
   let scale = params.scale * 1.4426950408889634;
   var top = LOWEST;
@@ -165,11 +177,23 @@ ${each(
     workgroupBarrier();
     let at = base + mine * ${ROW}u + half * 4u;
 ${each(4, (i) => `    var v${i} = bitcast<vec4<f32>>(scores[at + ${i}u]) * scale;`)}
-    if (first + ${KEYS - 1}u > firstPosition || lastPosition - first >= params.window) {
+${
+  forest
+    ? `    {
+      let word = first / 4u + half * 4u;
+      let p = vec4(first + half * 16u) + vec4(0u, 1u, 2u, 3u);
+${each(4, (i) => `      v${i} = select(vec4(LOWEST), v${i}, (p + ${4 * i}u <= vec4(position)) & (vec4(position) < starts[word + ${i}u]));`)}
+      if (params.window < params.tokens) {
+        let section = params.stride / 4u;
+${each(4, (i) => `        v${i} = select(vec4(LOWEST), v${i}, vec4(depth) - starts[section + word + ${i}u] < vec4(params.window));`)}
+      }
+    }`
+    : `    if (first + ${KEYS - 1}u > firstPosition || lastPosition - first >= params.window) {
       let p = vec4(first + half * 16u) + vec4(0u, 1u, 2u, 3u);
       // Keys before the window and after the position, both at once: differences below 0 are large.
 ${each(4, (i) => `      v${i} = select(vec4(LOWEST), v${i}, vec4(position) - p - ${4 * i}u < vec4(min(params.window, position + 1u)));`)}
-    }
+    }`
+}
     let quad = max(max(v0, v1), max(v2, v3));
     var most = max(max(quad.x, quad.y), max(quad.z, quad.w));
     most = max(most, subgroupShuffleXor(most, 1u));

@@ -18,12 +18,12 @@ export interface AttentionVariant {
   readonly keys: number;
   /** Threads per query row. */
   readonly lanes: number;
-  /** Where keys and values are: rows of f32, or a cache of packed f16 or of integers (activation-grid.ts). */
+  /** Where keys and values are: rows of f32, a cache of packed f16 or of integers (activation-grid.ts), or rows of a packed forest. */
   readonly source: AttentionSource;
 }
 
 /** See {@link AttentionVariant}. */
-export type AttentionSource = 'rows' | 'cache' | 'int8' | 'int4';
+export type AttentionSource = 'rows' | 'cache' | 'int8' | 'int4' | 'forest';
 
 /** Bytes of workgroup memory a variant takes. */
 export function attentionMemory({ headDim, rows, keys }: Pick<AttentionVariant, 'headDim' | 'rows' | 'keys'>): number {
@@ -58,7 +58,7 @@ function quadOf(array: string, headDim: number): string {
 
 /** WGSL: four elements of the head at position `p`, from channel `c`. */
 function sourceQuad(name: string, { source, headDim }: AttentionVariant): string {
-  if (source === 'rows')
+  if (source === 'rows' || source === 'forest')
     return /* wgsl */ `
 fn ${name}Quad(sequence: u32, head: u32, p: u32, c: u32) -> vec4<f32> {
   let at = ((sequence * params.stride + p) * params.kvHeads + head) * D + c;
@@ -124,13 +124,14 @@ function attentionName({ headDim, source, rows, keys }: AttentionVariant): strin
 }
 
 function attentionBuffers({ source }: AttentionVariant) {
-  const type = source === 'rows' ? 'f32' : 'u32';
+  const type = source === 'rows' || source === 'forest' ? 'f32' : 'u32';
   return { q: read('f32'), k: read(type), v: read(type), starts: read('u32'), out: write('f32') };
 }
 
 /** The shared body; `end` says where a row's sums go, and by what they are multiplied. */
 function attentionBody(variant: AttentionVariant, end: { readonly begin: string; readonly factor: string }): string {
   const { headDim, rows, keys, lanes } = variant;
+  const forest = variant.source === 'forest';
   const threads = rows * lanes;
   const quads = Math.ceil(headDim / 4);
   const sums = Array.from({ length: Math.ceil(quads / lanes) }, (_, i) => i);
@@ -177,7 +178,13 @@ fn main(
   let position = start + token;
   let firstPosition = start + firstRow / share;
   let lastPosition = start + min(firstRow + ${rows - 1}u, rowCount - 1u) / share;
-  let first = firstPosition + 1u - min(params.window, firstPosition + 1u);
+${
+  forest
+    ? `  // A forest is one sequence; starts is its table: ends, positions, roots, in sections of \`stride\` words.
+  let first = starts[2u * params.stride + firstPosition];
+  let depth = starts[params.stride + position];`
+    : '  let first = firstPosition + 1u - min(params.window, firstPosition + 1u);'
+}
   let begin = first + group.y * params.splitKeys;
   let end = min(lastPosition + 1u, begin + params.splitKeys);
   var top = LOWEST;
@@ -196,7 +203,11 @@ ${sums.map((i) => `  var acc${i} = vec4(0.0);`).join('\n')}
       var score = 0.0;
       for (var c = 0u; c < QUADS; c++) { score += dot(queries[mine * QUADS + c], tile[j * TILE + c]); }
       let p = k0 + j;
-      let seen = p < end && p <= position && position - p < params.window;
+      let seen = ${
+        forest
+          ? 'p < end && p <= position && position < starts[p] && depth - starts[params.stride + p] < params.window'
+          : 'p < end && p <= position && position - p < params.window'
+      };
       scores[mine * ${keys}u + j] = select(LOWEST, score, seen);
     }
     workgroupBarrier();

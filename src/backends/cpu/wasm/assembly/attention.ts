@@ -174,6 +174,71 @@ export function attention(
   store<u32>(scratch, touched);
 }
 
+/**
+ * Attention within a forest of packed tokens: q, out [rows, heads · d], keys and values [rows, kvHeads · d]. Row r sees rows
+ * j ≤ r with r < ends[j] of its tree, which begins at roots[r], the last `window` of them (0: all); positions[r] + 1 is how many there are.
+ * Units are (row, kv head). Scratch: heads / kvHeads · (most positions + 4) floats.
+ */
+export function attentionForest(
+  begin: u32, end: u32, scratch: usize,
+  q: usize, keys: usize, values: usize, out: usize, heads: u32, kvHeads: u32, d: u32,
+  ends: usize, positions: usize, roots: usize, window: u32, scale: f32,
+): void {
+  const share = heads / kvHeads;
+  const bytes = <usize>d << 2;
+  const step = kvHeads * bytes;
+  for (let unit = begin; unit < end; unit++) {
+    const row = unit / kvHeads;
+    const h = unit - row * kvHeads;
+    const query = q + (row * heads + h * share) * bytes;
+    const result = out + (row * heads + h * share) * bytes;
+    const all = load<u32>(positions + (<usize>row << 2)) + 1;
+    const hidden = window && all > window ? all - window : 0;
+    const count = all - hidden;
+    const padded = <usize>((count + 7) & ~3) << 2;
+    // Twice along the path from the root: scores, then weighted values. Runs of visible rows, subtrees that ended before are skipped.
+    for (let phase = 0; phase < 2; phase++) {
+      if (phase == 1) {
+        for (let i: u32 = 0; i < share; i++) {
+          const weights = scratch + i * padded;
+          const factor = f32x4.splat(1 / softmaxParts(weights, count));
+          for (let at: usize = 0; at < <usize>count << 2; at += 16) v128.store(weights + at, f32x4.mul(v128.load(weights + at), factor));
+        }
+        memory.fill(result, 0, share * bytes);
+      }
+      let seen: u32 = 0;
+      let j = load<u32>(roots + (<usize>row << 2));
+      while (j <= row) {
+        const stop = load<u32>(ends + (<usize>j << 2));
+        if (stop <= row) {
+          j = stop;
+          continue;
+        }
+        let first = j;
+        while (j <= row && load<u32>(ends + (<usize>j << 2)) > row) j++;
+        const run = j - first;
+        seen += run;
+        if (seen <= hidden) continue;
+        const visible = min(run, seen - hidden);
+        first = j - visible;
+        const place = seen - hidden - visible;
+        for (let i: u32 = 0; i < share; i++) {
+          const weights = scratch + i * padded + (<usize>place << 2);
+          const own = query + i * bytes;
+          if (phase == 1) {
+            addWeighted(weights, values + first * step + h * bytes, step, visible, d, result + i * bytes);
+            continue;
+          }
+          const key = keys + first * step + h * bytes;
+          let c: u32 = 0;
+          if (!(d & 3)) for (; c + 4 <= visible; c += 4) dot4(own, key + c * step, step, d, weights + (<usize>c << 2), scale);
+          for (; c < visible; c++) store<f32>(weights + (<usize>c << 2), dot1(own, key + c * step, d) * scale);
+        }
+      }
+    }
+  }
+}
+
 /** Appends rows [batch · tokens, kvHeads · d] to a cache [batch, kvHeads, capacity, d] at starts[sequence]; units are sequences. */
 export function appendCache(
   begin: u32, end: u32, scratch: usize, rows: usize, cache: usize, tokens: u32, kvHeads: u32, d: u32, capacity: u32, starts: usize,

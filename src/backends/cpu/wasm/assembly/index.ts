@@ -8,7 +8,7 @@ export { gptqBlock } from './gptq';
 export { descentBlock } from './descent';
 export { cholesky, invertLower, transpose } from './linalg';
 export { rmsNorm, siluMul, rotateRows, splitHeads } from './forward';
-export { attention, appendCache } from './attention';
+export { attention, attentionForest, appendCache } from './attention';
 export { hadamardRows } from './hadamard';
 export { quantizeRows, encodeRows, appendQuantized, decodeCache, attentionQuantized } from './activations';
 export {
