@@ -47,7 +47,6 @@ export { quantizationOf } from './quantize/settings.js';
 export async function quantizeCheckpoint(options: QuantizeOptions): Promise<QuantizeReport> {
   const start = performance.now();
   const recipe = findRecipe(options.method ?? (options.actBits === 4 ? LOW_BIT_METHOD : DEFAULTS.method));
-  const settings = settingsOf(options, recipe);
   const onProgress = options.onProgress ?? silent;
   const resolved = await resolveModel(options.model, { revision: options.revision, token: options.token, onProgress });
   const source = await openModel(resolved.files);
@@ -58,6 +57,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       });
     }
     checkTensors(source);
+    const settings = settingsOf(options, recipe, blockWeights(source.config));
     const sequences =
       options.calibrationTokens?.sequences ??
       options.calibSamples ??
@@ -120,7 +120,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const threads = options.threads ?? availableParallelism();
     const backend = options.backend ?? (await openBackend(device, { threads }));
     try {
-      if (isBlockRecipe(recipe)) requireGradients(backend);
+      if (isBlockRecipe(recipe) || settings.sensitivity) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
       const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
       try {
