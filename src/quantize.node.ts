@@ -47,6 +47,7 @@ export { quantizationOf } from './quantize/settings.js';
 export async function quantizeCheckpoint(options: QuantizeOptions): Promise<QuantizeReport> {
   const start = performance.now();
   const recipe = findRecipe(options.method ?? (options.actBits === 4 ? LOW_BIT_METHOD : DEFAULTS.method));
+  const settings = settingsOf(options, recipe);
   const onProgress = options.onProgress ?? silent;
   const resolved = await resolveModel(options.model, { revision: options.revision, token: options.token, onProgress });
   const source = await openModel(resolved.files);
@@ -57,7 +58,6 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       });
     }
     checkTensors(source);
-    const settings = settingsOf(options, recipe, blockWeights(source.config));
     const sequences =
       options.calibrationTokens?.sequences ??
       options.calibSamples ??

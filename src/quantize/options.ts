@@ -30,10 +30,7 @@ export interface QuantizeOptions {
   readonly scales?: boolean;
   readonly share?: boolean;
   readonly rounding?: Rounding;
-  /**
-   * Weigh tokens and couple outputs by what the model's predictions feel of their errors (paroquant). Default: on a GPU, when the
-   * model writes its own calibration text and its blocks have at most 128 M weights.
-   */
+  /** Weigh tokens and couple outputs by what the model's predictions feel of their errors (paroquant); default false. */
   readonly sensitivity?: boolean;
   /** Optimiser steps per transform; default 100. */
   readonly steps?: number;

@@ -5,7 +5,6 @@ import { GROUP_NAMES } from '../models/block.js';
 import { onlineConfig } from '../models/online.js';
 import { groupModules, groupShape, type ModelSource } from '../models/load.js';
 import type { QuantizePlan } from '../quant/plan.js';
-import { LARGE_BLOCK } from '../quant/calibration/tokens.js';
 import { rotationGroup } from '../quant/recipes/paroquant.js';
 import type { QuantizationRecord } from '../quant/results.js';
 import type { NarrowBits } from '../quant/grids/activations.js';
@@ -37,8 +36,7 @@ function narrow(bits: NarrowBits | 16 | undefined, name: string): NarrowBits | u
   return bits === 16 ? undefined : bits;
 }
 
-/** @param blockWeights of the model's linears, per block. */
-export function settingsOf(options: QuantizeOptions, recipe: Recipe, blockWeights: number): QuantizeSettings {
+export function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSettings {
   const defaults = { ...DEFAULTS, ...recipe.defaults };
   const bits = options.bits ?? defaults.bits;
   const groupSize = options.groupSize ?? defaults.groupSize;
@@ -92,8 +90,6 @@ export function settingsOf(options: QuantizeOptions, recipe: Recipe, blockWeight
     () => `--sensitivity is for paroquant on a model as it is, with activations in full precision`,
     'leave out --sensitivity, or --method, --rounding rtn, --act-bits, --kv-bits, --rotate and --smooth',
   );
-  const affordable = options.device === 'webgpu' && (options.calib ?? []).length === 0 && blockWeights <= LARGE_BLOCK;
-  const sensitivity = options.sensitivity ?? (recipe.sensitive === true && plain && affordable);
   return {
     method: recipe.name,
     bits,
@@ -107,7 +103,7 @@ export function settingsOf(options: QuantizeOptions, recipe: Recipe, blockWeight
     ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
     ...(actBits ? { actBits, ...defined({ actClip, actGroupSize }) } : {}),
     ...(kvBits ? { kvBits } : {}),
-    ...(sensitivity ? { sensitivity } : {}),
+    ...(options.sensitivity ? { sensitivity: true } : {}),
     ...(rotate ? { rotate } : {}),
     ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
   };

@@ -32,7 +32,7 @@ const schema = z.object({
   scales: z.boolean(),
   share: z.boolean().optional(),
   rounding: oneOf(['rtn', 'gptq']).optional(),
-  sensitivity: z.boolean().optional(),
+  sensitivity: z.boolean().default(false),
   steps: wholeNumber(0, 100_000),
   seed: wholeNumber(0),
   epochs: wholeNumber(1, 100_000).optional(),
@@ -82,9 +82,8 @@ export function quantizeCommand(context: CommandContext): Command {
     .option('--rounding <how>', "rtn or gptq (default: the method's own)")
     .option(
       '--sensitivity',
-      "weigh tokens and couple outputs by what the model's predictions feel of them (paroquant; the default on a GPU, with the model's own text and blocks of at most 128 M weights)",
+      "weigh tokens and couple outputs by what the model's predictions feel of their errors (paroquant)",
     )
-    .option('--no-sensitivity', 'every token and every output counts for itself')
     .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
     .option(
       '--act-bits <n>',

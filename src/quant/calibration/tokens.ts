@@ -11,7 +11,7 @@ export const CALIBRATION_SEQUENCES = { cpu: 64, webgpu: 256, reference: 64 } as 
 /** On a GPU for models with large blocks, where a pass over the tokens takes as long as the learning. */
 export const LARGE_CALIBRATION_SEQUENCES = 128;
 /** Weights from which a block is large: between Qwen3-4B's and Qwen3-8B's. */
-export const LARGE_BLOCK = 128e6;
+const LARGE_BLOCK = 128e6;
 
 /** The default for a model on a device. */
 export function calibrationSequences(device: keyof typeof CALIBRATION_SEQUENCES, blockWeights: number): number {
