@@ -120,7 +120,7 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
     const threads = options.threads ?? availableParallelism();
     const backend = options.backend ?? (await openBackend(device, { threads }));
     try {
-      if (isBlockRecipe(recipe)) requireGradients(backend);
+      if (isBlockRecipe(recipe) || settings.sensitivity) requireGradients(backend);
       const order = [...Array.from({ length: source.config.layers }, (_, layer) => blockShard(layer)), REST_SHARD];
       const folder = await RunFolder.open(options.out, fingerprint, order, { resume: options.resume ?? false });
       try {

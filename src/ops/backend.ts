@@ -348,6 +348,10 @@ export interface QuantizationOps {
   diagonal(x: Tensor): Awaitable<Float32Array>;
   /** Columns of x [rows, cols] in the order of `columns`: [rows, columns.length]. */
   gatherColumns(x: Tensor, columns: Int32Array): Awaitable<Tensor>;
+  /** Each row of x [rows, n] times its own factor [rows]. */
+  scaleRows(x: Tensor, factors: Float32Array): Awaitable<Tensor>;
+  /** Σ of squares of each row of x [rows, n]: [rows]. */
+  rowSquares(x: Tensor): Awaitable<Float32Array>;
 
   /**
    * T on a weight's channels: [in, cols] ⊙ s (s = 1 / channelScales), then the rotations; or the inverse (rotations

@@ -11,6 +11,7 @@ import { LinearGroup, type LinearPart } from '../models/linear-group.js';
 import { groupModules, groupShape, readLinear } from '../models/load.js';
 import { NO_ONLINE, type Online } from '../models/online.js';
 import type { Backend, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
+import type { GroupSensitivity } from './objectives/sensitivity.js';
 import { InputSample } from './calibration/sample.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
@@ -35,12 +36,21 @@ export class BlockQuantizer {
   readonly #chunks: Chunk[];
   readonly #rope: RopeHandle | undefined;
   readonly #hooks: BlockHooks;
+  readonly #sensitivity: Readonly<Record<GroupName, GroupSensitivity>> | undefined;
   /** Tensors of the shard, by module or tensor name; folding replaces earlier ones. */
   readonly #parts = new Map<string, QuantizedPart>();
   readonly #biases = new Map<string, Float32Array>();
   readonly #norms = new Map<string, Float32Array>();
 
-  constructor(run: QuantizeRun, frame: BlockFrame, chunks: Chunk[], rope: RopeHandle | undefined, hooks: BlockHooks) {
+  constructor(
+    run: QuantizeRun,
+    frame: BlockFrame,
+    chunks: Chunk[],
+    rope: RopeHandle | undefined,
+    hooks: BlockHooks,
+    sensitivity?: Readonly<Record<GroupName, GroupSensitivity>>,
+  ) {
+    this.#sensitivity = sensitivity;
     this.#run = run;
     this.#frame = frame;
     this.#chunks = chunks;
@@ -157,6 +167,8 @@ export class BlockQuantizer {
     const learned = this.#run.recipe.layout === 'paroquant';
     const sample = activations && learned ? new InputSample(backend, this.#run.settings.seed) : undefined;
     const kept: Tensor[] = [];
+    const importance = this.#sensitivity && tokenWeights(this.#sensitivity[group].tokens);
+    let row = 0;
     for (const [i, chunk] of this.#chunks.entries()) {
       this.#hooks.checkAborted();
       this.#hooks.tell(`${group}: inputs ${i + 1}/${this.#chunks.length}`);
@@ -171,7 +183,10 @@ export class BlockQuantizer {
         const exact = await this.#asSeen(x.quantized, turn);
         const seen = activations && !learned ? await backend.quantizeRows(exact, activations) : exact;
         const wanted = two && x.reference !== x.quantized ? await this.#asSeen(x.reference, turn) : exact;
-        await statistics.add(seen, { reference: two ? wanted : undefined, outputs });
+        const [rows] = exact.shape;
+        const weights = importance?.subarray(row, row + rows);
+        row += rows;
+        await statistics.add(seen, { reference: two ? wanted : undefined, outputs }, weights);
         await sample?.add(exact);
         await ranges.add(exact);
         for (const made of new Set([exact, seen, wanted]))
@@ -263,6 +278,7 @@ export class BlockQuantizer {
       target: statistics?.target,
       sample: statistics?.sample,
       activations: this.#online.activations,
+      outputs: this.#sensitivity?.[group].outputs,
       fold: await this.#fold(group),
       settings,
     };
@@ -387,6 +403,14 @@ export class BlockQuantizer {
     const stored = hostTensor('f32', shape, values);
     return { name, dtype: 'f32', shape, data: () => stored.data };
   }
+}
+
+/**
+ * What a token counts, given its sensitivity (mean 1): half of it is the same for all. A token that the model is certain of has
+ * almost none, and its errors are small only as long as they are kept small, which the second order does not know.
+ */
+function tokenWeights(sensitivity: Float32Array): Float32Array {
+  return sensitivity.map((value) => (value + 1) / 2);
 }
 
 /** The largest f16, to which grids clamp their scales. */

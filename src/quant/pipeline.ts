@@ -8,7 +8,7 @@ import { embedFromFile, loadBlock, loadFrame, type ModelSource } from '../models
 import { exact, NO_ONLINE } from '../models/online.js';
 import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
-import { BlockQuantizer } from './block-quantizer.js';
+import { BlockQuantizer, type BlockHooks } from './block-quantizer.js';
 import type { CalibrationTokens } from './calibration/tokens.js';
 import { BlockPipeline } from './block-pipeline.js';
 import { fourDigits } from './ranges.js';
@@ -21,6 +21,8 @@ import {
   type PipelineReport,
   type QuantizeRun,
 } from './run.js';
+import { createRng } from '../core/rng.js';
+import { measureSensitivity, type Sensitivity } from './objectives/sensitivity.js';
 import { RunMonitor } from './monitor.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { isBlockRecipe } from './types.js';
@@ -38,6 +40,7 @@ class Pipeline {
   readonly #run: QuantizeRun;
   readonly #monitor: RunMonitor;
   readonly #groups: GroupReport[] = [];
+  #sensitivity: Sensitivity | undefined;
 
   constructor(run: QuantizeRun) {
     this.#run = run;
@@ -54,6 +57,7 @@ class Pipeline {
     }
     const chunks = calibration && first < layers ? await this.#embed(calibration) : [];
     const rope = calibration && (await this.#rope(calibration.length));
+    if (calibration && first < layers && this.#run.settings.sensitivity) await this.#measureSensitivity(calibration);
     for (let layer = 0; layer < layers; layer++) {
       this.#monitor.checkAborted();
       if (layer < first) {
@@ -78,6 +82,20 @@ class Pipeline {
     const records = z.array(groupRecordSchema.required({ ranges: true })).safeParse(parseJson(kept));
     // The record is for people: a run must not fail because a disk lost it.
     if (records.success) this.#groups.push(...records.data.map((record) => ({ ...record, seconds: 0 })));
+  }
+
+  async #measureSensitivity({ ids, sequences }: CalibrationTokens): Promise<void> {
+    const { backend, source, settings } = this.#run;
+    this.#sensitivity = await this.#monitor.timed('statistics', () =>
+      measureSensitivity(backend, source, ids, {
+        sequences,
+        rng: createRng(settings.seed).fork('sensitivity'),
+        onBlock: (done, total) => {
+          this.#monitor.checkAborted();
+          this.#monitor.tell(0, `sensitivity ${done + 1}/${total}`);
+        },
+      }),
+    );
   }
 
   async #embed(calibration: CalibrationTokens): Promise<Chunk[]> {
@@ -141,7 +159,7 @@ class Pipeline {
     // Folding changes norms and earlier rows after the fact: what the next block sees must come from the stored block,
     // so the block's own input is kept to run it again.
     const inputs = recipe.folds ? chunks.map((chunk) => chunk.quantized) : [];
-    const block = new BlockQuantizer(this.#run, frame, chunks, rope, {
+    const hooks: BlockHooks = {
       tell: (message) => this.#monitor.tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`),
       checkAborted: () => this.#monitor.checkAborted(),
       timed: (what, work) => this.#monitor.timed(what, work),
@@ -149,7 +167,8 @@ class Pipeline {
       free: (tensor) => {
         if (!inputs.includes(tensor)) backend.free(tensor);
       },
-    });
+    };
+    const block = new BlockQuantizer(this.#run, frame, chunks, rope, hooks, this.#sensitivity?.[layer]);
     const entries = await block.run();
     await this.#checkFinite(`the output of block ${layer}`, chunks);
     await this.#monitor.timed('write', async () => {

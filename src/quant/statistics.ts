@@ -24,12 +24,30 @@ export class InputStatistics {
 
   /**
    * Adds a chunk: x [rows, in] of the quantized path, and what says how the outputs should be, if anything does: the
-   * inputs of the reference path [rows, in], or the wanted outputs themselves [rows, out].
+   * inputs of the reference path [rows, in], or the wanted outputs themselves [rows, out]. With `weights` [rows] a row
+   * counts as that many.
    */
-  async add(x: Tensor, wanted: { readonly reference?: Tensor; readonly outputs?: Tensor }): Promise<void> {
-    this.#gram = await this.#accumulate(this.#gram, x, x);
-    if (wanted.reference) this.#cross = await this.#accumulate(this.#cross, wanted.reference, x);
-    if (wanted.outputs) this.#target = await this.#accumulate(this.#target, x, wanted.outputs);
+  async add(
+    x: Tensor,
+    wanted: { readonly reference?: Tensor; readonly outputs?: Tensor },
+    weights?: Float32Array,
+  ): Promise<void> {
+    // Roots on both sides: a Gram matrix stays exactly symmetric.
+    const factors = weights?.map((weight) => Math.sqrt(weight));
+    const weigh = async (rows: Tensor): Promise<Tensor> => (factors ? this.#backend.scaleRows(rows, factors) : rows);
+    const own = await weigh(x);
+    this.#gram = await this.#accumulate(this.#gram, own, own);
+    if (wanted.reference) {
+      const reference = await weigh(wanted.reference);
+      this.#cross = await this.#accumulate(this.#cross, reference, own);
+      if (factors) this.#backend.free(reference);
+    }
+    if (wanted.outputs) {
+      const outputs = await weigh(wanted.outputs);
+      this.#target = await this.#accumulate(this.#target, own, outputs);
+      if (factors) this.#backend.free(outputs);
+    }
+    if (factors) this.#backend.free(own);
     this.#rows += x.shape[0];
   }
 

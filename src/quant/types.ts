@@ -51,6 +51,8 @@ export interface QuantizeSettings {
   readonly actGroupSize?: number;
   /** Bits of keys and values; 16 when undefined. */
   readonly kvBits?: NarrowBits;
+  /** Weigh tokens, and couple outputs, by what the model's predictions feel of their errors. */
+  readonly sensitivity?: boolean;
   /** Fold Hadamard rotations into the model first (QuaRot). */
   readonly rotate?: boolean;
   /** Default none. */
@@ -125,6 +127,11 @@ export interface GroupTask {
    * the quantized path's residual stream to the reference path's, so that it also makes good for earlier blocks' errors.
    */
   readonly target?: Tensor;
+  /**
+   * Second moment of the gradients of the merged outputs [Σ out, Σ out] (objectives/sensitivity.ts): present when it was
+   * measured, and the recipe may round outputs together by it.
+   */
+  readonly outputs?: HostTensor;
   /** Where a scaling of the input can be folded: the preceding norm's weight, or the output rows of the preceding linear. */
   readonly fold: InputFold;
   readonly settings: QuantizeSettings;
@@ -213,6 +220,8 @@ interface RecipeBase {
   readonly summary: string;
   /** Statistics it needs: nothing, the Gram matrix, or also what the reference path wants of each group (`cross` or `target`). */
   readonly needs: 'nothing' | 'gram' | 'cross-gram';
+  /** Whether settings may ask for sensitivities. */
+  readonly sensitive?: boolean;
   /** Whether it returns scales to fold into what comes before a linear. */
   readonly folds?: boolean;
   /** Layout of the checkpoint at 4 bits with groups; other widths use gyre's own. */

@@ -30,6 +30,8 @@ export interface QuantizeOptions {
   readonly scales?: boolean;
   readonly share?: boolean;
   readonly rounding?: Rounding;
+  /** Weigh tokens and couple outputs by what the model's predictions feel of their errors (paroquant); default false. */
+  readonly sensitivity?: boolean;
   /** Optimiser steps per transform; default 100. */
   readonly steps?: number;
   readonly seed?: number;

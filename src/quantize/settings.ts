@@ -83,6 +83,13 @@ export function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSe
     () => `${recipe.name} trains blocks as they are, with activations in full precision`,
     'leave out --act-bits, --kv-bits, --rotate and --smooth, or choose another method',
   );
+  const plain = !actBits && !kvBits && !rotate && smooth === 'none' && options.rounding !== 'rtn';
+  ensure(
+    options.sensitivity !== true || (recipe.sensitive === true && plain),
+    'usage',
+    () => `--sensitivity is for paroquant on a model as it is, with activations in full precision`,
+    'leave out --sensitivity, or --method, --rounding rtn, --act-bits, --kv-bits, --rotate and --smooth',
+  );
   return {
     method: recipe.name,
     bits,
@@ -96,6 +103,7 @@ export function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSe
     ...(isBlockRecipe(recipe) ? { block: blockSettings(recipe.training, options.block) } : {}),
     ...(actBits ? { actBits, ...defined({ actClip, actGroupSize }) } : {}),
     ...(kvBits ? { kvBits } : {}),
+    ...(options.sensitivity ? { sensitivity: true } : {}),
     ...(rotate ? { rotate } : {}),
     ...(smooth !== 'none' ? { smooth, ...(alpha === undefined ? {} : { alpha }) } : {}),
   };

@@ -537,6 +537,40 @@ function elementwiseCases(): ConformanceCase[] {
       },
     },
     {
+      op: 'scaleRows',
+      name: 'odd shapes',
+      run: async (duo) => {
+        for (const shape of [
+          [1, 172],
+          [172, 1],
+          [43, 17],
+        ]) {
+          const x = await duo.input(shape);
+          const factors = Float32Array.from({ length: shape[0] }, (_, r) => (r % 5) / 4);
+          const expected = await duo.oracle.scaleRows(x.oracle, factors);
+          const tolerance = (at: number) => Math.abs(x.host[at]) * 2 * duo.allowance.roundoff;
+          await duo.close(await duo.subject.scaleRows(x.subject, factors), expected, tolerance);
+        }
+      },
+    },
+    {
+      // Tolerance: every square and every addition rounds.
+      op: 'rowSquares',
+      name: 'odd shapes',
+      run: async (duo) => {
+        for (const [rows, columns] of [
+          [1, 172],
+          [172, 1],
+          [43, 300],
+        ]) {
+          const x = await duo.input([rows, columns]);
+          const expected = await duo.oracle.rowSquares(x.oracle);
+          const tolerance = (at: number) => expected[at] * (columns + 2) * Math.max(duo.allowance.roundoff, 2 ** -24);
+          closeArrays(await duo.subject.rowSquares(x.subject), expected, tolerance, `[${rows}, ${columns}]`);
+        }
+      },
+    },
+    {
       // Tolerance: λ·u·√Σ(a·b)²: products may round to f32, their sum may not.
       op: 'dot',
       name: '1 to 275,200 elements',

@@ -59,6 +59,8 @@ export const OPS = Object.keys({
   dot: true,
   diagonal: true,
   gatherColumns: true,
+  scaleRows: true,
+  rowSquares: true,
   transformChannels: true,
   createObjective: true,
   roundToNearest: true,

@@ -52,17 +52,34 @@ describe.each(['reference', 'cpu'] satisfies BackendName[])('pipeline on %s', (n
     }
   });
 
-  it.each(RECIPES.map((r) => r.name))('%s resumes to the same bytes', async (method) => {
-    const whole = path.join(scratch.folder, `${method}-whole`);
-    const resumed = path.join(scratch.folder, `${method}-resumed`);
-    await quantizeFixture(backend, 'qwen3', whole, { method });
-    await expect(quantizeFixture(backend, 'qwen3', resumed, { method }, { stopAfter: 1 })).rejects.toMatchObject({
-      code: 'interrupted',
-    });
-    await expect(quantizeFixture(backend, 'qwen3', resumed, { method })).rejects.toMatchObject({
-      code: 'output-exists',
-    });
-    await quantizeFixture(backend, 'qwen3', resumed, { method }, { resume: true });
-    expect(await folderBytes(resumed)).toEqual(await folderBytes(whole));
+  it('paroquant with sensitivities keeps the logits near', async () => {
+    const out = path.join(scratch.folder, 'sensitive');
+    const source = await quantizeFixture(backend, 'qwen3', out, { sensitivity: true }, { sequences: 4 });
+    const ids = randomTokens(source, 2, 24, 7);
+    const original = await logitsOf(backend, path.join(FIXTURES, 'qwen3'), ids, 2);
+    expect(relativeError(await logitsOf(backend, out, ids, 2), original)).toBeLessThan(0.45);
   });
+
+  it.each([...RECIPES.map((r) => [r.name, {}] as const), ['paroquant', { sensitivity: true }] as const])(
+    '%s resumes to the same bytes: %o',
+    async (method, options) => {
+      const settings = { method, ...options };
+      const name = Object.keys(options).join('');
+      // A pass back takes the float64 oracle long.
+      const shape = name === '' ? {} : { sequences: 4, length: 16 };
+      const whole = path.join(scratch.folder, `${method}${name}-whole`);
+      const resumed = path.join(scratch.folder, `${method}${name}-resumed`);
+      await quantizeFixture(backend, 'qwen3', whole, settings, shape);
+      await expect(
+        quantizeFixture(backend, 'qwen3', resumed, settings, { ...shape, stopAfter: 1 }),
+      ).rejects.toMatchObject({
+        code: 'interrupted',
+      });
+      await expect(quantizeFixture(backend, 'qwen3', resumed, settings, shape)).rejects.toMatchObject({
+        code: 'output-exists',
+      });
+      await quantizeFixture(backend, 'qwen3', resumed, settings, { ...shape, resume: true });
+      expect(await folderBytes(resumed)).toEqual(await folderBytes(whole));
+    },
+  );
 });

@@ -84,6 +84,28 @@ export class CpuQuantization implements QuantizationOps {
     return out;
   }
 
+  scaleRows(x: Tensor, factors: Float32Array): Tensor {
+    const { data, rows, cols } = own(x).matrix;
+    ensure(factors.length === rows, 'tensor-shape', () => `${factors.length} factors for ${rows} rows`);
+    const out = this.#tensors.make([rows, cols]);
+    for (let r = 0, i = 0; r < rows; r++) {
+      const factor = factors[r];
+      for (const end = i + cols; i < end; i++) out.data[i] = data[i] * factor;
+    }
+    return out;
+  }
+
+  rowSquares(x: Tensor): Float32Array {
+    const { data, rows, cols } = own(x).matrix;
+    const sums = new Float32Array(rows);
+    for (let r = 0, i = 0; r < rows; r++) {
+      let sum = 0;
+      for (const end = i + cols; i < end; i++) sum += data[i] * data[i];
+      sums[r] = sum;
+    }
+    return sums;
+  }
+
   transformChannels(
     w: Tensor,
     source: PairwiseTransform | TransformHandle,

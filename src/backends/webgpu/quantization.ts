@@ -20,12 +20,14 @@ import {
   addScaledInPlaceKernel,
   addScaledKernel,
   gatherColumnsKernel,
+  MOST_GROUPS,
   scaleKernel,
+  scaleRowsKernel,
   splitScale,
   strided,
   transposeKernel,
 } from './kernels/elementwise.js';
-import { diagonalKernel, DOT_ELEMENTS, DOT_GROUPS, dotKernel } from './kernels/sums.js';
+import { diagonalKernel, DOT_ELEMENTS, DOT_GROUPS, dotKernel, rowSquaresKernel } from './kernels/sums.js';
 import { searchClip } from './clip.js';
 import { refitScales } from './refit.js';
 import { descend, gptq, roundToNearest } from './rounding.js';
@@ -125,6 +127,29 @@ export class WebGpuQuantization implements QuantizationOps {
     this.#gpu.dispatch(gatherColumnsKernel, { x: own(x), columns: chosen, out }, params, strided(out.elements));
     this.#gpu.release(chosen);
     return out;
+  }
+
+  scaleRows(x: Tensor, factors: Float32Array): Tensor {
+    const source = own(x);
+    const { rows, cols } = source.matrix;
+    ensure(factors.length === rows, 'tensor-shape', () => `${factors.length} factors for ${rows} rows`);
+    const out = makeTensor(this.#gpu, [rows, cols]);
+    const s = this.#gpu.buffer(factors.byteLength, 'row factors');
+    this.#gpu.upload(s, factors);
+    const count = out.elements;
+    this.#gpu.dispatch(scaleRowsKernel, { x: source, s, out }, { count, cols, divide: 0 }, strided(count));
+    this.#gpu.release(s);
+    return out;
+  }
+
+  async rowSquares(x: Tensor): Promise<Float32Array> {
+    const source = own(x);
+    const { rows, cols } = source.matrix;
+    const out = this.#gpu.buffer(rows * 4, 'squares of rows');
+    this.#gpu.dispatch(rowSquaresKernel, { x: source, out }, { rows, cols }, [Math.min(rows, MOST_GROUPS)]);
+    const sums = new Float32Array(await this.#gpu.read(out, 0, rows * 4));
+    this.#gpu.release(out);
+    return sums;
   }
 
   transformChannels(

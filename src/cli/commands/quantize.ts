@@ -32,6 +32,7 @@ const schema = z.object({
   scales: z.boolean(),
   share: z.boolean().optional(),
   rounding: oneOf(['rtn', 'gptq']).optional(),
+  sensitivity: z.boolean().default(false),
   steps: wholeNumber(0, 100_000),
   seed: wholeNumber(0),
   epochs: wholeNumber(1, 100_000).optional(),
@@ -79,6 +80,10 @@ export function quantizeCommand(context: CommandContext): Command {
     .option('--share', 'one transform per linear group (the default of paroquant)')
     .option('--no-share', 'a transform for each linear (the default of paroquant-block)')
     .option('--rounding <how>', "rtn or gptq (default: the method's own)")
+    .option(
+      '--sensitivity',
+      "weigh tokens and couple outputs by what the model's predictions feel of their errors (paroquant)",
+    )
     .option('--steps <n>', 'optimiser steps per transform (paroquant)', '100')
     .option(
       '--act-bits <n>',

@@ -310,6 +310,23 @@ class ReferenceBackend implements Backend {
     return new ReferenceTensor([rows, columns.length], out);
   }
 
+  scaleRows(x: Tensor, factors: Float32Array): Tensor {
+    const [rows, cols] = matrixShape(x, 'scaleRows');
+    expectSize(factors.length, rows, 'factors of scaleRows');
+    return new ReferenceTensor(
+      [rows, cols],
+      own(x).values.map((value, i) => value * factors[Math.floor(i / cols)]),
+    );
+  }
+
+  rowSquares(x: Tensor): Float32Array {
+    const [rows, cols] = matrixShape(x, 'rowSquares');
+    const { values } = own(x);
+    return Float32Array.from({ length: rows }, (_, r) =>
+      values.subarray(r * cols, (r + 1) * cols).reduce((sum, value) => sum + value * value, 0),
+    );
+  }
+
   transformChannels(
     w: Tensor,
     source: PairwiseTransform | TransformHandle,

@@ -1,161 +1,343 @@
-// How much the model's predictions feel an error in the output of a linear group, token by token: an ingredient for Gram
-// matrices weighted by it. The measure is the diagonal of the Fisher information summed over a group's outputs: with labels
-// drawn from the model's own predictions, E[(∂ −log p(label) / ∂y)²] is the curvature of KL(model ‖ model with y disturbed).
+// How much the model's predictions feel an error in the output of a linear group: token by token (the diagonal of the
+// Fisher information summed over a group's outputs), and output by output (the second moment of the gradients of a group's
+// outputs, which says what an error in one output does to what another may still put right).
 //
-// One block at a time is on the backend: the tape keeps each block's input and runs the block again on the way back.
+// With labels drawn from the model's own predictions, E[∂ −log p(label) / ∂y · (∂ −log p(label) / ∂y)ᵀ] is the curvature of
+// KL(model ‖ model with y disturbed). A text that the model wrote at temperature 1 is such a draw: its next tokens are the
+// labels. On a text by others they make it the empirical Fisher information.
+//
+// Block by block, forth and back: one block's weights are on the backend, and the inputs of all blocks for as many
+// sequences at a time as a bound on their bytes allows.
 import { constant, Tape, Variable } from '../../autograd/index.js';
+import { GyreError } from '../../core/errors.js';
 import type { Rng } from '../../core/rng.js';
-import { floats, hostTensor } from '../../core/tensor.js';
-import type { GroupName } from '../../models/block.js';
+import { floats, type HostTensor, hostTensor } from '../../core/tensor.js';
+import { GROUP_NAMES, type GroupName } from '../../models/block.js';
 import { TENSOR_NAMES } from '../../models/families/names.js';
 import {
   embedFromFile,
+  groupModules,
+  groupShape,
   loadFrame,
   readChecked,
   readLinear,
-  groupModules,
   type ModelSource,
 } from '../../models/load.js';
 import { ropeTable } from '../../models/rope.js';
-import type { Backend, Tensor } from '../../ops/backend.js';
+import type { Backend, RopeHandle, Tensor } from '../../ops/backend.js';
 import { channelMajor } from '../weights.js';
-import { blockForward, byWeights, perGroup, type FixedBlock } from './block.js';
+import { blockForward, byWeights, perGroup, type BlockWeights, type FixedBlock } from './block.js';
 
-/** Σ over a group's outputs of the squared gradient, per token: by block, then by group, [tokens]. */
-export type Sensitivity = readonly Readonly<Record<GroupName, Float32Array>>[];
+/** What was measured of one linear group. */
+export interface GroupSensitivity {
+  /** Σ over the group's outputs of the squared gradient, per token, scaled to a mean of 1: only differences matter. */
+  readonly tokens: Float32Array;
+  /**
+   * gᵀg / n of the gradients g [n, out] of the group's outputs [out, out]; for q, k and v zero between heads, whose outputs
+   * meet in no product. Absent for gate and up, where it was no use (docs/log.md).
+   */
+  readonly outputs?: HostTensor;
+}
+
+/** By block, then by group. */
+export type Sensitivity = readonly Readonly<Record<GroupName, GroupSensitivity>>[];
 
 /** Options of {@link measureSensitivity}. */
 export interface SensitivityOptions {
   /** Sequences in `ids`, all of one length. */
   readonly sequences: number;
-  /** Sequences of a pass; default 4. Logits of a whole pass are held. */
-  readonly batch?: number;
-  /** Draws the labels. */
+  /** Rows of a pass, in whole sequences; default what the backend asks for, or 2048. Logits of a whole pass are held. */
+  readonly rows?: number;
+  /** Draws the label of each sequence's last token. */
   readonly rng: Rng;
+  /** Called before each block, forth and back. @throws to stop. */
+  readonly onBlock?: (done: number, total: number) => void;
 }
 
-/**
- * Measures a model on token ids [sequences × length], one draw of labels per token. Each group's weights are scaled to a
- * mean of 1, since only their differences between tokens matter to a group.
- */
+/** Rows of a pass unless a backend asks for more. */
+const PASS_ROWS = 2048;
+/** Bytes of logits of a pass, gradient not counted. */
+const LOGITS_BYTES = 512 * 2 ** 20;
+/** Bytes of block inputs kept on the way forth, in memory of the processor and of a GPU. */
+const KEPT_BYTES = { cpu: 512e6, gpu: 4e9 } as const;
+
+/** Sequences that pass through the model together. */
+interface Batch {
+  readonly first: number;
+  readonly count: number;
+}
+
+/** Measures a model on token ids [sequences × length]. @throws GyreError `unsupported` without gradient ops, `non-finite`. */
 export async function measureSensitivity(
   backend: Backend,
   source: ModelSource,
   ids: Int32Array,
-  { sequences, batch = 4, rng }: SensitivityOptions,
+  options: SensitivityOptions,
 ): Promise<Sensitivity> {
-  const { config } = source;
-  const length = ids.length / sequences;
-  const found = Array.from({ length: config.layers }, () => ({
-    qkv: new Float32Array(ids.length),
-    o: new Float32Array(ids.length),
-    gateUp: new Float32Array(ids.length),
-    down: new Float32Array(ids.length),
-  }));
-  const table = ropeTable(config, length);
-  const rope = await backend.loadRope(table.cos, table.sin, table.rotaryDim);
-  const norm = await backend.upload(await readChecked(source, TENSOR_NAMES.finalNorm, [config.hiddenSize]));
-  const headName = config.tiedEmbeddings ? TENSOR_NAMES.embedding : TENSOR_NAMES.head;
-  const head = await backend.upload(await readChecked(source, headName, [config.vocabSize, config.hiddenSize]));
-  for (let begin = 0; begin < sequences; begin += batch) {
-    const count = Math.min(batch, sequences - begin);
-    const first = begin * length;
-    const tape = new Tape(backend);
-    const embedded = await backend.upload(await embedFromFile(source, ids.subarray(first, first + count * length)));
-    // Gradients are asked for all the way down, so that every block is walked back through.
-    let x: Variable = new Variable(embedded, true);
-    const embedding = x;
-    for (let layer = 0; layer < config.layers; layer++) {
-      x = await tape.checkpoint([x], (inner, [input]) =>
-        runBlock(backend, source, layer, inner, input, { batch: count, rope }, (group, squares) =>
-          found[layer][group].set(squares, first),
-        ),
-      );
+  return new Measurement(backend, source, ids, options).run();
+}
+
+class Measurement {
+  readonly #backend: Backend;
+  readonly #source: ModelSource;
+  readonly #ids: Int32Array;
+  readonly #options: SensitivityOptions;
+  readonly #length: number;
+  readonly #tokens: Record<GroupName, Float32Array>[];
+  /** Σ gᵀg, on the host: one block's at a time is on the backend. */
+  readonly #outputs: Partial<Record<GroupName, Float32Array>>[];
+
+  constructor(backend: Backend, source: ModelSource, ids: Int32Array, options: SensitivityOptions) {
+    this.#backend = backend;
+    this.#source = source;
+    this.#ids = ids;
+    this.#options = options;
+    this.#length = ids.length / options.sequences;
+    const { layers } = source.config;
+    this.#tokens = Array.from({ length: layers }, () => ({
+      qkv: new Float32Array(ids.length),
+      o: new Float32Array(ids.length),
+      gateUp: new Float32Array(ids.length),
+      down: new Float32Array(ids.length),
+    }));
+    this.#outputs = Array.from({ length: layers }, () => ({}));
+  }
+
+  async run(): Promise<Sensitivity> {
+    const { config } = this.#source;
+    const { sequences, onBlock } = this.#options;
+    const table = ropeTable(config, this.#length);
+    const rope = await this.#backend.loadRope(table.cos, table.sin, table.rotaryDim);
+    const inputBytes = this.#length * config.hiddenSize * config.layers * 4;
+    const kept = this.#backend.info.pass ? KEPT_BYTES.gpu : KEPT_BYTES.cpu;
+    const together = Math.max(1, Math.min(sequences, Math.floor(kept / inputBytes)));
+    const total = Math.ceil(sequences / together) * config.layers * 2;
+    let done = 0;
+    try {
+      for (let first = 0; first < sequences; first += together) {
+        const batches = this.#batches(first, Math.min(sequences, first + together));
+        await this.#throughModel(batches, rope, () => onBlock?.(done++, total));
+      }
+    } finally {
+      this.#backend.release(rope);
     }
+    return this.#tokens.map((tokens, layer) => {
+      const group = (name: GroupName): GroupSensitivity => ({
+        tokens: normalized(tokens[name], `${name} of block ${layer}`),
+        outputs: this.#secondMoment(layer, name),
+      });
+      return { qkv: group('qkv'), o: group('o'), gateUp: group('gateUp'), down: group('down') };
+    });
+  }
+
+  #batches(first: number, end: number): Batch[] {
+    const { vocabSize } = this.#source.config;
+    const rows = this.#options.rows ?? this.#backend.info.pass?.rows ?? PASS_ROWS;
+    const most = Math.min(rows, LOGITS_BYTES / (4 * vocabSize));
+    const size = Math.max(1, Math.floor(most / this.#length));
+    const batches: Batch[] = [];
+    for (let at = first; at < end; at += size) batches.push({ first: at, count: Math.min(size, end - at) });
+    return batches;
+  }
+
+  /** Forth through all blocks, keeping their inputs, and back. */
+  async #throughModel(batches: readonly Batch[], rope: RopeHandle, beforeBlock: () => void): Promise<void> {
+    const backend = this.#backend;
+    const { layers } = this.#source.config;
+    /** By batch: the inputs of the blocks so far, last the residual stream behind them. */
+    const streams: Tensor[][] = [];
+    const gradients: (Tensor | undefined)[] = [];
+    try {
+      for (const { first, count } of batches) {
+        const ids = this.#ids.subarray(first * this.#length, (first + count) * this.#length);
+        streams.push([await backend.upload(await embedFromFile(this.#source, ids))]);
+      }
+      for (let layer = 0; layer < layers; layer++) {
+        beforeBlock();
+        const block = await this.#loadBlock(layer);
+        for (const [i, { count }] of batches.entries()) {
+          const tape = new Tape(backend, { record: false });
+          const x = constant(streams[i][layer]);
+          const y = await blockForward(tape, x, block.fixed, byWeights(tape, block.weights), { batch: count, rope });
+          tape.free(y);
+          streams[i].push(y.value);
+        }
+        block.release();
+      }
+      const predictions = await this.#loadPredictions();
+      for (const [i, batch] of batches.entries())
+        gradients.push(await this.#fromPredictions(take(streams[i]), batch, predictions));
+      backend.free(predictions.norm, predictions.head);
+      for (let layer = layers - 1; layer >= 0; layer--) {
+        beforeBlock();
+        const block = await this.#loadBlock(layer);
+        const sums = new OutputProducts(backend);
+        for (const [i, batch] of batches.entries()) {
+          const input = take(streams[i]);
+          const x = new Variable(input, true);
+          const tape = new Tape(backend);
+          const see = (group: GroupName, gradient: Tensor) => this.#see(layer, group, batch, gradient, sums);
+          const context = { batch: batch.count, rope };
+          const y = await blockForward(tape, x, block.fixed, byWeights(tape, block.weights), context, see);
+          y.gradient = gradients[i];
+          gradients[i] = undefined;
+          await tape.backward();
+          gradients[i] = x.takeGradient();
+          tape.free();
+          backend.free(input);
+        }
+        for (const [group, sum] of await sums.finish()) {
+          const before = this.#outputs[layer][group];
+          this.#outputs[layer][group] = before ? before.map((value, at) => value + sum[at]) : sum;
+        }
+        block.release();
+      }
+    } finally {
+      backend.free(...streams.flat(), ...gradients);
+    }
+  }
+
+  async #see(layer: number, group: GroupName, { first }: Batch, gradient: Tensor, sums: OutputProducts): Promise<void> {
+    this.#tokens[layer][group].set(await this.#backend.rowSquares(gradient), first * this.#length);
+    if (group !== 'gateUp') await sums.add(group, gradient);
+  }
+
+  async #loadPredictions(): Promise<{ norm: Tensor; head: Tensor }> {
+    const { hiddenSize, vocabSize, tiedEmbeddings } = this.#source.config;
+    const headName = tiedEmbeddings ? TENSOR_NAMES.embedding : TENSOR_NAMES.head;
+    const norm = await this.#backend.upload(await readChecked(this.#source, TENSOR_NAMES.finalNorm, [hiddenSize]));
+    const head = await this.#backend.upload(await readChecked(this.#source, headName, [vocabSize, hiddenSize]));
+    return { norm, head };
+  }
+
+  /** ∂ Σ −log p(label) / ∂ of the residual stream behind the last block; frees the stream. */
+  async #fromPredictions(
+    stream: Tensor,
+    { first, count }: Batch,
+    { norm, head }: { norm: Tensor; head: Tensor },
+  ): Promise<Tensor> {
+    const backend = this.#backend;
+    const { config } = this.#source;
+    const tape = new Tape(backend);
+    const x = new Variable(stream, true);
     const normed = await tape.rmsNorm(x, constant(norm), config.rmsNormEps);
     const logits = await tape.matmul(normed, constant(head), { transposeB: true });
-    const labels = drawLabels(await backend.download(logits.value), config.vocabSize, rng);
-    const loss = await tape.crossEntropy(logits, labels);
-    await loss.backward();
-    tape.free();
-    backend.free(embedded, embedding.takeGradient());
-  }
-  backend.free(norm, head);
-  backend.release(rope);
-  for (const block of found) for (const weights of Object.values(block)) normalize(weights);
-  return found;
-}
-
-/** One block on a tape, loaded for the call; `see` gets Σ over outputs of the squared gradient, per row. */
-async function runBlock(
-  backend: Backend,
-  source: ModelSource,
-  layer: number,
-  tape: Tape,
-  input: Variable,
-  context: Parameters<typeof blockForward>[4],
-  see: (group: GroupName, squares: Float32Array) => void,
-): Promise<Variable> {
-  const frame = await loadFrame(backend, source, layer);
-  const biases: Partial<Record<GroupName, Float32Array>> = {};
-  const tensors: Tensor[] = [];
-  const weights = await perGroup(async (group) => {
-    const parts: Float32Array[] = [];
-    const bias: number[] = [];
-    let inFeatures = 0;
-    for (let i = 0; i < groupModules(layer, group).length; i++) {
-      const { source: linear } = await readLinear(source, layer, group, i);
-      if (linear.kind !== 'dense') throw new Error('sensitivity is measured on the original model');
-      parts.push(floats(linear.weight));
-      inFeatures = linear.weight.shape[1];
-      bias.push(...(linear.bias ?? []));
+    const labels = new Int32Array(count * this.#length);
+    for (let s = 0; s < count; s++) {
+      const begin = s * this.#length;
+      const last = begin + this.#length - 1;
+      const text = (first + s) * this.#length;
+      labels.set(this.#ids.subarray(text + 1, text + this.#length), begin);
+      labels[last] = draw(
+        await backend.download(backend.sliceRows(logits.value, last, last + 1)),
+        this.#options.rng.fork(`label ${first + s}`),
+      );
     }
-    if (bias.length > 0) biases[group] = Float32Array.from(bias);
-    const weight = await channelMajor(backend, parts, inFeatures);
-    tensors.push(weight);
-    return constant(weight);
-  });
-  tape.onFree(() => {
-    backend.free(...tensors);
-    frame.release();
-  });
-  const block: FixedBlock = { frame, biases };
-  return blockForward(tape, input, block, byWeights(tape, weights), context, async (group, gradient) => {
-    const [rows, columns] = gradient.shape;
-    const values = await backend.download(gradient);
-    const squares = new Float32Array(rows);
-    for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) squares[r] += values[r * columns + c] ** 2;
-    see(group, squares);
-  });
-}
-
-/** One label per row of logits, drawn from its softmax. */
-function drawLabels(logits: Float32Array, vocab: number, rng: Rng): Int32Array {
-  const labels = new Int32Array(logits.length / vocab);
-  for (let r = 0; r < labels.length; r++) {
-    const row = logits.subarray(r * vocab, (r + 1) * vocab);
-    const top = row.reduce((max, z) => Math.max(max, z), -Infinity);
-    const total = row.reduce((sum, z) => sum + Math.exp(z - top), 0);
-    let left = rng.uniform() * total;
-    let label = 0;
-    while (label < vocab - 1 && (left -= Math.exp(row[label] - top)) > 0) label++;
-    labels[r] = label;
+    const loss = await tape.crossEntropy(logits, labels);
+    await loss.backward(labels.length);
+    tape.free();
+    const gradient = x.takeGradient();
+    backend.free(stream);
+    if (!gradient) throw new Error('a loss without a gradient');
+    return gradient;
   }
-  return labels;
+
+  async #loadBlock(layer: number): Promise<{ fixed: FixedBlock; weights: BlockWeights; release: () => void }> {
+    const backend = this.#backend;
+    const frame = await loadFrame(backend, this.#source, layer);
+    const biases: Partial<Record<GroupName, Float32Array>> = {};
+    const tensors: Tensor[] = [];
+    const weights = await perGroup(async (group) => {
+      const parts: Float32Array[] = [];
+      const bias: number[] = [];
+      const { inFeatures } = groupShape(this.#source.config, group);
+      for (let i = 0; i < groupModules(layer, group).length; i++) {
+        const { source: linear } = await readLinear(this.#source, layer, group, i);
+        if (linear.kind !== 'dense') throw new Error('sensitivity is measured on the original model');
+        parts.push(floats(linear.weight));
+        bias.push(...(linear.bias ?? []));
+      }
+      if (bias.length > 0) biases[group] = Float32Array.from(bias);
+      const weight = await channelMajor(backend, parts, inFeatures);
+      tensors.push(weight);
+      return constant(weight);
+    });
+    const release = () => {
+      backend.free(...tensors);
+      frame.release();
+    };
+    return { fixed: { frame, biases }, weights, release };
+  }
+
+  #secondMoment(layer: number, group: GroupName): HostTensor | undefined {
+    const sum = this.#outputs[layer][group];
+    if (!sum) return undefined;
+    const n = Math.round(Math.sqrt(sum.length));
+    const { headDim } = this.#source.config;
+    const between =
+      group === 'qkv' ? (a: number, b: number) => Math.floor(a / headDim) !== Math.floor(b / headDim) : undefined;
+    const rows = this.#ids.length;
+    const mean = sum.map((value, at) => (between?.(Math.floor(at / n), at % n) ? 0 : value / rows));
+    return hostTensor('f32', [n, n], mean);
+  }
 }
 
-function normalize(weights: Float32Array): void {
+/** Σ gᵀg of one block's groups. */
+class OutputProducts {
+  readonly #backend: Backend;
+  readonly #sums = new Map<GroupName, Tensor>();
+
+  constructor(backend: Backend) {
+    this.#backend = backend;
+  }
+
+  async add(group: GroupName, gradient: Tensor): Promise<void> {
+    const product = await this.#backend.matmul(gradient, gradient, { transposeA: true });
+    const sum = this.#sums.get(group);
+    if (!sum) {
+      this.#sums.set(group, product);
+      return;
+    }
+    await this.#backend.addScaled(sum, product, 1, true);
+    this.#backend.free(product);
+  }
+
+  /** The sums, on the host; frees them. */
+  async finish(): Promise<[GroupName, Float32Array][]> {
+    const found: [GroupName, Float32Array][] = [];
+    for (const group of GROUP_NAMES) {
+      const sum = this.#sums.get(group);
+      if (!sum) continue;
+      found.push([group, (await this.#backend.download(sum)).slice()]);
+      this.#backend.free(sum);
+    }
+    return found;
+  }
+}
+
+function take(stack: Tensor[]): Tensor {
+  const top = stack.pop();
+  if (!top) throw new Error('a residual stream was taken twice');
+  return top;
+}
+
+/** One label from the softmax of a row of logits. */
+function draw(row: Float32Array, rng: Rng): number {
+  const top = row.reduce((max, z) => Math.max(max, z), -Infinity);
+  const total = row.reduce((sum, z) => sum + Math.exp(z - top), 0);
+  let left = rng.uniform() * total;
+  let label = 0;
+  while (label < row.length - 1 && (left -= Math.exp(row[label] - top)) > 0) label++;
+  return label;
+}
+
+/** @throws `non-finite`: NaN and infinity would spread to everything that is weighted by it. */
+function normalized(weights: Float32Array, what: string): Float32Array {
   const mean = weights.reduce((sum, w) => sum + w, 0) / weights.length;
-  if (mean > 0) for (const [i, w] of weights.entries()) weights[i] = w / mean;
-}
-
-/** Rows of x [rows, n] times the square roots of their weights: its Gram matrix is Σ w·x·xᵀ. The caller frees it. */
-export async function weighRows(backend: Backend, x: Tensor, weights: Float32Array): Promise<Tensor> {
-  const [rows, columns] = x.shape;
-  const values = (await backend.download(x)).slice();
-  for (let r = 0; r < rows; r++) {
-    const factor = Math.sqrt(weights[r]);
-    for (let c = 0; c < columns; c++) values[r * columns + c] *= factor;
+  if (!Number.isFinite(mean)) {
+    throw new GyreError('non-finite', `gradients at ${what} are NaN, infinite or overflow on the calibration data`, {
+      remedy: 'leave out --sensitivity',
+    });
   }
-  return backend.upload(hostTensor('f32', [rows, columns], values));
+  return mean > 0 ? weights.map((w) => w / mean) : weights.fill(1);
 }

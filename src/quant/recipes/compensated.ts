@@ -4,7 +4,7 @@ import { searchClip } from '../grids/clip.js';
 import { GPTQ_DAMP } from './gptq.js';
 
 /** Ranges tried for each group's grid: what rotations leave of the extremes is worth little. */
-const CLIP_SEARCH = { minimum: 0.6, steps: 10 } as const;
+export const CLIP_SEARCH = { minimum: 0.6, steps: 10 } as const;
 /** Sweeps of coordinate descent after GPTQ. */
 const DESCENT_SWEEPS = 3;
 /** Rounds of refitting scales to the codes, each followed by sweeps of descent on the new grids. */

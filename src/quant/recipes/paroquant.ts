@@ -1,13 +1,14 @@
 // ParoQuant with the full-batch layer objective (design §4.3): learned pairwise rotations and channel scales, one
 // transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
 import { createRng } from '../../core/rng.js';
-import type { Backend, PairwiseTransform, Tensor } from '../../ops/backend.js';
+import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
 import { xorPairs } from '../../transforms/index.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
 import type { GroupResult, GroupTask, QuantizedPart, Recipe } from '../types.js';
 import { channelMajor, splitRounded } from '../weights.js';
 import { roundCompensated } from './compensated.js';
+import { roundCoupled } from './coupled.js';
 
 /** Columns of W that learning looks at: a transform has few parameters, so a sample of the outputs determines it. */
 const LEARNING_COLUMNS = 512;
@@ -20,6 +21,7 @@ export const paroquant: Recipe = {
   name: 'paroquant',
   summary: 'learned pairwise rotations and channel scales, error-compensated rounding (ParoQuant)',
   needs: 'cross-gram',
+  sensitive: true,
   layout: 'paroquant',
   async quantizeGroup(backend, task) {
     if (task.settings.share) return quantizeTogether(backend, task);
@@ -27,7 +29,13 @@ export const paroquant: Recipe = {
     const stats: Record<string, number> = {};
     let curve: readonly number[] | undefined;
     for (const [i, name] of task.names.entries()) {
-      const alone = { ...task, names: [name], weights: [task.weights[i]], outFeatures: [task.outFeatures[i]] };
+      const alone = {
+        ...task,
+        names: [name],
+        weights: [task.weights[i]],
+        outFeatures: [task.outFeatures[i]],
+        outputs: undefined,
+      };
       const result = await quantizeTogether(backend, alone);
       parts.push(...result.parts);
       curve ??= result.curve;
@@ -38,7 +46,7 @@ export const paroquant: Recipe = {
 };
 
 async function quantizeTogether(backend: Backend, task: GroupTask): Promise<GroupResult> {
-  const { inFeatures, grid, settings } = task;
+  const { inFeatures, grid } = task;
   const gram = requireGram(task);
   const w = await channelMajor(backend, task.weights, inFeatures);
   // Pt: what the outputs should be, seen through the inputs that the quantized model has; (W·C)ᵀ = Cᵀ·Wt unless given.
@@ -50,14 +58,21 @@ async function quantizeTogether(backend: Backend, task: GroupTask): Promise<Grou
   const { transformed, transformedGram } = task.activations
     ? await withRoundedInputs(backend, task, transform, { gram, w, target })
     : await withExactInputs(backend, task, transform, { gram, w, target });
-  const rounded =
-    (settings.rounding ?? 'gptq') === 'gptq'
-      ? await roundCompensated(backend, transformed, transformedGram, grid)
-      : await backend.roundToNearest(transformed, grid);
+  const rounded = await round(backend, task, transformed, transformedGram);
   const error = await quadraticError(backend, transformedGram, rounded.values, transformed);
   backend.free(w, target === wanted ? undefined : target, transformed, transformedGram, rounded.values);
   const parts = splitRounded(rounded, grid, inFeatures, task.outFeatures, transform);
   return { parts, curve, stats: { error, ...curveStats(curve) } };
+}
+
+async function round(
+  backend: Backend,
+  { grid, settings, outputs }: GroupTask,
+  w: Tensor,
+  gram: Tensor,
+): Promise<RoundedWeight> {
+  if (settings.rounding === 'rtn') return backend.roundToNearest(w, grid);
+  return outputs ? roundCoupled(backend, w, gram, outputs, grid) : roundCompensated(backend, w, gram, grid);
 }
 
 /**

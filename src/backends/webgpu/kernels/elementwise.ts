@@ -3,7 +3,7 @@
 import { defineKernel, read, write } from '../kernel.js';
 
 /** Workgroups that fill any GPU when a kernel strides over its elements. */
-const MOST_GROUPS = 4096;
+export const MOST_GROUPS = 4096;
 
 /** Workgroups of 256 threads for `count` elements of a striding kernel. */
 export function strided(count: number): [number] {

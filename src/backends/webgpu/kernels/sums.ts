@@ -36,6 +36,36 @@ fn main(
 }`,
 });
 
+/** out[r] = Σ of squares of row r of x [rows, cols]: 64 threads a row. */
+export const rowSquaresKernel = defineKernel({
+  name: 'rowSquares',
+  buffers: { x: read('f32'), out: write('f32') },
+  params: { rows: 'u32', cols: 'u32' },
+  body: /* wgsl */ `
+var<workgroup> sums: array<f32, 64>;
+@compute @workgroup_size(64)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) local: u32,
+) {
+  for (var r = group.x; r < params.rows; r += groups.x) {
+    var sum = 0.0;
+    for (var c = local; c < params.cols; c += 64u) {
+      let value = x[r * params.cols + c];
+      sum = fma(value, value, sum);
+    }
+    sums[local] = sum;
+    for (var width = 32u; width > 0u; width /= 2u) {
+      workgroupBarrier();
+      if (local < width) { sums[local] += sums[local + width]; }
+    }
+    if (local == 0u) { out[r] = sums[0]; }
+    workgroupBarrier();
+  }
+}`,
+});
+
 /** out[i] = Σ over `parts` of x[part · count + i] + y[part · count + i]. */
 export const sumPartsKernel = defineKernel({
   name: 'sumParts',
