@@ -1,12 +1,16 @@
 // W4A4KV4, W4A8KV8 and W4A16 on the bundled model and on stressed copies of it (synthetic: massive activations planted by
-// gyre stress): perplexity, KL and task accuracy of RTN, GPTQ, SmoothQuant, QuaRot, SmoothRot and ParoQuant over seeds of the
-// rotation. One file of results per variant, bench/results/smoothrot-<variant>.json, or smoothrot-<variant>.<part>.json with
-// --part; a run goes on where one was stopped, and several can run at once, each with files of its own.
-// Run: npx tsx bench/smoothrot.ts [--variants plain,all-500,few-500] [--methods quarot-gptq,…] [--seeds 0,1,2]
-//      [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--calib FILE…] [--tokens FILE]
+// gyre stress): perplexity, KL and task accuracy of RTN, GPTQ, SmoothQuant, QuaRot, SmoothRot, ParoQuant and lowbit over seeds of
+// the rotation. Variants: plain; all-M: two channels in every block, large on all tokens, at M times the typical channel; few-M:
+// two in every block that tells first and delimiter tokens apart, large on those alone; two-M: as all-M, but in the second and
+// the last block only. One file of results per variant, bench/results/smoothrot-<variant>.json, or
+// smoothrot-<variant>.<part>.json with --part; a run goes on where one was stopped, and several can run at once, each with files
+// of its own. Seeds come outermost, then variants, then methods: with --seconds the last seeds are left out, not methods.
+// Run: npx tsx bench/smoothrot.ts [--variants plain,all-500,few-500] [--methods quarot-gptq,… or a set: main, pair, parts, bits8]
+//      [--seeds 0,1,2] [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--calib FILE…] [--tokens FILE]
+//      [--seconds S]
 // --tokens: a JSON file {ids, sequences, length, description} of calibration tokens instead, so that runs on several devices share them.
-//      npx tsx bench/smoothrot.ts --table     writes the tables of docs/recipes/smoothrot.md from the files there are
-import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+//      npx tsx bench/smoothrot.ts --table     writes tables and drawings into docs/ from the files there are
+import { mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
@@ -20,13 +24,13 @@ import { sampleWindows, type CalibrationTokens } from '../src/quant/calibration/
 import { quantizeCheckpoint, type QuantizeOptions } from '../src/quantize.node.js';
 import { stressCheckpoint, SYNTHETIC } from '../src/stress.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
-import { round, writeResult } from './support/results.js';
-import { METHODS, readAllRows, readRows, summarize, tables, type Row } from './support/smoothrot-table.js';
+import { resultFolder, round, writeResult } from './support/results.js';
+import { METHODS, SETS, readAllRows, readRows, summarize, type Row } from './support/smoothrot-rows.js';
 
 const { values: options } = parseArgs({
   options: {
-    variants: { type: 'string', default: 'plain,all-50,all-500,all-2000,few-50,few-500,few-2000' },
-    methods: { type: 'string' },
+    variants: { type: 'string', default: 'plain,all-50,all-500,all-2000,few-50,few-500,few-2000,two-500,two-2000' },
+    methods: { type: 'string', default: 'main' },
     seeds: { type: 'string', default: '0,1,2' },
     sequences: { type: 'string', default: '64' },
     windows: { type: 'string', default: '16' },
@@ -37,26 +41,23 @@ const { values: options } = parseArgs({
     calib: { type: 'string', multiple: true },
     tokens: { type: 'string' },
     part: { type: 'string' },
+    seconds: { type: 'string' },
     table: { type: 'boolean', default: false },
   },
 });
-const RESULTS = process.env.GYRE_BENCH_OUT ?? path.join(import.meta.dirname, 'results');
+const RESULTS = resultFolder();
 const variants = options.variants.split(',');
 const suffix = options.part === undefined ? '' : `.${options.part}`;
+const methods = options.methods.split(',').flatMap((name) => SETS[name] ?? [name]);
+for (const name of methods)
+  if (!(name in METHODS)) throw new Error(`unknown method '${name}'; sets are ${Object.keys(SETS).join(', ')}`);
+const started = performance.now();
 
-if (options.table) writeTables();
-else await measure();
-
-/** Replaces the tables between the markers of the page. */
-function writeTables(): void {
-  const page = path.join(import.meta.dirname, '../docs/recipes/smoothrot.md');
-  const rows = variants.flatMap((variant) => readAllRows(RESULTS, variant));
-  const text = readFileSync(page, 'utf8');
-  const [begin, end] = ['<!-- table -->', '<!-- /table -->'];
-  if (!text.includes(begin) || !text.includes(end)) throw new Error(`${page} has no ${begin} … ${end}`);
-  const made = `${begin}\n\n${tables(rows)}\n\n${end}`;
-  writeFileSync(page, text.slice(0, text.indexOf(begin)) + made + text.slice(text.indexOf(end) + end.length));
-}
+if (options.table) {
+  // Here, so that measuring needs no plotting.
+  const { writePages } = await import('./support/smoothrot-table.js');
+  await writePages(variants.flatMap((variant) => readAllRows(RESULTS, variant)));
+} else await measure();
 
 async function measure(): Promise<void> {
   const device = options.device as BackendName;
@@ -83,38 +84,52 @@ async function measure(): Promise<void> {
     tasks: tasks.length,
   };
   const folder = mkdtempSync(path.join(tmpdir(), 'gyre-bench-'));
-  for (const variant of variants) {
-    const rows: Row[] = readRows(RESULTS, `${variant}${suffix}`, setup);
-    const save = (): void =>
-      writeResult(`smoothrot-${variant}${suffix}`, {
-        model: 'gyre-14m',
-        ...(variant === 'plain' ? {} : { note: `${variant}: ${SYNTHETIC}` }),
-        device,
-        ...setup,
-        speed:
-          '4-bit activations are computed on their rounded values: quality is exact to the definition, speed is simulated',
-        rows,
-        summary: summarize(rows),
-      });
-    let model: string | undefined;
-    const seeds = options.seeds.split(',').map(Number);
-    // Seeds outermost: a run that is stopped has every method at least once.
-    for (const seed of seeds) {
-      for (const name of (options.methods ?? Object.keys(METHODS).join(',')).split(',')) {
+  const seeds = options.seeds.split(',').map(Number);
+  const models = new Map<string, string>();
+  const found = new Map<string, Row[]>(
+    variants.map((variant) => [variant, readRows(RESULTS, `${variant}${suffix}`, setup)]),
+  );
+  console.log(JSON.stringify({ ready: elapsed(), backend: backend.info.description }));
+  // Seconds of the slowest row so far: what the next may take.
+  let slowest = 0;
+  for (const seed of seeds) {
+    for (const variant of variants) {
+      const rows = found.get(variant) ?? [];
+      for (const name of methods) {
         const { seeds: seeded, ...settings } = METHODS[name];
         if (rows.some((row) => row.method === name && row.seed === seed)) continue;
         // What draws nothing at random is measured once.
         if (!seeded && seed !== seeds[0]) continue;
-        model ??= await planted(variant, folder);
-        // Tasks take as long as everything else: one seed of them.
-        rows.push(await row(model, variant, name, settings, seed, seed === seeds[0]));
-        save();
+        const begun = elapsed();
+        if (options.seconds !== undefined && begun + slowest > Number(options.seconds)) {
+          console.log(JSON.stringify({ left: `${variant}: ${name}, seed ${seed}`, elapsed: begun }));
+          continue;
+        }
+        const model = models.get(variant) ?? (await planted(variant, folder));
+        models.set(variant, model);
+        rows.push(await row(model, variant, name, settings, seed));
+        slowest = Math.max(slowest, elapsed() - begun);
+        save(variant, rows);
       }
     }
   }
   rmSync(folder, { recursive: true });
   await source.checkpoint.close();
   await backend.dispose();
+
+  function save(variant: string, rows: readonly Row[]): void {
+    writeResult(`smoothrot-${variant}${suffix}`, {
+      model: 'gyre-14m',
+      ...(variant === 'plain' ? {} : { note: `${variant}: ${SYNTHETIC}` }),
+      device,
+      backend: backend.info.description,
+      ...setup,
+      speed:
+        '4-bit activations are computed on their rounded values: quality is exact to the definition, speed is simulated',
+      rows,
+      summary: summarize(rows),
+    });
+  }
 
   async function calibration(): Promise<CalibrationTokens> {
     if (options.tokens) {
@@ -132,18 +147,21 @@ async function measure(): Promise<void> {
 
   async function planted(variant: string, scratch: string): Promise<string> {
     if (variant === 'plain') return options.model;
-    const [tokens, magnitude] = variant.split('-') as ['all' | 'few', string];
+    const [where, magnitude] = variant.split('-') as ['all' | 'few' | 'two', string];
     const out = path.join(scratch, variant);
     const report = await stressCheckpoint({
       model: options.model,
       out,
-      tokens,
+      tokens: where === 'few' ? 'few' : 'all',
+      blocks: where === 'two' ? undefined : 'every',
       magnitude: Number(magnitude),
       calibrationTokens,
       threads,
       device,
+      backend,
     });
-    console.log(variant, JSON.stringify({ planted: report.planted, separations: report.separations }));
+    const blocks = report.settings.blocks.join();
+    console.log(JSON.stringify({ variant, blocks, separations: report.separations, elapsed: elapsed() }));
     return out;
   }
 
@@ -153,10 +171,10 @@ async function measure(): Promise<void> {
     name: string,
     settings: Partial<QuantizeOptions>,
     seed: number,
-    withTasks: boolean,
   ): Promise<Row> {
     const out = path.join(folder, 'quantized');
-    const report = await quantizeCheckpoint({ ...settings, model, out, seed, calibrationTokens, threads, device });
+    const given = { model, out, seed, calibrationTokens, threads, device, backend };
+    const report = await quantizeCheckpoint({ ...settings, ...given });
     const quantized = await openModel(await folderFiles(out));
     const decoder = await loadDecoder(backend, quantized);
     const e = await evaluateText(decoder, text, {
@@ -166,12 +184,13 @@ async function measure(): Promise<void> {
       samples: setup.windows,
     });
     const answered =
-      withTasks && tasks.length > 0
+      tasks.length > 0
         ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 128, maxTokens: 320 })
         : undefined;
     decoder.release();
     await quantized.checkpoint.close();
     rmSync(out, { recursive: true });
+    const increases = e.scores.map(({ nll, referenceNll }) => nll - (referenceNll ?? NaN));
     const made: Row = {
       variant,
       method: name,
@@ -179,14 +198,20 @@ async function measure(): Promise<void> {
       kl: round(e.kl ?? NaN),
       klStandardError: round(e.klStandardError ?? NaN),
       windowKl: e.scores.map(({ kl }) => round(kl ?? NaN)),
+      windowIncrease: increases.map(round),
       perplexity: round(e.perplexity),
       referencePerplexity: round(e.referencePerplexity ?? NaN),
       top1Agreement: round(e.top1Agreement ?? NaN),
       taskAccuracy: answered ? round(answered.accuracy) : null,
       smoothed: report.smoothing.map(({ rule }) => (rule ? `${rule.by} ${rule.exponent}` : null)),
-      seconds: round(report.seconds),
+      seconds: { quantize: round(report.seconds), text: round(e.seconds), tasks: round(answered?.seconds ?? 0) },
     };
-    console.log(JSON.stringify({ ...made, windowKl: undefined }));
+    console.log(JSON.stringify({ ...made, windowKl: undefined, windowIncrease: undefined, elapsed: elapsed() }));
     return made;
   }
+}
+
+/** Seconds since the start. */
+function elapsed(): number {
+  return round((performance.now() - started) / 1000);
 }
