@@ -22,7 +22,7 @@ import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
 import { sampleWindows, type CalibrationTokens } from '../src/quant/calibration/tokens.js';
 import { quantizeCheckpoint, type QuantizeOptions } from '../src/quantize.node.js';
-import { stressCheckpoint, SYNTHETIC } from '../src/stress.node.js';
+import { stressCheckpoint, SYNTHETIC, type StressReport } from '../src/stress.node.js';
 import { loadTokenizer } from '../src/tokenizer/index.js';
 import { resultFolder, round, writeResult } from './support/results.js';
 import { METHODS, SETS, readAllRows, readRows, summarize, type Row } from './support/smoothrot-rows.js';
@@ -59,6 +59,9 @@ if (options.table) {
   await writePages(variants.flatMap((variant) => readAllRows(RESULTS, variant)));
 } else await measure();
 
+/** Where a stressed variant has its channels; undefined for the model as it is. */
+type Planted = (Pick<StressReport, 'separations'> & Pick<StressReport['settings'], 'blocks' | 'channels'>) | undefined;
+
 async function measure(): Promise<void> {
   const device = options.device as BackendName;
   const threads = options.threads === undefined ? undefined : Number(options.threads);
@@ -85,7 +88,7 @@ async function measure(): Promise<void> {
   };
   const folder = mkdtempSync(path.join(tmpdir(), 'gyre-bench-'));
   const seeds = options.seeds.split(',').map(Number);
-  const models = new Map<string, string>();
+  const models = new Map<string, { folder: string; planted: Planted }>();
   const found = new Map<string, Row[]>(
     variants.map((variant) => [variant, readRows(RESULTS, `${variant}${suffix}`, setup)]),
   );
@@ -107,9 +110,9 @@ async function measure(): Promise<void> {
         }
         const model = models.get(variant) ?? (await planted(variant, folder));
         models.set(variant, model);
-        rows.push(await row(model, variant, name, settings, seed));
+        rows.push(await row(model.folder, variant, name, settings, seed));
         slowest = Math.max(slowest, elapsed() - begun);
-        save(variant, rows);
+        save(variant, rows, model.planted);
       }
     }
   }
@@ -117,10 +120,10 @@ async function measure(): Promise<void> {
   await source.checkpoint.close();
   await backend.dispose();
 
-  function save(variant: string, rows: readonly Row[]): void {
+  function save(variant: string, rows: readonly Row[], planted: Planted): void {
     writeResult(`smoothrot-${variant}${suffix}`, {
       model: 'gyre-14m',
-      ...(variant === 'plain' ? {} : { note: `${variant}: ${SYNTHETIC}` }),
+      ...(planted && { note: `${variant}: ${SYNTHETIC}`, planted }),
       device,
       backend: backend.info.description,
       ...setup,
@@ -145,8 +148,8 @@ async function measure(): Promise<void> {
     return sampleWindows(tokenizer, texts, shape, createRng(0));
   }
 
-  async function planted(variant: string, scratch: string): Promise<string> {
-    if (variant === 'plain') return options.model;
+  async function planted(variant: string, scratch: string): Promise<{ folder: string; planted: Planted }> {
+    if (variant === 'plain') return { folder: options.model, planted: undefined };
     const [where, magnitude] = variant.split('-') as ['all' | 'few' | 'two', string];
     const out = path.join(scratch, variant);
     const report = await stressCheckpoint({
@@ -160,9 +163,9 @@ async function measure(): Promise<void> {
       device,
       backend,
     });
-    const blocks = report.settings.blocks.join();
-    console.log(JSON.stringify({ variant, blocks, separations: report.separations, elapsed: elapsed() }));
-    return out;
+    const { settings, separations } = report;
+    console.log(JSON.stringify({ variant, blocks: settings.blocks.join(), separations, elapsed: elapsed() }));
+    return { folder: out, planted: { blocks: settings.blocks, channels: settings.channels, separations } };
   }
 
   async function row(
