@@ -68,7 +68,8 @@ async function measure(): Promise<void> {
   const files = await folderFiles(options.model);
   const source = await openModel(files);
   const tokenizer = await loadTokenizer(files);
-  const backend = await openBackend(device, { threads });
+  // What is compared are the models, not the products of f16 that a GPU may take for passes over many rows.
+  const backend = await openBackend(device, { threads, precision: 'f32' });
   // Stressed copies compute what the original does: one reference serves all.
   const reference = remembering(await loadDecoder(backend, source));
   const prose = readdirSync(path.join(options.model, 'eval/prose'))
