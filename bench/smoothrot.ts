@@ -34,7 +34,7 @@ const { values: options } = parseArgs({
     seeds: { type: 'string', default: '0,1,2' },
     sequences: { type: 'string', default: '64' },
     windows: { type: 'string', default: '16' },
-    tasks: { type: 'string', default: '120' },
+    tasks: { type: 'string', default: '240' },
     device: { type: 'string', default: 'cpu' },
     threads: { type: 'string' },
     model: { type: 'string', default: path.join(import.meta.dirname, '../models/gyre-14m') },
@@ -189,7 +189,7 @@ async function measure(): Promise<void> {
     });
     const answered =
       tasks.length > 0
-        ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 128, maxTokens: 320 })
+        ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 256, maxTokens: 320 })
         : undefined;
     decoder.release();
     await quantized.checkpoint.close();

@@ -164,9 +164,9 @@ export type Measure = 'windowKl' | 'windowIncrease';
 /** One method's loss over another's, paired by window, each window averaged over the seeds that both were measured with. */
 export function ratio(above: readonly Row[], below: readonly Row[], measure: Measure = 'windowKl'): RatioEstimate {
   const shared = above.map((r) => r.seed).filter((seed) => below.some((r) => r.seed === seed));
-  // What draws nothing has one seed, which stands for all.
-  const of = (rows: readonly Row[]): readonly Row[] =>
-    rows.length > 1 && shared.length > 0 ? rows.filter((r) => shared.includes(r.seed)) : rows;
+  // A method that draws nothing has one row, which stands for all seeds.
+  const paired = above.length > 1 && below.length > 1 && shared.length > 0;
+  const of = (rows: readonly Row[]): readonly Row[] => (paired ? rows.filter((r) => shared.includes(r.seed)) : rows);
   const windows = (rows: readonly Row[]): number[] =>
     rows[0][measure].map((_, w) => mean(rows.map((r) => r[measure][w])));
   return pairedRatio(windows(of(above)), windows(of(below)));
