@@ -188,9 +188,7 @@ async function measure(): Promise<void> {
       samples: setup.windows,
     });
     const answered =
-      tasks.length > 0
-        ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 256, maxTokens: 320 })
-        : undefined;
+      tasks.length > 0 ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 256, maxTokens: 320 }) : undefined;
     decoder.release();
     await quantized.checkpoint.close();
     rmSync(out, { recursive: true });

@@ -87,7 +87,12 @@ interface ColumnGrids extends Readonly<Record<'scales' | 'inverse' | 'low' | 'hi
 }
 
 /** Adds |w − ŵ|ᵖ of one row. A function of its own, because it is all that takes time. */
-function addErrors(row: Float32Array, grids: ColumnGrids, { ofExponent, ofMantissa }: Powers, error: Float64Array): void {
+function addErrors(
+  row: Float32Array,
+  grids: ColumnGrids,
+  { ofExponent, ofMantissa }: Powers,
+  error: Float64Array,
+): void {
   const { scales, inverse, low, high, difference, bits } = grids;
   for (let c = 0; c < row.length; c++) {
     const code = row[c] * inverse[c] + TO_INTEGER - TO_INTEGER;
