@@ -7,7 +7,7 @@
 // of its own. Seeds come outermost, then variants, then methods: with --seconds the last seeds are left out, not methods.
 // Run: npx tsx bench/smoothrot.ts [--variants plain,all-500,few-500] [--methods quarot-gptq,… or a set: main, pair, parts, bits8]
 //      [--seeds 0,1,2] [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--calib FILE…] [--tokens FILE]
-//      [--seconds S]
+//      [--task-seeds 1: tasks with so many of the seeds] [--seconds S]
 // --tokens: a JSON file {ids, sequences, length, description} of calibration tokens instead, so that runs on several devices share them.
 //      npx tsx bench/smoothrot.ts --table     writes tables and drawings into docs/ from the files there are
 import { mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
@@ -35,6 +35,7 @@ const { values: options } = parseArgs({
     sequences: { type: 'string', default: '64' },
     windows: { type: 'string', default: '16' },
     tasks: { type: 'string', default: '240' },
+    'task-seeds': { type: 'string', default: '1' },
     device: { type: 'string', default: 'cpu' },
     threads: { type: 'string' },
     model: { type: 'string', default: path.join(import.meta.dirname, '../models/gyre-14m') },
@@ -111,7 +112,9 @@ async function measure(): Promise<void> {
         }
         const model = models.get(variant) ?? (await planted(variant, folder));
         models.set(variant, model);
-        rows.push(await row(model.folder, variant, name, settings, seed));
+        // Tasks take as long as everything else.
+        const withTasks = seeds.indexOf(seed) < Number(options['task-seeds']);
+        rows.push(await row(model.folder, variant, name, settings, seed, withTasks));
         slowest = Math.max(slowest, elapsed() - begun);
         save(variant, rows, model.planted);
       }
@@ -175,6 +178,7 @@ async function measure(): Promise<void> {
     name: string,
     settings: Partial<QuantizeOptions>,
     seed: number,
+    withTasks: boolean,
   ): Promise<Row> {
     const out = path.join(folder, 'quantized');
     const given = { model, out, seed, calibrationTokens, threads, device, backend };
@@ -188,7 +192,9 @@ async function measure(): Promise<void> {
       samples: setup.windows,
     });
     const answered =
-      tasks.length > 0 ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 256, maxTokens: 320 }) : undefined;
+      withTasks && tasks.length > 0
+        ? await evaluateTasks(decoder, tokenizer, tasks, { batchSize: 256, maxTokens: 320 })
+        : undefined;
     decoder.release();
     await quantized.checkpoint.close();
     rmSync(out, { recursive: true });

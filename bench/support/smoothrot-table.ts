@@ -35,7 +35,7 @@ function resultsPage(rows: readonly Row[], made: Record<'closing' | 'bits8' | 'p
     '## Perplexity',
     `Original: ${first.referencePerplexity}. Mean over seeds.`,
     table(rows, main, (s) => digits(s.perplexity)),
-    '## Tasks answered right\n\nMean over seeds; the standard error of one seed is up to 4 points at 50%, 1 to 2 near the ends.',
+    '## Tasks answered right\n\nOf 240, with the first seed; the standard error is 3 points at 50%, 1 to 2 near the ends.',
     table(rows, main, (s) => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(0)}%`)),
     '## What smoothing closes',
     made.closing,

@@ -40,82 +40,67 @@ export function clipRatios(
   { channels, cols, grid }: { readonly channels: number; readonly cols: number; readonly grid: GridSpec },
   { exponent = 2.4, minimum = 0.5, steps = 12 }: ClipNormOptions = {},
 ): Float32Array {
+  const { groupSize, bits } = grid;
   const ratios = Array.from({ length: steps }, (_, step) => 1 - ((1 - minimum) * step) / steps);
-  const best = new Float32Array((channels / grid.groupSize) * cols).fill(1);
-  const table = powers(exponent);
-  const error = new Float64Array(cols);
-  const difference = new Float32Array(cols);
-  const grids: ColumnGrids = {
-    scales: new Float64Array(cols),
-    inverse: new Float64Array(cols),
-    low: new Float64Array(cols),
-    high: new Float64Array(cols),
-    difference,
-    bits: new Int32Array(difference.buffer),
-  };
-  for (let group = 0; group * grid.groupSize < channels; group++) {
-    const rows = { begin: group * grid.groupSize, end: (group + 1) * grid.groupSize };
-    const range = rangesOf(w, cols, rows);
-    const least = new Float64Array(cols).fill(Infinity);
+  const best = new Float32Array((channels / groupSize) * cols);
+  const scratch = createScratch(groupSize, exponent);
+  const { values } = scratch;
+  for (let slot = 0; slot < best.length; slot++) {
+    const first = Math.floor(slot / cols) * groupSize * cols + (slot % cols);
+    let [min, max] = [Infinity, -Infinity];
+    for (let i = 0; i < groupSize; i++) {
+      const value = w[first + i * cols];
+      values[i] = value;
+      min = Math.min(min, value);
+      max = Math.max(max, value);
+    }
+    let least = Infinity;
+    best[slot] = 1;
     for (const ratio of ratios) {
-      for (let c = 0; c < cols; c++) {
-        const { scale, zero } = grid.symmetric
-          ? symmetricGridOf(ratio * Math.max(-range.min[c], range.max[c]), grid.bits)
-          : gridOf(ratio * range.min[c], ratio * range.max[c], grid.bits);
-        grids.scales[c] = scale;
-        grids.inverse[c] = 1 / scale;
-        grids.low[c] = -zero;
-        grids.high[c] = 2 ** grid.bits - 1 - zero;
-        error[c] = 0;
-      }
-      for (let i = rows.begin; i < rows.end; i++) addErrors(w.subarray(i * cols, (i + 1) * cols), grids, table, error);
-      for (let c = 0; c < cols; c++) {
-        if (error[c] >= least[c]) continue;
-        least[c] = error[c];
-        best[group * cols + c] = ratio;
-      }
+      const { scale, zero } = grid.symmetric
+        ? symmetricGridOf(ratio * Math.max(-min, max), bits)
+        : gridOf(ratio * min, ratio * max, bits);
+      const error = errorOn(scratch, scale, -zero, 2 ** bits - 1 - zero);
+      if (error >= least) continue;
+      least = error;
+      best[slot] = ratio;
     }
   }
   return best;
 }
 
-/** A grid for each column: its scale and the inverse, its lowest and highest level in steps; room for the differences. */
-interface ColumnGrids extends Readonly<Record<'scales' | 'inverse' | 'low' | 'high', Float64Array>> {
+/** One group of one column, room for its differences, and tables of powers. */
+interface Scratch {
+  readonly values: Float32Array;
   readonly difference: Float32Array;
   /** The same memory. */
   readonly bits: Int32Array;
+  readonly powers: Powers;
 }
 
-/** Adds |w − ŵ|ᵖ of one row. A function of its own, because it is all that takes time. */
-function addErrors(
-  row: Float32Array,
-  grids: ColumnGrids,
-  { ofExponent, ofMantissa }: Powers,
-  error: Float64Array,
-): void {
-  const { scales, inverse, low, high, difference, bits } = grids;
-  for (let c = 0; c < row.length; c++) {
-    const code = row[c] * inverse[c] + TO_INTEGER - TO_INTEGER;
-    difference[c] = Math.min(Math.max(code, low[c]), high[c]) * scales[c] - row[c];
-  }
-  for (let c = 0; c < row.length; c++)
-    error[c] += ofExponent[(bits[c] >> 23) & 255] * ofMantissa[(bits[c] >> MANTISSA_SHIFT) & MANTISSA_MASK];
+function createScratch(groupSize: number, exponent: number): Scratch {
+  const difference = new Float32Array(groupSize);
+  const bits = new Int32Array(difference.buffer);
+  return { values: new Float32Array(groupSize), difference, bits, powers: powers(exponent) };
 }
 
-/** Smallest and largest value of each column over some rows. */
-function rangesOf(
-  w: Float32Array,
-  cols: number,
-  rows: { readonly begin: number; readonly end: number },
-): Record<'min' | 'max', Float64Array> {
-  const [min, max] = [new Float64Array(cols).fill(Infinity), new Float64Array(cols).fill(-Infinity)];
-  for (let i = rows.begin, at = i * cols; i < rows.end; i++) {
-    for (let c = 0; c < cols; c++, at++) {
-      if (w[at] < min[c]) min[c] = w[at];
-      if (w[at] > max[c]) max[c] = w[at];
-    }
+/** Σ|w − ŵ|ᵖ with levels low … high steps of a scale. A function of its own: it is all that takes time. */
+function errorOn(
+  { values, difference, bits, powers: table }: Scratch,
+  scale: number,
+  low: number,
+  high: number,
+): number {
+  const { ofExponent, ofMantissa } = table;
+  const inverse = 1 / scale;
+  for (let i = 0; i < values.length; i++) {
+    const code = values[i] * inverse + TO_INTEGER - TO_INTEGER;
+    difference[i] = Math.min(Math.max(code, low), high) * scale - values[i];
   }
-  return { min, max };
+  let sum = 0;
+  for (let i = 0; i < bits.length; i++)
+    sum += ofExponent[(bits[i] >> 23) & 255] * ofMantissa[(bits[i] >> MANTISSA_SHIFT) & MANTISSA_MASK];
+  return sum;
 }
 
 type Powers = Readonly<Record<'ofExponent' | 'ofMantissa', Float64Array>>;
