@@ -6,16 +6,16 @@
 // smoothrot-<variant>.<part>.json with --part; a run goes on where one was stopped, and several can run at once, each with files
 // of its own. Seeds come outermost, then variants, then methods: with --seconds the last seeds are left out, not methods.
 // Run: npx tsx bench/smoothrot.ts [--variants plain,all-500,few-500] [--methods quarot-gptq,… or a set: main, pair, parts, bits8]
-//      [--seeds 0,1,2] [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--calib FILE…] [--tokens FILE]
+//      [--seeds 0,1,2] [--device cpu|webgpu] [--sequences 64] [--windows 16] [--tasks 120] [--tokens FILE] [--calib FILE…]
 //      [--task-seeds 1: tasks with so many of the seeds] [--seconds S]
-// --tokens: a JSON file {ids, sequences, length, description} of calibration tokens instead, so that runs on several devices share them.
+// Calibration tokens are in a file {ids, sequences, length, description}, so that runs on several devices share them; the model
+// wrote them. --calib takes other texts.
 //      npx tsx bench/smoothrot.ts --table     writes tables and drawings into docs/ from the files there are
 import { mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { openBackend, type BackendName } from '../src/backends/registry.js';
-import { writeCalibrationText } from '../src/calibration-text.node.js';
 import { createRng } from '../src/core/rng.js';
 import { evaluateTasks, evaluateText, parseTasks, remembering, tokenizeTexts } from '../src/evaluation/index.js';
 import { folderFiles } from '../src/formats/source.node.js';
@@ -40,7 +40,7 @@ const { values: options } = parseArgs({
     threads: { type: 'string' },
     model: { type: 'string', default: path.join(import.meta.dirname, '../models/gyre-14m') },
     calib: { type: 'string', multiple: true },
-    tokens: { type: 'string' },
+    tokens: { type: 'string', default: path.join(import.meta.dirname, 'results/calibration-tokens.json') },
     part: { type: 'string' },
     seconds: { type: 'string' },
     table: { type: 'boolean', default: false },
@@ -81,7 +81,7 @@ async function measure(): Promise<void> {
   const wanted = Math.min(Number(options.tasks), every.length);
   // Evenly over the file, which goes through the kinds in turn.
   const tasks = Array.from({ length: wanted }, (_, i) => every[Math.floor((i * every.length) / wanted)]);
-  const calibrationTokens = await calibration();
+  const calibrationTokens = calibration();
   const setup = {
     calibration: calibrationTokens.description,
     windows: Number(options.windows),
@@ -138,18 +138,19 @@ async function measure(): Promise<void> {
     });
   }
 
-  async function calibration(): Promise<CalibrationTokens> {
-    if (options.tokens) {
-      const stored = JSON.parse(readFileSync(options.tokens, 'utf8')) as Omit<CalibrationTokens, 'ids'> & {
-        ids: number[];
-      };
-      return { ...stored, ids: Int32Array.from(stored.ids) };
+  function calibration(): CalibrationTokens {
+    const wanted = Number(options.sequences);
+    if (options.calib) {
+      const texts = options.calib.map((file) => ({ name: path.basename(file), text: readFileSync(file, 'utf8') }));
+      return sampleWindows(tokenizer, texts, { sequences: wanted, length: 512 }, createRng(0));
     }
-    const shape = { sequences: Number(options.sequences), length: 512 };
-    if (!options.calib)
-      return writeCalibrationText(source, tokenizer, { ...shape, seed: 0, threads: backend.info.threads, device });
-    const texts = options.calib.map((file) => ({ name: path.basename(file), text: readFileSync(file, 'utf8') }));
-    return sampleWindows(tokenizer, texts, shape, createRng(0));
+    const stored = JSON.parse(readFileSync(options.tokens, 'utf8')) as Omit<CalibrationTokens, 'ids'> & {
+      ids: number[];
+    };
+    const { sequences, length, description } = stored;
+    if (wanted >= sequences) return { ...stored, ids: Int32Array.from(stored.ids) };
+    const ids = Int32Array.from(stored.ids.slice(0, wanted * length));
+    return { ids, sequences: wanted, length, description: `the first ${wanted} of ${description}` };
   }
 
   async function planted(variant: string, scratch: string): Promise<{ folder: string; planted: Planted }> {

@@ -30,10 +30,10 @@ function resultsPage(rows: readonly Row[], made: Record<'closing' | 'bits8' | 'p
     "Made by `npx tsx bench/smoothrot.ts` (then `--table`); rows are in bench/results/smoothrot-*.json, what the methods are in [quarot](recipes/quarot.md), [smoothquant](recipes/smoothquant.md), [smoothrot](recipes/smoothrot.md), [paroquant](recipes/paroquant.md) and [lowbit](recipes/lowbit.md). gyre-14m; KL and perplexity on 16 windows of 1024 tokens of the project's prose, tasks: a sample of its own. W4A4KV4 unless said otherwise; QuaRot and SmoothRot with the grids of QuaRot as published (weights symmetric per output, activations symmetric per token clipped at 0.9, keys and values asymmetric per head at 0.95).",
     "Columns: **plain** is the model as it is. **all** has two channels of *every* block's down projection planted, large on all tokens, with peaks of 50, 500 and 2000 times the typical channel; **two** the same in the second and the last block alone, as published models have them; **few** two channels of every block that tells first and delimiter tokens from others, large on those alone. All but plain are *synthetic* ([how](recipes/smoothrot.md#stressed-models)).",
     '![KL by magnitude](images/low-precision.svg)',
-    '## KL to the original\n\nNats per token; mean over seeds, in brackets the smallest and the largest.',
+    '## KL to the original\n\nNats per token. With brackets: the mean over seeds, their smallest and largest; without: one seed. Empty: not measured yet.',
     table(rows, main, klCell),
     '## Perplexity',
-    `Original: ${first.referencePerplexity}. Mean over seeds.`,
+    `Original: ${first.referencePerplexity}.`,
     table(rows, main, (s) => digits(s.perplexity)),
     '## Tasks answered right\n\nOf 240, with the first seed; the standard error is 3 points at 50%, 1 to 2 near the ends.',
     table(rows, main, (s) => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(0)}%`)),
@@ -116,7 +116,7 @@ function bits8Table(rows: readonly Row[]): string {
     ['', 'KL, W4A16', 'KL, W4A8KV8', 'ratio', 'perplexity', 'tasks'],
     names.flatMap((name) => {
       const [wide, narrow] = ['w4a16', 'w4a8'].map((bits) => rowsOf(rows, 'plain', `${name}-${bits}`));
-      if (wide.length === 0 || narrow.length === 0) return [];
+      if (wide.length === 0 || narrow.length === 0) return [[name, 'not measured yet', '', '', '', '']];
       const [before, after] = [summarize(wide)[0], summarize(narrow)[0]];
       const percent = (s: Summary): string => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(0)}%`);
       return [
@@ -155,7 +155,9 @@ function partsTable(rows: readonly Row[]): string {
   const quarot = rowsOf(rows, 'plain', 'quarot-gptq');
   const line = ([method, says]: (typeof STEPS)[number]): string[][] => {
     const own = rowsOf(rows, 'plain', method);
-    return own.length === 0 ? [] : [[says, klOf(own), ratioCell(own, quarot), String(own.length)]];
+    return own.length === 0
+      ? [[says, 'not measured yet', '', '']]
+      : [[says, klOf(own), ratioCell(own, quarot), String(own.length)]];
   };
   return markdown(
     ['W4A4KV4', 'KL', "over QuaRot's", 'seeds'],
