@@ -12,6 +12,7 @@ import { resolveModel } from './formats/hub.node.js';
 import { inspectOutput, RunFolder } from './formats/run-folder.node.js';
 import { openModel, type ModelSource } from './models/load.js';
 import { sampleWindows, type CalibrationTokens } from './quant/calibration/tokens.js';
+import type { Backend } from './ops/backend.js';
 import { copyEntry } from './quant/run.js';
 import { plantOnTokens, type Separation } from './quant/stress-tokens.js';
 import {
@@ -25,7 +26,9 @@ import { loadTokenizer, type Tokenizer } from './tokenizer/index.js';
 import { VERSION } from './version.js';
 
 /** Options of {@link stressCheckpoint}. */
-export interface StressCheckpointOptions extends Partial<StressOptions> {
+export interface StressCheckpointOptions extends Partial<Omit<StressOptions, 'blocks'>> {
+  /** Default: the second and the last; with `tokens: 'few'` of either half the one that tells them apart best. `every`: all that can. */
+  readonly blocks?: readonly number[] | 'every';
   /** Folder or hub id. */
   readonly model: string;
   readonly revision?: string;
@@ -39,6 +42,8 @@ export interface StressCheckpointOptions extends Partial<StressOptions> {
   readonly threads?: number;
   /** Default `cpu`. */
   readonly device?: BackendName;
+  /** An open backend of that device, kept open; otherwise one is opened and disposed of. */
+  readonly backend?: Backend;
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
 }
@@ -84,12 +89,12 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
       tokens,
       channels: options.channels ?? 2,
       // One early and one late block, where published models have theirs; for few tokens those that tell them apart.
-      blocks: options.blocks ?? (tokens === 'all' ? [...new Set([Math.min(1, layers - 1), layers - 1])] : undefined),
+      blocks: tokens === 'few' ? options.blocks : blocksFor(options.blocks, layers),
     };
     const fingerprint = JSON.stringify({ stress: wanted, model: source.name, seed, gyre: VERSION });
     if ((await inspectOutput(out, fingerprint)) === 'finished')
       throw new GyreError('output-exists', `${out} is there already`, { remedy: 'choose another --out' });
-    const backend = await openBackend(options.device ?? 'cpu', { threads });
+    const backend = options.backend ?? (await openBackend(options.device ?? 'cpu', { threads }));
     try {
       const calibration = options.calibrationTokens ?? (await calibrationOf(options, source, threads, seed));
       const { stressed, planted, separations, blocks } = await plant(
@@ -116,21 +121,27 @@ export async function stressCheckpoint(options: StressCheckpointOptions): Promis
       }
       return { out, settings, planted, separations };
     } finally {
-      await backend.dispose();
+      if (!options.backend) await backend.dispose();
     }
   } finally {
     await source.checkpoint.close();
   }
 }
 
+/** Any block can have channels that are large on all tokens. */
+function blocksFor(blocks: StressCheckpointOptions['blocks'], layers: number): readonly number[] {
+  if (blocks === 'every') return Array.from({ length: layers }, (_, layer) => layer);
+  return blocks ?? [...new Set([Math.min(1, layers - 1), layers - 1])];
+}
+
 async function plant(
   run: StressRun,
-  options: Omit<StressOptions, 'blocks'> & { readonly blocks?: readonly number[] },
+  options: Omit<StressOptions, 'blocks'> & Pick<StressCheckpointOptions, 'blocks'>,
   seed: number,
 ): Promise<Omit<StressReport, 'out' | 'settings'> & { stressed: ModelSource; blocks: readonly number[] }> {
   const { source, calibration } = run;
   const { tokens, blocks } = options;
-  if (tokens === 'all' && blocks) {
+  if (tokens === 'all' && blocks && blocks !== 'every') {
     const planted = await chooseChannels(run, { ...options, blocks });
     return { stressed: plantActivations(source, planted), planted, separations: [], blocks };
   }

@@ -1,173 +1,269 @@
-// The rows of bench/smoothrot.ts: which methods, how they are read back, summed up and laid out as tables.
-import { existsSync, readdirSync, readFileSync } from 'node:fs';
+// What docs/ shows of bench/smoothrot.ts: all tables in docs/low-precision-results.md, the ones that recipes' pages quote between
+// the markers of those pages, and a drawing.
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
-import type { QuantizeOptions } from '../../src/quantize.node.js';
-import { pairedRatio } from './bootstrap.js';
-import { round } from './results.js';
+import type { TopLevelSpec } from 'vega-lite';
+import { METHODS, ratio, rowsOf, SETS, summarize, type Measure, type Row, type Summary } from './smoothrot-rows.js';
 
-/** One measurement. */
-export interface Row {
-  variant: string;
-  method: string;
-  seed: number;
-  kl: number;
-  klStandardError: number;
-  /** Mean KL of each window, in the text's order. */
-  windowKl: number[];
-  perplexity: number;
-  referencePerplexity: number;
-  top1Agreement: number;
-  /** Null: not measured with this seed. */
-  taskAccuracy: number | null;
-  /** What smoothing was chosen, by block. */
-  smoothed: (string | null)[];
-  seconds: number;
+const DOCS = path.join(import.meta.dirname, '../../docs');
+const RESULTS_PAGE = 'low-precision-results.md';
+const ROUNDINGS = ['gptq', 'rtn'] as const;
+
+/** Writes the pages and the drawing. */
+export async function writePages(rows: readonly Row[]): Promise<void> {
+  await draw(rows);
+  const closing = closingTable(rows);
+  const bits8 = bits8Table(rows);
+  const parts = partsTable(rows);
+  writeFileSync(path.join(DOCS, RESULTS_PAGE), resultsPage(rows, { closing, bits8, parts }));
+  between('recipes/smoothrot.md', 'closing', closing);
+  between('recipes/smoothrot.md', 'plain', plainTable(rows));
+  between('recipes/lowbit.md', 'parts', parts);
+  between('recipes/lowbit.md', 'bits8', bits8);
 }
 
-/** Settings of a row; `seeds`: whether a seed changes anything. */
-type Method = Partial<QuantizeOptions> & { readonly seeds: boolean };
-
-const W4A4: Partial<QuantizeOptions> = { bits: 4, actBits: 4, kvBits: 4 };
-const W4A8: Partial<QuantizeOptions> = { bits: 4, actBits: 8, kvBits: 8 };
-const none = { method: 'smoothquant', smooth: 'none', groupSize: -1, seeds: false } as const;
-
-/** The methods. `smoothquant` with nothing smoothed is what others call RTN (or GPTQ) W4A4. */
-export const METHODS: Readonly<Record<string, Method>> = {
-  rtn: { ...W4A4, ...none, rounding: 'rtn' },
-  gptq: { ...W4A4, ...none, rounding: 'gptq' },
-  'smoothquant-rtn': { ...W4A4, method: 'smoothquant', rounding: 'rtn', seeds: false },
-  'smoothquant-gptq': { ...W4A4, method: 'smoothquant', rounding: 'gptq', seeds: false },
-  'quarot-rtn': { ...W4A4, method: 'quarot', rounding: 'rtn', seeds: true },
-  'smoothrot-rtn': { ...W4A4, method: 'smoothrot', rounding: 'rtn', seeds: true },
-  'quarot-gptq': { ...W4A4, method: 'quarot', rounding: 'gptq', seeds: true },
-  'smoothrot-gptq': { ...W4A4, method: 'smoothrot', rounding: 'gptq', seeds: true },
-  paroquant: { ...W4A4, method: 'paroquant', seeds: true },
-  'paroquant-rotated': {
-    ...W4A4,
-    method: 'paroquant',
-    rotate: true,
-    smooth: 'down',
-    actClip: 0.92,
-    actGroupSize: 32,
-    seeds: true,
-  },
-  lowbit: { ...W4A4, method: 'lowbit', seeds: true },
-  'quarot-w4a16': { bits: 4, actBits: 16, kvBits: 16, method: 'quarot', seeds: true },
-  'quarot-w4a8': { ...W4A8, method: 'quarot', seeds: true },
-  'lowbit-w4a16': { bits: 4, actBits: 16, kvBits: 16, method: 'lowbit', seeds: true },
-  'lowbit-w4a8': { ...W4A8, method: 'lowbit', seeds: true },
-  'paroquant-w4a16': { bits: 4, method: 'paroquant', seeds: true },
-  'paroquant-w4a8': { ...W4A8, method: 'paroquant', seeds: true },
-  'smoothrot-w4a16': { bits: 4, actBits: 16, kvBits: 16, method: 'smoothrot', seeds: true },
-  'smoothrot-w4a8': { ...W4A8, method: 'smoothrot', seeds: true },
-};
-
-/** Rows measured before, if they were measured alike. */
-export function readRows(folder: string, variant: string, setup?: Readonly<Record<string, unknown>>): Row[] {
-  const file = path.join(folder, `smoothrot-${variant}.json`);
-  if (!existsSync(file)) return [];
-  const stored = JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown> & { rows: Row[] };
-  const same = Object.entries(setup ?? {}).every(([key, value]) => stored[key] === value);
-  return same ? stored.rows : [];
+function resultsPage(rows: readonly Row[], made: Record<'closing' | 'bits8' | 'parts', string>): string {
+  const main = SETS.main.filter((method) => rows.some((r) => r.method === method));
+  const [first] = rows;
+  return `${[
+    '# 4-bit activations: measured',
+    "Made by `npx tsx bench/smoothrot.ts` (then `--table`); rows are in bench/results/smoothrot-*.json, what the methods are in [quarot](recipes/quarot.md), [smoothquant](recipes/smoothquant.md), [smoothrot](recipes/smoothrot.md), [paroquant](recipes/paroquant.md) and [lowbit](recipes/lowbit.md). gyre-14m; KL and perplexity on 16 windows of 1024 tokens of the project's prose, tasks: a sample of its own. W4A4KV4 unless said otherwise; QuaRot and SmoothRot with the grids of QuaRot as published (weights symmetric per output, activations symmetric per token clipped at 0.9, keys and values asymmetric per head at 0.95).",
+    "Columns: **plain** is the model as it is. **all** has two channels of *every* block's down projection planted, large on all tokens, with peaks of 50, 500 and 2000 times the typical channel; **two** the same in the second and the last block alone, as published models have them; **few** two channels of every block that tells first and delimiter tokens from others, large on those alone. All but plain are *synthetic* ([how](recipes/smoothrot.md#stressed-models)).",
+    '![KL by magnitude](images/low-precision.svg)',
+    '## KL to the original\n\nNats per token. With brackets: the mean over seeds, their smallest and largest; without: one seed. Empty: not measured yet.',
+    table(rows, main, klCell),
+    '## Perplexity',
+    `Original: ${first.referencePerplexity}.`,
+    table(rows, main, (s) => digits(s.perplexity)),
+    '## Tasks answered right\n\nOf 240, with the first seed; the standard error is 3 points at 50%, 1 to 2 near the ends.',
+    table(rows, main, (s) => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(0)}%`)),
+    '## What smoothing closes',
+    made.closing,
+    '## 8-bit activations',
+    made.bits8,
+    '## From QuaRot to lowbit',
+    made.parts,
+  ].join('\n\n')}\n`;
 }
 
-/** Rows of a variant from all its parts. */
-export function readAllRows(folder: string, variant: string): Row[] {
-  const names = readdirSync(folder).filter(
-    (name) => name.endsWith('.json') && name.startsWith(`smoothrot-${variant}.`),
-  );
-  return names.flatMap((name) => readRows(folder, name.slice('smoothrot-'.length, -'.json'.length)));
+/** Variants that any of the methods were measured on, in the order of the rows. */
+function variantsOf(rows: readonly Row[], methods: readonly string[]): string[] {
+  return [...new Set(rows.filter((r) => methods.includes(r.method)).map((r) => r.variant))];
 }
 
-/** Means over the seeds of one method on one variant. */
-export interface Summary {
-  readonly variant: string;
-  readonly method: string;
-  readonly seeds: number;
-  readonly kl: number;
-  /** Largest minus smallest KL. */
-  readonly spread: number;
-  readonly perplexity: number;
-  readonly referencePerplexity: number;
-  readonly taskAccuracy: number | null;
-  /** KL over that of QuaRot with the same rounding, 95% interval over windows (seeds averaged per window). */
-  readonly ofQuarot?: { readonly ratio: number; readonly interval95: readonly [number, number] };
-}
-
-/** Sums rows up. */
-export function summarize(rows: readonly Row[]): Summary[] {
-  const keys = [...new Set(rows.map((r) => `${r.variant} ${r.method}`))];
-  return keys.map((key) => {
-    const [variant, method] = key.split(' ');
-    const own = rowsOf(rows, variant, method);
-    const quarot = rowsOf(rows, variant, method.endsWith('rtn') ? 'quarot-rtn' : 'quarot-gptq');
-    const kls = own.map((r) => r.kl);
-    const accuracies = own.flatMap((r) => r.taskAccuracy ?? []);
-    return {
-      variant,
-      method,
-      seeds: own.length,
-      kl: round(mean(kls)),
-      spread: round(Math.max(...kls) - Math.min(...kls)),
-      perplexity: round(mean(own.map((r) => r.perplexity))),
-      referencePerplexity: own[0].referencePerplexity,
-      taskAccuracy: accuracies.length === 0 ? null : round(mean(accuracies)),
-      ...(quarot.length > 0 ? { ofQuarot: ratio(own, quarot) } : {}),
-    };
-  });
-}
-
-/** KL of one method over another's, paired by window, seeds averaged. */
-export function ratio(
-  above: readonly Row[],
-  below: readonly Row[],
-): { ratio: number; interval95: readonly [number, number] } {
-  const windows = (rows: readonly Row[]): number[] =>
-    rows[0].windowKl.map((_, w) => mean(rows.map((r) => r.windowKl[w])));
-  const { ratio: value, interval95 } = pairedRatio(windows(above), windows(below));
-  return { ratio: round(value), interval95: [round(interval95[0]), round(interval95[1])] };
-}
-
-function rowsOf(rows: readonly Row[], variant: string, method: string): Row[] {
-  return rows.filter((r) => r.variant === variant && r.method === method);
-}
-
-function mean(values: readonly number[]): number {
-  return values.reduce((a, b) => a + b, 0) / values.length;
-}
-
-/** Markdown: one table for KL, one for perplexity, one for task accuracy, methods down and variants across. */
-export function tables(rows: readonly Row[]): string {
+/** Methods down, variants across. */
+function table(rows: readonly Row[], methods: readonly string[], cell: (s: Summary) => string): string {
   const sums = summarize(rows);
-  const variants = [...new Set(rows.map((r) => r.variant))];
-  const methods = Object.keys(METHODS).filter((name) => sums.some((s) => s.method === name));
-  const table = (title: string, cell: (s: Summary) => string): string =>
-    [
-      `**${title}**`,
-      '',
-      `| | ${variants.join(' | ')} |`,
-      `|---|${variants.map(() => '---').join('|')}|`,
-      ...methods.map((method) => {
-        const cells = variants.map((variant) => {
-          const sum = sums.find((s) => s.variant === variant && s.method === method);
-          return sum ? cell(sum) : '';
-        });
-        return `| ${method} | ${cells.join(' | ')} |`;
+  const variants = variantsOf(rows, methods);
+  return markdown(
+    ['', ...variants],
+    methods.map((method) => [
+      method,
+      ...variants.map((variant) => {
+        const sum = sums.find((s) => s.variant === variant && s.method === method);
+        return sum ? cell(sum) : '';
       }),
-    ].join('\n');
-  const { referencePerplexity } = sums[0];
-  return [
-    table('KL to the original, mean over seeds ± half the spread', (s) =>
-      s.seeds > 1 ? `${digits(s.kl)} ± ${digits(s.spread / 2)}` : digits(s.kl),
-    ),
-    table("KL over QuaRot's with the same rounding, 95% interval", (s) =>
-      s.ofQuarot ? `${s.ofQuarot.ratio.toFixed(2)} [${s.ofQuarot.interval95.map((v) => v.toFixed(2)).join(', ')}]` : '',
-    ),
-    table(`Perplexity (original ${referencePerplexity})`, (s) => digits(s.perplexity)),
-    table('Tasks answered right', (s) => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(1)}%`)),
-  ].join('\n\n');
+    ]),
+  );
+}
+
+/** What SmoothRot closes of QuaRot's gap, and what undoing the planting altogether would close. */
+function closingTable(rows: readonly Row[]): string {
+  const stressed = variantsOf(rows, SETS.pair).filter((v) => v !== 'plain');
+  const lines = ROUNDINGS.flatMap((rounding) =>
+    stressed.flatMap((variant) => {
+      const of = (method: string, on = variant): Row[] => rowsOf(rows, on, method);
+      const [quarot, smoothrot] = [of(`quarot-${rounding}`), of(`smoothrot-${rounding}`)];
+      // Pairs that fire on few tokens widen the MLP, and another matrix turns it: they are compared with pairs too small to matter.
+      const undone = of(`quarot-${rounding}`, variant.startsWith('few') ? 'few-50' : 'plain');
+      if ([quarot, smoothrot, undone].some((r) => r.length === 0)) return [];
+      const lowbit = of('lowbit');
+      return [
+        [
+          `${variant}, ${rounding.toUpperCase()}`,
+          klOf(quarot),
+          klOf(smoothrot),
+          closed(smoothrot, quarot),
+          variant === 'few-50' ? '' : closed(undone, quarot),
+          closed(smoothrot, quarot, 'windowIncrease'),
+          lowbit.length > 0 ? closed(lowbit, quarot) : '',
+        ],
+      ];
+    }),
+  );
+  return markdown(
+    ['', 'KL, QuaRot', 'KL, SmoothRot', 'closes of KL', 'ceiling', 'closes of log perplexity', 'lowbit, of KL'],
+    lines,
+  );
+}
+
+/** SmoothRot beside QuaRot on the model as it is. */
+function plainTable(rows: readonly Row[]): string {
+  return markdown(
+    ['', 'KL, QuaRot', 'KL, SmoothRot', 'ratio'],
+    ROUNDINGS.flatMap((rounding) => {
+      const [quarot, smoothrot] = ['quarot', 'smoothrot'].map((m) => rowsOf(rows, 'plain', `${m}-${rounding}`));
+      if (quarot.length === 0 || smoothrot.length === 0) return [];
+      return [[rounding.toUpperCase(), klOf(quarot), klOf(smoothrot), ratioCell(smoothrot, quarot)]];
+    }),
+  );
+}
+
+/** W4A8KV8 beside W4A16. */
+function bits8Table(rows: readonly Row[]): string {
+  const names = ['paroquant', 'lowbit', 'smoothrot', 'quarot'];
+  return markdown(
+    ['', 'KL, W4A16', 'KL, W4A8KV8', 'ratio', 'perplexity', 'tasks'],
+    names.flatMap((name) => {
+      const [wide, narrow] = ['w4a16', 'w4a8'].map((bits) => rowsOf(rows, 'plain', `${name}-${bits}`));
+      if (wide.length === 0 || narrow.length === 0) return [[name, 'not measured yet', '', '', '', '']];
+      const [before, after] = [summarize(wide)[0], summarize(narrow)[0]];
+      const percent = (s: Summary): string => (s.taskAccuracy === null ? '' : `${(100 * s.taskAccuracy).toFixed(0)}%`);
+      return [
+        [
+          name,
+          klCell(before),
+          klCell(after),
+          ratioCell(narrow, wide),
+          `${digits(before.perplexity)} → ${digits(after.perplexity)}`,
+          `${percent(before)} → ${percent(after)}`,
+        ],
+      ];
+    }),
+  );
+}
+
+/** Steps from QuaRot to lowbit: what each row changes of the one above it. */
+const STEPS: readonly (readonly [method: string, says: string])[] = [
+  ['quarot-gptq', 'QuaRot: GPTQ, one symmetric grid per output, activations clipped at 0.9'],
+  ['smoothrot-gptq', '… smoothing before down, searched'],
+  ['smoothrot-clip75', '… activations clipped at 0.75'],
+  ['lowbit-token', '… weights in groups of 128, asymmetric, clip searched on outputs, descent and refits'],
+  ['lowbit-128', '… activations in groups of 128, clipped at 0.85'],
+  ['lowbit-64', '… of 64, clipped at 0.88'],
+  ['lowbit', '… of 32, clipped at 0.92: lowbit'],
+];
+/** Beside the steps. */
+const BESIDE: typeof STEPS = [
+  ['quarot-clip75', 'QuaRot with activations clipped at 0.75'],
+  ['lowbit-unsmoothed', 'lowbit without smoothing'],
+  ['paroquant-rotated', "ParoQuant's learned rotations on the rotated and smoothed model, activations as lowbit's"],
+  ['paroquant', 'ParoQuant, one grid per token'],
+];
+
+function partsTable(rows: readonly Row[]): string {
+  const quarot = rowsOf(rows, 'plain', 'quarot-gptq');
+  const line = ([method, says]: (typeof STEPS)[number]): string[][] => {
+    const own = rowsOf(rows, 'plain', method);
+    return own.length === 0
+      ? [[says, 'not measured yet', '', '']]
+      : [[says, klOf(own), ratioCell(own, quarot), String(own.length)]];
+  };
+  return markdown(
+    ['W4A4KV4', 'KL', "over QuaRot's", 'seeds'],
+    [...STEPS.flatMap(line), ['*for comparison*', '', '', ''], ...BESIDE.flatMap(line)],
+  );
+}
+
+function klOf(rows: readonly Row[]): string {
+  return klCell(summarize(rows)[0]);
+}
+
+function klCell({ kl, range, seeds }: Summary): string {
+  return seeds > 1 ? `${digits(kl)} [${range.map(digits).join(', ')}]` : digits(kl);
+}
+
+function ratioCell(above: readonly Row[], below: readonly Row[]): string {
+  const { ratio: value, interval95 } = ratio(above, below);
+  return `${value.toFixed(3)} [${interval95.map((v) => v.toFixed(3)).join(', ')}]`;
+}
+
+/** Share of one method's gap that another closes, with its 95% interval over windows. */
+function closed(by: readonly Row[], of: readonly Row[], measure?: Measure): string {
+  const { ratio: value, interval95 } = ratio(by, of, measure);
+  const percent = (share: number): string => (100 * share).toFixed(0).replace('-', '−');
+  return `${percent(1 - value)}% [${percent(1 - interval95[1])}, ${percent(1 - interval95[0])}]`;
 }
 
 function digits(x: number): string {
   return x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x >= 1 ? x.toFixed(2) : x.toFixed(4).replace(/^0/, '');
+}
+
+function markdown(head: readonly string[], lines: readonly (readonly string[])[]): string {
+  const row = (cells: readonly string[]): string => `| ${cells.join(' | ')} |`;
+  return [row(head), `|${head.map(() => '---').join('|')}|`, ...lines.map(row)].join('\n');
+}
+
+/** Replaces what stands between a page's markers. */
+function between(page: string, name: string, text: string): void {
+  const file = path.join(DOCS, page);
+  const before = readFileSync(file, 'utf8');
+  const [begin, end] = [`<!-- ${name} -->`, `<!-- /${name} -->`];
+  if (!before.includes(begin) || !before.includes(end)) throw new Error(`${file} has no ${begin} … ${end}`);
+  const made = `${begin}\n\n${text}\n\n${end}`;
+  writeFileSync(file, before.slice(0, before.indexOf(begin)) + made + before.slice(before.indexOf(end) + end.length));
+}
+
+const PLACES: Readonly<Record<string, string>> = { all: 'every block, all tokens', few: 'first and delimiter tokens' };
+const COLORS = {
+  rtn: '#b8b8b8',
+  gptq: '#8c8c8c',
+  'smoothquant-rtn': '#e3c178',
+  'smoothquant-gptq': '#c99a3a',
+  paroquant: '#6a9f6d',
+  'quarot-rtn': '#a9c3e6',
+  'quarot-gptq': '#3f6fae',
+  'smoothrot-rtn': '#f0a7ae',
+  'smoothrot-gptq': '#d1495b',
+  lowbit: '#5b2a5e',
+};
+
+/** KL by magnitude, a line for each method, a panel for each way of planting; bars from the least to the largest seed. */
+async function draw(rows: readonly Row[]): Promise<void> {
+  const [{ parse, View }, { compile }] = await Promise.all([import('vega'), import('vega-lite')]);
+  const names = Object.keys(COLORS).filter((name) => name in METHODS);
+  const values = summarize(rows)
+    .filter((s) => names.includes(s.method))
+    .flatMap(({ variant, method, kl, range: [low, high] }) => {
+      const [place, magnitude] = variant.split('-');
+      const own = { method, magnitude: variant === 'plain' ? 'plain' : `${magnitude} ×`, kl, low, high };
+      // The model as it is begins every panel.
+      if (variant === 'plain') return Object.values(PLACES).map((panel) => ({ ...own, panel }));
+      return place in PLACES ? [{ ...own, panel: PLACES[place] }] : [];
+    });
+  const x = { field: 'magnitude', type: 'ordinal', sort: null, title: null, axis: { labelAngle: 0 } } as const;
+  const color = {
+    field: 'method',
+    type: 'nominal',
+    title: null,
+    scale: { domain: names, range: Object.values(COLORS) },
+  } as const;
+  const spec: TopLevelSpec = {
+    $schema: 'https://vega.github.io/schema/vega-lite/v6.json',
+    background: 'white',
+    title: 'W4A4KV4: KL(original ‖ quantized), nats per token — lower is better; magnitudes are synthetic',
+    data: { values },
+    facet: { column: { field: 'panel', type: 'nominal', title: null, sort: null } },
+    spec: {
+      width: 300,
+      height: 300,
+      layer: [
+        {
+          mark: { type: 'line', point: true },
+          encoding: {
+            x,
+            y: { field: 'kl', type: 'quantitative', scale: { type: 'log' }, title: null },
+            color,
+          },
+        },
+        {
+          mark: 'rule',
+          encoding: { x, y: { field: 'low', type: 'quantitative' }, y2: { field: 'high' }, color },
+        },
+      ],
+    },
+  };
+  const svg = await new View(parse(compile(spec).spec), { renderer: 'none' }).toSVG();
+  mkdirSync(path.join(DOCS, 'images'), { recursive: true });
+  writeFileSync(path.join(DOCS, 'images/low-precision.svg'), svg);
 }

@@ -8,7 +8,16 @@ import { Checkpoint, SafetensorsFile } from '../formats/safetensors.js';
 import type { TensorEntry } from '../formats/safetensors-writer.js';
 import { GROUP_NAMES, type DecoderBlock, type GroupName } from '../models/block.js';
 import { TENSOR_NAMES } from '../models/families/names.js';
-import { embedFromFile, groupModules, groupShape, loadBlock, loadFrame, readLinear } from '../models/load.js';
+import {
+  embedFromFile,
+  groupModules,
+  groupShape,
+  loadBlock,
+  loadFrame,
+  readLinear,
+  type ModelSource,
+} from '../models/load.js';
+import { exact, NO_ONLINE } from '../models/online.js';
 import { ropeTable } from '../models/rope.js';
 import type { Backend, RopeHandle } from '../ops/backend.js';
 import { memoryActivations, type ActivationStore, type Stream } from './activations.js';
@@ -72,6 +81,12 @@ export class BlockPipeline {
     return calibration;
   }
 
+  /** The original without grids of activations: what is trained towards, and how. Later blocks see inputs that were rounded. */
+  get #exact(): ModelSource {
+    const { source } = this.#run;
+    return { ...source, online: exact(source.online ?? NO_ONLINE) };
+  }
+
   async #embed(): Promise<void> {
     const { ids, sequences, length } = this.#calibration;
     const rows = new Map<number, Float32Array>();
@@ -109,7 +124,7 @@ export class BlockPipeline {
 
   /** The original block over the reference path: its outputs are the targets, and the next block's reference inputs. */
   async #advanceReference(layer: number, rope: RopeHandle): Promise<void> {
-    const block = await loadBlock(this.#run.backend, this.#run.source, layer);
+    const block = await loadBlock(this.#run.backend, this.#exact, layer);
     await this.#advance('reference', layer, block, rope);
     block.release();
   }
@@ -135,7 +150,7 @@ export class BlockPipeline {
       this.#monitor.tell(layer, `block ${layer + 1}/${source.config.layers} ${message}`);
     tell('targets');
     await this.#advanceReference(layer, rope);
-    const frame = await loadFrame(backend, source, layer);
+    const frame = await loadFrame(backend, this.#exact, layer);
     const biases: Partial<Record<GroupName, Float32Array>> = {};
     const partBiases = new Map<string, Float32Array>();
     const groups = await perGroup((group) => this.#readGroup(layer, group, biases, partBiases));

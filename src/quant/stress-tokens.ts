@@ -84,23 +84,29 @@ export interface PlantedTokens {
  * Plants pairs of channels that fire on marked tokens alone.
  *
  * @param marked By calibration token [sequences · length]: whether it is one of them.
- * @param blocks The blocks to plant in; undefined: of either half of the model the block that separates best.
+ * @param blocks The blocks to plant in; undefined: of either half of the model the block that separates best; `every`: all
+ * blocks that separate well enough.
  * @throws GyreError `usage` for options that make no sense, `unsupported` naming the block whose inputs do not separate them.
  */
 export async function plantOnTokens(
   run: StressRun,
   marked: Uint8Array,
-  options: Omit<StressOptions, 'blocks' | 'tokens'> & { readonly blocks?: readonly number[]; readonly seed: number },
+  options: Omit<StressOptions, 'blocks' | 'tokens'> & {
+    readonly blocks?: readonly number[] | 'every';
+    readonly seed: number;
+  },
 ): Promise<PlantedTokens> {
   const { source } = run;
   const { layers } = source.config;
   const { channels, magnitude } = options;
-  checkStressOptions(source.config, { ...options, tokens: 'few', blocks: options.blocks ?? [0] });
+  const given = options.blocks === 'every' ? undefined : options.blocks;
+  checkStressOptions(source.config, { ...options, tokens: 'few', blocks: given ?? [0] });
   ensure(channels % 2 === 0, 'usage', () => `channels that fire on few tokens come in pairs: ${channels} is odd`);
-  const wanted = options.blocks ?? Array.from({ length: layers }, (_, layer) => layer);
-  const found = await separate(run, marked, wanted);
-  const chosen = options.blocks ? found : bestOfHalves(found, layers);
-  for (const separation of chosen) refuseUnlessSeparated(separation, options.blocks === undefined);
+  const found = await separate(run, marked, given ?? Array.from({ length: layers }, (_, layer) => layer));
+  const able = options.blocks === 'every' ? found.filter(isSeparated) : [];
+  // Where no block is able, the best one says in its message by how much it is not.
+  const chosen = given ? found : able.length > 0 ? able : bestOfHalves(found, layers);
+  for (const separation of chosen) refuseUnlessSeparated(separation, given === undefined);
 
   const width = widened(source.config.intermediateSize, channels);
   const pairs: Pair[] = [];
@@ -276,8 +282,13 @@ function bestOfHalves(found: readonly Separator[], layers: number): Separator[] 
   return [...best(found.filter((s) => s.layer < half)), ...best(found.filter((s) => s.layer >= half))];
 }
 
-function refuseUnlessSeparated({ layer, missed, marked, mistaken, others }: Separation, searched: boolean): void {
-  if (missed <= ALLOWED_MISSES * marked && mistaken <= ALLOWED_FALSE * others) return;
+function isSeparated({ missed, marked, mistaken, others }: Separation): boolean {
+  return missed <= ALLOWED_MISSES * marked && mistaken <= ALLOWED_FALSE * others;
+}
+
+function refuseUnlessSeparated(separation: Separation, searched: boolean): void {
+  if (isSeparated(separation)) return;
+  const { layer, missed, marked, mistaken, others } = separation;
   throw new GyreError(
     'unsupported',
     `block ${layer}: first and delimiter tokens cannot be told from others by a linear function of the MLP's input: it misses ${missed} of ${marked} and mistakes ${mistaken} of ${others}`,

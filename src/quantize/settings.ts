@@ -78,10 +78,10 @@ export function settingsOf(options: QuantizeOptions, recipe: Recipe): QuantizeSe
     () => `--alpha must be between 0 and 1, found ${alpha}`,
   );
   ensure(
-    !isBlockRecipe(recipe) || (!actBits && !kvBits && !rotate && smooth === 'none'),
+    !isBlockRecipe(recipe) || (!rotate && smooth === 'none'),
     'usage',
-    () => `${recipe.name} trains blocks as they are, with activations in full precision`,
-    'leave out --act-bits, --kv-bits, --rotate and --smooth, or choose another method',
+    () => `${recipe.name} trains blocks as they are, without rotations or smoothing before`,
+    'leave out --rotate and --smooth, or choose another method',
   );
   const plain = !actBits && !kvBits && !rotate && smooth === 'none' && options.rounding !== 'rtn';
   ensure(

@@ -15,7 +15,7 @@ import type { BlockSettings } from '../../src/quant/types.js';
 import { quantizeCheckpoint, type QuantizeOptions } from '../../src/quantize.node.js';
 import { createRng } from '../../src/core/rng.js';
 import { loadTokenizer } from '../../src/tokenizer/index.js';
-import { FIXTURES, randomTokens, temporaryFolder } from '../support/pipeline.js';
+import { FIXTURES, logitsOf, randomTokens, relativeError, temporaryFolder } from '../support/pipeline.js';
 import { useSoftwareGpu, webgpuMissing } from '../support/webgpu.js';
 
 const MODEL = path.join(FIXTURES, 'qwen3');
@@ -171,6 +171,27 @@ describe('paroquant-tuned', () => {
     for (const { stats } of report.blocks ?? []) expect(stats['tune.after']).toBeLessThanOrEqual(stats['tune.before']);
     const { blocks } = await trainingOf(out);
     expect(blocks.flatMap((b) => b.stages.map((s) => s.stage))).toEqual(['tune', 'tune']);
+  });
+});
+
+describe('rounded activations and caches', () => {
+  it.each(['paroquant-block', 'paroquant-tuned'])('%s: W8A8KV8 keeps the logits', async (method) => {
+    const wide = { method, bits: 8, actBits: 8, kvBits: 8, steps: 4 } as const;
+    const { out } = await quantize(`${method}-a8`, { epochs: 1 }, wide);
+    const model = await openModel(await folderFiles(out));
+    expect(model.online).toMatchObject({ activations: { bits: 8 }, kv: { bits: 8 } });
+    const ids = randomTokens(model, 2, 24, 7);
+    await model.checkpoint.close();
+    const exact = await logitsOf(backend, MODEL, ids, 2);
+    const error = relativeError(await logitsOf(backend, out, ids, 2), exact);
+    expect(error).toBeLessThan(0.08);
+    // Rounding inputs to 4 bits costs more: it happens.
+    const { out: narrow } = await quantize(`${method}-a4`, { epochs: 1 }, { ...wide, actBits: 4, kvBits: 4 });
+    expect(relativeError(await logitsOf(backend, narrow, ids, 2), exact)).toBeGreaterThan(2 * error);
+  });
+
+  it('refuses rotations before training', async () => {
+    await expect(quantize('turned', {}, { rotate: true })).rejects.toThrow(/without rotations or smoothing/);
   });
 });
 

@@ -26,9 +26,9 @@ describe('gyre stress', () => {
   });
 
   it.each([
-    ['qwen3', 'all', 500],
-    ['llama', 'all', 50],
-  ] as const)('%s, %s tokens, magnitude %i: logits stay within 1e-4', async (fixture, tokens, magnitude) => {
+    ['qwen3', 'all', 500, [0, 1]],
+    ['llama', 'all', 50, 'every'],
+  ] as const)('%s, %s tokens, magnitude %i: logits stay within 1e-4', async (fixture, tokens, magnitude, blocks) => {
     const model = path.join(FIXTURES, fixture);
     const out = path.join(scratch.folder, `${fixture}-${tokens}`);
     const original = await openModel(await folderFiles(model));
@@ -39,7 +39,7 @@ describe('gyre stress', () => {
       tokens,
       magnitude,
       channels: 3,
-      blocks: [0, 1],
+      blocks,
       calibrationTokens,
       threads: 1,
     });
@@ -141,6 +141,24 @@ describe('gyre stress', () => {
       expect(misses / hits).toBeLessThan(0.1);
       expect(mistakes / unseen.ids.length).toBeLessThan(0.01);
       await stressed.checkpoint.close();
+      await original.checkpoint.close();
+    });
+
+    it('plants in every block that tells them apart, and in no other', async () => {
+      const original = await openModel(await folderFiles(model));
+      const tokenizer = await loadTokenizer(original.files);
+      const shape = { sequences: 32, length: 256 };
+      const calibrationTokens = sampleWindows(tokenizer, await prose(8), shape, createRng(0));
+      const out = path.join(scratch.folder, 'few-every');
+      const given = { model, out, tokens: 'few', blocks: 'every', calibrationTokens, threads: 1 } as const;
+      const { settings, separations } = await stressCheckpoint(given);
+      expect(settings.blocks.length).toBeGreaterThanOrEqual(2);
+      // The first block's inputs are little more than embeddings.
+      expect(settings.blocks).not.toContain(0);
+      for (const { missed, marked, mistaken, others } of separations) {
+        expect(missed).toBeLessThanOrEqual(0.02 * marked);
+        expect(mistaken).toBeLessThanOrEqual(0.002 * others);
+      }
       await original.checkpoint.close();
     });
 

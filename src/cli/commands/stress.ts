@@ -14,8 +14,8 @@ const schema = z.object({
   channels: wholeNumber(1, 4096),
   blocks: z
     .string()
-    .regex(/^\d+(,\d+)*$/, { error: 'expected block numbers such as 1,7' })
-    .transform((text) => text.split(',').map(Number))
+    .regex(/^(every|\d+(,\d+)*)$/, { error: 'expected block numbers such as 1,7, or every' })
+    .transform((text) => (text === 'every' ? text : text.split(',').map(Number)))
     .optional(),
   calib: z.array(z.string()).optional(),
   seed: wholeNumber(0),
@@ -35,7 +35,7 @@ export function stressCommand(context: CommandContext): Command {
     .option('--channels <n>', "channels per block, of the down projection's input", '2')
     .option(
       '--blocks <list>',
-      'blocks to plant in, such as 1,7 (default: the second and the last; with few tokens those that tell them apart best)',
+      'blocks to plant in, such as 1,7, or every, which with few tokens means all that tell them apart (default: the second and the last; with few tokens the best of either half)',
     )
     .option('--calib <files...>', 'texts on which channels are measured; without, the model writes its own')
     .option('--seed <n>', 'of everything random', '0')

@@ -252,8 +252,11 @@ class SmoothingMeasure {
     backend.free(fitted, gram, stored, channelMajor, values, x, y);
     const cols = this.#weights.length / n;
     let sum = 0;
-    for (let at = 0; at < found.length; at++)
-      sum += this.#rowWeights[Math.floor(at / cols)] * (found[at] - this.#outputs[at]) ** 2;
+    for (const [row, weight] of this.#rowWeights.entries()) {
+      let squares = 0;
+      for (let at = row * cols; at < (row + 1) * cols; at++) squares += (found[at] - this.#outputs[at]) ** 2;
+      sum += weight * squares;
+    }
     return sum;
   }
 
@@ -285,7 +288,11 @@ class SmoothingMeasure {
 
 function scaled(values: Float32Array, n: number, scales: Float64Array | undefined, power: 1 | -1): Float32Array {
   if (!scales) return values;
-  return values.map((v, at) => (power === 1 ? v * scales[at % n] : v / scales[at % n]));
+  const out = new Float32Array(values.length);
+  for (let begin = 0; begin < values.length; begin += n)
+    for (let c = 0; c < n; c++)
+      out[begin + c] = power === 1 ? values[begin + c] * scales[c] : values[begin + c] / scales[c];
+  return out;
 }
 
 /** At most {@link MEASURED_OUTPUTS} rows of all weights, evenly spread. */
