@@ -2,7 +2,7 @@
 import type { BufferSlice, GpuDevice } from '../../src/backends/webgpu/device.js';
 import { signsOf } from '../../src/backends/webgpu/fast/hadamard.js';
 import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
-import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
+import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan-model.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
 import { hadamardTransform, randomPairs, type HadamardOptions } from '../../src/transforms/index.js';

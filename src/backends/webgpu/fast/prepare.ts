@@ -12,18 +12,18 @@ import { rotationTable } from './activations.js';
 import { CHUNK } from './gemv.js';
 import { signsOf } from './hadamard.js';
 import { rowTakes } from './row.js';
+import { DecodePlan } from './plan.js';
 import {
-  batches,
-  DecodePlan,
-  FEW_SEQUENCES,
   PLAN_GROUPS,
   PLAN_HEADS,
+  batches,
   type PlanBlock,
   type PlanGroup,
   type PlanModel,
   type PlanRow,
   type PlanWeight,
-} from './plan.js';
+} from './plan-model.js';
+import { FEW_SEQUENCES } from './plan-products.js';
 
 /** A decoder's blocks without their caches, and the buffers that were made for them. */
 interface Prepared {
