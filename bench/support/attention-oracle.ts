@@ -1,5 +1,6 @@
 // Attention of single rows in float64, for checks of contexts that are too long to compute whole on the host.
-import { f16BitsToF32 } from '../../src/core/dtype.js';
+import { f16BitsToF32, f32ToF16Bits } from '../../src/core/dtype.js';
+import { createRng } from '../../src/core/rng.js';
 import { LAMBDA } from '../../test/conformance/duo.js';
 
 /** Every f16 by its bits. */
@@ -11,6 +12,21 @@ const C = 2 ** -11;
 export function widen(bits: Uint16Array): Float32Array {
   const out = new Float32Array(bits.length);
   for (let i = 0; i < bits.length; i++) out[i] = HALVES[bits[i]];
+  return out;
+}
+
+/** Normal numbers as f16 bits, drawn by a fast generator from a table of them. */
+export function randomHalves(count: number, seed: number): Uint16Array<ArrayBuffer> {
+  const rng = createRng(seed);
+  const table = Uint16Array.from({ length: 65536 }, () => f32ToF16Bits(rng.normal()));
+  const out = new Uint16Array(count);
+  let state = seed >>> 0 || 1;
+  for (let i = 0; i < count; i++) {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    out[i] = table[state & 0xffff];
+  }
   return out;
 }
 

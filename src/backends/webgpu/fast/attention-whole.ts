@@ -36,7 +36,7 @@ export interface WholeAttentionVariant {
 }
 
 type Buffers =
-  'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
+  'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
 
 /** Results that meet in workgroup memory. */
 const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle ? teams : teams * PER_TEAM);
@@ -52,7 +52,7 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
   Array.from({ length: n }, (_, i) => f(i)).join(separator);
 
 /**
- * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: gain [channels], table [stages, channels], x
+ * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: table [stages, channels] or gain [channels], x
  * [batch, channels] f16, factors [batch, channels/32], channels = heads · 128.
  */
 export function wholeAttentionKernel(
@@ -65,13 +65,12 @@ export function wholeAttentionKernel(
   const slice = { shuffle, stages, threads };
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
     qkv: read('f32'),
-    ...(v.qkNorm ? { qNorm: read('f32'), kNorm: read('f32') } : {}),
+    ...(v.qkNorm ? { norms: read('f32') } : {}),
     rope: read('vec2<f32>'),
     positions: read('u32'),
     keys: write('vec4<u32>'),
     values: write('vec4<u32>'),
-    gain: read('f32'),
-    ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
+    ...(stages > 0 ? { table: read('vec4<u32>') } : { gain: read('f32') }),
     x: write('u32'),
     factors: write('vec2<f32>'),
   };
@@ -129,9 +128,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let part = local % LANES;
 ${list(unroll, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;\n  { let i = (cache + min(begin + slot + ${u * teams * PER_TEAM}u, position)) * LANES + part; kw${u} = keys[i]; vw${u} = values[i]; }`)}
   let angle = rope[position * ${rotaryDim / 2}u + lane % ${rotaryDim / 2}u];
-${v.qkNorm ? '  let norm = select(qNorm[lane], kNorm[lane], mineK);' : ''}
+${v.qkNorm ? '  let norm = norms[select(0u, D, mineK) + lane];' : ''}
 ${entries(slice, '0u')}
-  let own = gain[at];
+${stages > 0 ? '' : '  let own = gain[at];'}
 ${
   v.qkNorm
     ? shuffle
@@ -212,7 +211,7 @@ ${
   if (inside) {
     var total = 0.0;
     for (var i = 0u; i < ${slots}u; i++) { total += totals[i]; v += parts[i * ${D / 4}u + lane / 4u][lane & 3u]; }
-    v *= own / total;
+    v *= ${stages > 0 ? '1.0' : 'own'} / total;
   }
 ${turns(slice)}
 ${pack(slice, 'b * params.channels + at')}

@@ -30,7 +30,7 @@ export interface AttentionVariant {
   readonly unroll: number;
 }
 
-type Buffers = 'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
+type Buffers = 'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
 
 /** Workgroups: x = head blocks, y = splits, z = batch. */
 export const attentionGroups = (v: AttentionVariant, batch: number): [number, number, number] => [
@@ -40,7 +40,7 @@ export const attentionGroups = (v: AttentionVariant, batch: number): [number, nu
 ];
 
 /**
- * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; qNorm, kNorm [headDim]; rope [positions, rotaryDim/2] (cos, sin);
+ * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; norms [2, headDim] of q and k; rope [positions, rotaryDim/2] (cos, sin);
  * positions [batch]: tokens already in each cache; keys, values [batch, kvHeads, capacity, headDim] f16; out [batch, heads,
  * splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of exponentials).
  */
@@ -51,7 +51,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   const each = (n: number, f: (i: number) => string, sep = '\n'): string =>
     Array.from({ length: n }, (_, i) => f(i)).join(sep);
   const masks = [16, 8, 4, 2, 1].filter((m) => m < lanes);
-  const norms: Partial<Record<Buffers, BufferSpec>> = v.qkNorm ? { qNorm: read('f32'), kNorm: read('f32') } : {};
+  const norms: Partial<Record<Buffers, BufferSpec>> = v.qkNorm ? { norms: read('f32') } : {};
   const group = TEAMS * perTeam * UNROLL;
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
@@ -134,7 +134,7 @@ ${squaresOfHeads(v)}
   workgroupBarrier();
   for (var i = local; i < ${(q + 1) * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D;
-    head[i / 4u][i & 3u] *= squares[h] * select(kNorm[i % D], qNorm[i % D], h < ${q}u);
+    head[i / 4u][i & 3u] *= squares[h] * norms[select(D, 0u, h < ${q}u) + i % D];
   }
   workgroupBarrier();`
     : ''

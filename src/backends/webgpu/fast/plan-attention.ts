@@ -3,7 +3,7 @@ import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { stagesOf } from './activations.js';
 import { WHOLE_HEAD, wholeAttentionKernel, wholeMemory, type WholeAttentionVariant } from './attention-whole.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
-import type { PlanBlock, PlanModel } from './plan-model.js';
+import { inputTables, type PlanBlock, type PlanModel } from './plan-model.js';
 import { arithmetic } from './plan-products.js';
 
 /** Where attention reads and writes, beside a block's caches. */
@@ -37,11 +37,11 @@ export function planAttention(
   { qkv, positions, parts, stats, x, factors }: AttentionBuffers,
 ): PlannedAttention {
   const { heads, kvHeads, headDim, rotaryDim, eps } = model;
-  const { qNorm, kNorm, keys, values, window, o } = block;
+  const { headNorms, keys, values, window, o } = block;
   const scale = headDim ** -0.5;
-  const cached = { qkv, qNorm: qNorm ?? qkv, kNorm: kNorm ?? qkv, rope: model.rope, positions, keys, values };
+  const cached = { qkv, norms: headNorms ?? qkv, rope: model.rope, positions, keys, values };
   const { shuffle } = arithmetic(gpu);
-  const shape = { shuffle, heads, kvHeads, headDim, rotaryDim, qkNorm: qNorm !== undefined, window };
+  const shape = { shuffle, heads, kvHeads, headDim, rotaryDim, qkNorm: headNorms !== undefined, window };
   const ranges = { ...shape, splits, ...attentionShape(heads / kvHeads) };
   // That kernel ends with o's rotations inside a head.
   const whole = o.row ? undefined : wholeVariant({ ...shape, stages: stagesOf(o.krot) }, batch, gpu.limits);
@@ -50,7 +50,7 @@ export function planAttention(
       whole &&
       gpu.prepare(
         wholeAttentionKernel(whole),
-        { ...cached, gain: o.gain, table: o.table ?? o.gain, x, factors },
+        { ...cached, ...inputTables(o), x, factors },
         { capacity, channels: heads * headDim, scale, eps },
         [heads, batch],
       ),
@@ -80,7 +80,8 @@ function wholeVariant(
     const variant = { ...shape, teams, unroll: 4 };
     if (
       teams * 32 <= limits.maxComputeInvocationsPerWorkgroup &&
-      wholeMemory(variant) <= limits.maxComputeWorkgroupStorageSize
+      wholeMemory(variant) <= limits.maxComputeWorkgroupStorageSize &&
+      Object.keys(wholeAttentionKernel(variant).buffers).length <= limits.maxStorageBuffersPerShaderStage
     )
       return variant;
   }

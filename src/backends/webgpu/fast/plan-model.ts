@@ -1,5 +1,6 @@
 // A decoder in GPU memory as a decode plan takes it: weights, gains, rotation tables and caches by block, and which of them the
 // kernels are written for.
+import { GyreError } from '../../../core/errors.js';
 import type { BufferSlice } from '../device.js';
 import type { RowVariant } from './row.js';
 import type { EmbeddingType } from './sample.js';
@@ -32,12 +33,19 @@ export interface PlanGroup {
   readonly weights: readonly PlanWeight[];
   /** Rotations; 0 for none. */
   readonly krot: number;
-  /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
-  readonly gain: GPUBuffer;
+  /** Without rotations: [weights, channels] f32, what multiplies the input (a norm's weight). */
+  readonly gain?: GPUBuffer;
   /** Instead of rotations, for a single weight. */
   readonly row?: PlanRow;
-  /** Tables of all weights' transforms, see rotationTable. Undefined without rotations. */
+  /** With rotations: tables of all weights' transforms, see rotationTable; what multiplies the input is in them. */
   readonly table?: GPUBuffer;
+}
+
+/** What a group's input is multiplied by and rotated with, by the names of kernels' buffers: a kernel has one of them. */
+export function inputTables({ gain, table }: Pick<PlanGroup, 'gain' | 'table'>): { gain: GPUBuffer; table: GPUBuffer } {
+  const made = gain ?? table;
+  if (!made) throw new GyreError('backend', 'a linear group of a decode plan has neither a gain nor rotations');
+  return { gain: made, table: table ?? made };
 }
 
 /** One block's weights and cache. */
@@ -46,9 +54,8 @@ export interface PlanBlock {
   readonly o: PlanGroup;
   readonly gateUp: PlanGroup;
   readonly down: PlanGroup;
-  /** [headDim] f32. */
-  readonly qNorm?: GPUBuffer;
-  readonly kNorm?: GPUBuffer;
+  /** [2, headDim] f32: of q and k. In one buffer, since devices may allow no more than eight of them per kernel. */
+  readonly headNorms?: GPUBuffer;
   /** [batch, kvHeads, capacity, headDim] f16. */
   readonly keys: GPUBuffer;
   readonly values: GPUBuffer;

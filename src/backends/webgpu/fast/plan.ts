@@ -8,7 +8,7 @@ import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { activationGroups, activationKernel, stagesOf, type ActivationSource } from './activations.js';
 import { MOST_SEQUENCES } from './batch-products.js';
 import { WHOLE_KEYS, planAttention, splitsFor } from './plan-attention.js';
-import type { PlanGroup, PlanModel, PlanWeight } from './plan-model.js';
+import { inputTables, type PlanGroup, type PlanModel, type PlanWeight } from './plan-model.js';
 import { arithmetic, planHead, planProducts } from './plan-products.js';
 import { prepareRow } from './row.js';
 import { NO_TOKEN, SAMPLE_SPAN, embedTokensKernel, samplePickKernel, sampleSpansKernel } from './sample.js';
@@ -133,15 +133,15 @@ export class DecodePlan implements DecodeProgram {
       count: number,
     ): void => {
       if (group.row) {
-        const { row, gain } = group;
-        const buffers = { source: input, stats, gain, x: halves, factors };
+        const { row } = group;
+        const buffers = { source: input, stats, gain: inputTables(group).gain, x: halves, factors };
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
       // A whole row's sum, and the parts of 128 channels, are work for more threads than channels.
       const threads = source === 'attention' ? 256 : 128;
       const kernel = activationKernel({ shuffle, source, stages: stagesOf(group.krot), threads, splits, headDim });
-      const buffers = { source: input, stats, gain: group.gain, table: group.table ?? group.gain, x: halves, factors };
+      const buffers = { source: input, stats, ...inputTables(group), x: halves, factors };
       push(gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [activationGroups(channels), batch, count]));
     };
     const multiply = (
