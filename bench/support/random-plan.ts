@@ -199,17 +199,28 @@ export class RandomDecoder {
   #weight(outFeatures: number, inFeatures: number): PlanWeight {
     const groupSize = 128;
     const rng = this.#rng;
+    // Billions of them: xorshift, and grids from a table.
+    let state = rng.int(1, 2 ** 31);
+    const codes = (): number => {
+      state ^= state << 13;
+      state ^= state >>> 17;
+      return (state ^= state << 5);
+    };
+    const grids = Uint32Array.from(
+      { length: 1024 },
+      () => f32ToF16Bits(0.004 + 0.004 * rng.uniform()) | (rng.int(5, 11) << 16),
+    );
     return {
       kind: 'int4',
       outFeatures,
       inFeatures,
       groupSize,
-      codes: this.#own(randomBuffer(this.#gpu, (outFeatures * inFeatures) / 2, () => (rng.uniform() * 2 ** 32) >>> 0)),
+      codes: this.#own(randomBuffer(this.#gpu, (outFeatures * inFeatures) / 2, codes)),
       grid: this.#own(
         randomBuffer(
           this.#gpu,
           (outFeatures * inFeatures * 4) / groupSize,
-          () => f32ToF16Bits(0.004 + 0.004 * rng.uniform()) | (rng.int(5, 11) << 16),
+          (i) => grids[(i ^ codes()) & (grids.length - 1)],
         ),
       ),
     };

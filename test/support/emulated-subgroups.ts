@@ -3,12 +3,12 @@ import type { Kernel } from '../../src/backends/webgpu/kernel.js';
 
 /**
  * `kernel` with runs of `lanes` threads in place of subgroups. Takes kernels that call subgroupShuffle and subgroupShuffleXor in uniform
- * control flow, in `main`, on f32 variables, and on those named in `vectors` as vec4<f32>.
+ * control flow, in `main`, on variables of type f32, or as named in `types`.
  */
 export function emulatedSubgroups<B extends string, P extends string>(
   kernel: Kernel<B, P>,
   lanes: number,
-  vectors: readonly string[] = [],
+  types: Readonly<Record<string, 'vec4<f32>' | 'u32'>> = {},
 ): Kernel<B, P> {
   const threads = Number(/@workgroup_size\((\d+)\)/.exec(kernel.code)?.[1]);
   const thread = /@builtin\(local_invocation_index\) (\w+): u32/.exec(kernel.code)?.[1];
@@ -23,7 +23,9 @@ export function emulatedSubgroups<B extends string, P extends string>(
     /subgroupShuffle(Xor)?\(([^,()]+), ([^()]+)\)/g,
     (_, xor: string | undefined, value: string, at: string) => {
       const home = xor ? `${thread} ^ (${at})` : `${thread} / ${lanes}u * ${lanes}u + (${at})`;
-      return `emulatedLookup(vec4<f32>(${value}), ${thread}, ${home})${vectors.includes(value) ? '' : '.x'}`;
+      const look = (v: string): string => `emulatedLookup(vec4<f32>(${v}), ${thread}, ${home})`;
+      if (types[value] === 'vec4<f32>') return look(value);
+      return types[value] === 'u32' ? `bitcast<u32>(${look(`bitcast<f32>(${value})`)}.x)` : `${look(value)}.x`;
     },
   );
   const helper = `var<workgroup> emulated: array<vec4<f32>, ${threads}>;

@@ -233,9 +233,11 @@ ${
 ${shuffle ? '  let other = subgroupShuffleXor(n, 1u);' : `${share('n')}\n  let other = shared_r[lane ^ 1u];`}
   // The lower channel of two lies in the lower half; both lanes hold the same word but for the order.
   let word = pack2x16float(vec2(n, other));
-  // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others: a bit
-  // that they can't know to be 0 stops them.
-  let pair = unpack2x16float(word | (params.channels >> 31u));
+  // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others, but not of
+  // what another thread has packed: the same two.
+${shuffle ? '  let theirs = subgroupShuffleXor(word, 1u);' : `${share('bitcast<f32>(word)')}
+  let theirs = bitcast<u32>(shared_r[lane ^ 1u]);`}
+  let pair = unpack2x16float(theirs);
   var sum = pair.x + pair.y;
 ${
   shuffle

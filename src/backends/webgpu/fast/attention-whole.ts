@@ -57,7 +57,7 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
  */
 export function wholeAttentionKernel(
   v: WholeAttentionVariant,
-): Kernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'> {
+): Kernel<Buffers, 'channels' | 'scale' | 'eps'> {
   const { shuffle, rotaryDim, teams, unroll, stages } = v;
   const threads = teams * TEAM;
   const slots = slotsOf(v);
@@ -80,11 +80,11 @@ export function wholeAttentionKernel(
     masks: readonly number[],
     combine = (a: string, b: string): string => `${a} + ${b}`,
   ): string => masks.map((m) => `${name} = ${combine(name, `subgroupShuffleXor(${name}, ${m}u)`)};`).join(' ');
-  return defineKernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'>({
+  return defineKernel<Buffers, 'channels' | 'scale' | 'eps'>({
     name: `attention.whole.t${teams}.u${unroll}.s${stages}${v.qkNorm ? '.norm' : ''}`,
     features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<Buffers, BufferSpec>,
-    params: { capacity: 'u32', channels: 'u32', scale: 'f32', eps: 'f32' },
+    params: { channels: 'u32', scale: 'f32', eps: 'f32' },
     body: /* wgsl */ `
 const D = ${D}u;
 const LANES = ${LANES}u;
@@ -110,7 +110,8 @@ fn packed(at: u32) -> vec4<u32> {
 }
 
 @compute @workgroup_size(${threads})
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) local: u32) {
   let b = wg.y;
   let kv = wg.x / (HEADS / KV);
   let lane = local & ${SLICE - 1}u;
@@ -123,7 +124,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let newV = qkv[b * WIDTH + (HEADS + KV + kv) * D + lane];
   let position = positions[b];
   let begin = ${v.window > 0 ? `select(0u, position + 1u - ${v.window}u, position + 1u > ${v.window}u)` : '0u'};
-  let cache = (b * KV + kv) * params.capacity;
+  let cache = (b * KV + kv) * positions[groups.y];
   let slot = local / LANES;
   let part = local % LANES;
 ${list(unroll, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;\n  { let i = (cache + min(begin + slot + ${u * teams * PER_TEAM}u, position)) * LANES + part; kw${u} = keys[i]; vw${u} = values[i]; }`)}

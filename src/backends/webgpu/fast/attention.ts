@@ -41,10 +41,10 @@ export const attentionGroups = (v: AttentionVariant, batch: number): [number, nu
 
 /**
  * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; norms [2, headDim] of q and k; rope [positions, rotaryDim/2] (cos, sin);
- * positions [batch]: tokens already in each cache; keys, values [batch, kvHeads, capacity, headDim] f16; out [batch, heads,
+ * positions [batch + 1]: tokens already in each cache, then how many the caches hold; keys, values [batch, kvHeads, capacity, headDim] f16; out [batch, heads,
  * splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of exponentials).
  */
-export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'capacity' | 'scale' | 'eps'> {
+export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'scale' | 'eps'> {
   const { headDim, rotaryDim, splits, together: q, teams: TEAMS, unroll: UNROLL } = v;
   const lanes = headDim / 8;
   const perTeam = TEAM / lanes;
@@ -55,7 +55,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   const group = TEAMS * perTeam * UNROLL;
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
-  return defineKernel<Buffers, 'capacity' | 'scale' | 'eps'>({
+  return defineKernel<Buffers, 'scale' | 'eps'>({
     name: `attention.decode.d${headDim}.q${q}.t${TEAMS}.u${UNROLL}.s${splits}`,
     features: v.shuffle ? ['subgroups'] : [],
     buffers: {
@@ -68,7 +68,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
       out: write('f32'),
       stats: write('vec2<f32>'),
     } as Record<Buffers, BufferSpec>,
-    params: { capacity: 'u32', scale: 'f32', eps: 'f32' },
+    params: { scale: 'f32', eps: 'f32' },
     body: /* wgsl */ `
 const D = ${headDim}u;
 const LANES = ${lanes}u;
@@ -92,7 +92,8 @@ fn packed(at: u32) -> vec4<u32> {
 }
 
 @compute @workgroup_size(${TEAM * TEAMS})
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) local: u32) {
   let b = wg.z;
   let firstHead = wg.x * ${q}u;
   let kv = firstHead / (HEADS / KV);
@@ -110,7 +111,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     return;
   }
 
-  let cache = (b * KV + kv) * params.capacity;
+  let cache = (b * KV + kv) * positions[groups.z];
   // The first keys and values are on their way while the new heads are prepared.
   let slot = local / LANES;
   let part = local % LANES;

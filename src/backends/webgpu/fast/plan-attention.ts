@@ -1,5 +1,6 @@
 // A plan's attention: from the new q, k and v to the input of o's product, in one dispatch while contexts are short, in two after that.
 import type { GpuDevice, PreparedDispatch } from '../device.js';
+import { withConstants } from '../kernel.js';
 import { stagesOf } from './activations.js';
 import { WHOLE_HEAD, wholeAttentionKernel, wholeMemory, type WholeAttentionVariant } from './attention-whole.js';
 import { attentionGroups, decodeAttentionKernel } from './attention.js';
@@ -10,7 +11,7 @@ import { arithmetic } from './plan-products.js';
 export interface AttentionBuffers {
   /** [batch, (heads + 2·kvHeads)·headDim] f32. */
   readonly qkv: GPUBuffer;
-  /** [batch]: tokens already in each cache. */
+  /** [batch + 1]: tokens already in each cache, and how many they hold. */
   readonly positions: GPUBuffer;
   /** Parts of attention's result, and their statistics; see decodeAttentionKernel. */
   readonly parts: GPUBuffer;
@@ -28,12 +29,12 @@ export interface PlannedAttention {
   readonly ranged: PreparedDispatch;
 }
 
-/** Attention of `batch` sequences over caches of `capacity` tokens in `splits` ranges. */
+/** Attention of `batch` sequences in `splits` ranges of keys. */
 export function planAttention(
   gpu: GpuDevice,
   model: PlanModel,
   block: PlanBlock,
-  { batch, capacity, splits }: { readonly batch: number; readonly capacity: number; readonly splits: number },
+  { batch, splits }: { readonly batch: number; readonly splits: number },
   { qkv, positions, parts, stats, x, factors }: AttentionBuffers,
 ): PlannedAttention {
   const { heads, kvHeads, headDim, rotaryDim, eps } = model;
@@ -49,15 +50,15 @@ export function planAttention(
     whole:
       whole &&
       gpu.prepare(
-        wholeAttentionKernel(whole),
+        withConstants(wholeAttentionKernel(whole), { channels: heads * headDim, scale, eps }),
         { ...cached, ...inputTables(o), x, factors },
-        { capacity, channels: heads * headDim, scale, eps },
+        {},
         [heads, batch],
       ),
     ranged: gpu.prepare(
-      decodeAttentionKernel(ranges),
+      withConstants(decodeAttentionKernel(ranges), { scale, eps }),
       { ...cached, out: parts, stats },
-      { capacity, scale, eps },
+      {},
       attentionGroups(ranges, batch),
     ),
   };

@@ -5,6 +5,7 @@ import { ensure } from '../../../core/errors.js';
 import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/decode.js';
 import { checkBufferSize } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
+import { withConstants } from '../kernel.js';
 import { activationGroups, activationKernel, stagesOf, type ActivationSource } from './activations.js';
 import { MOST_SEQUENCES } from './batch-products.js';
 import { WHOLE_KEYS, planAttention, splitsFor } from './plan-attention.js';
@@ -106,7 +107,8 @@ export class DecodePlan implements DecodeProgram {
     }))
       checkBufferSize(gpu.limits, bytes, `the ${what} of ${batch} sequences`);
     this.#tokens = make(batch * 4);
-    this.#positions = make(batch * 4);
+    this.#positions = make(batch * 4 + 4);
+    gpu.upload(this.#positions, Uint32Array.of(capacity), batch * 4);
     this.#settings = make(batch * 16);
     this.#seeds = make(batch * 4);
     const [x, middle] = [make(batch * hidden * 4), make(batch * hidden * 4)];
@@ -142,7 +144,8 @@ export class DecodePlan implements DecodeProgram {
       const threads = source === 'attention' ? 256 : 128;
       const kernel = activationKernel({ shuffle, source, stages: stagesOf(group.krot), threads, splits, headDim });
       const buffers = { source: input, stats, ...inputTables(group), x: halves, factors };
-      push(gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [activationGroups(channels), batch, count]));
+      const constant = withConstants(kernel, { channels, eps: model.eps });
+      push(gpu.prepare(constant, buffers, {}, [activationGroups(channels), batch, count]));
     };
     const multiply = (
       weights: readonly PlanWeight[],
@@ -166,7 +169,7 @@ export class DecodePlan implements DecodeProgram {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
       multiply(block.qkv.weights, 'norm', qkv);
       const buffers = { qkv, positions: this.#positions, parts, stats, x: halves, factors };
-      const { whole, ranged } = planAttention(gpu, model, block, { batch, capacity, splits }, buffers);
+      const { whole, ranged } = planAttention(gpu, model, block, { batch, splits }, buffers);
       if (whole) {
         this.#short.push(whole);
         steps = [this.#long];
