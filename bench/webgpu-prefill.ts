@@ -98,7 +98,10 @@ async function attention(test: LongAttention): Promise<void> {
     widen(new Uint16Array(await gpu.read(buffer, at * 2, n * 2)));
   const start = context - tokens;
   const scale = headDim ** -0.5;
-  const [allKeys, allValues] = [await read(k, 0, context * kvHeads * headDim), await read(v, 0, context * kvHeads * headDim)];
+  const [allKeys, allValues] = [
+    await read(k, 0, context * kvHeads * headDim),
+    await read(v, 0, context * kvHeads * headDim),
+  ];
   // Both ends of the rows, the edges of their tiles and the window's, and places between at random.
   const places = new Set([0, tokens - 1, 15, 16, 63, 64].filter((at) => at < tokens));
   if (window) for (const at of [window - 1, window, window + 1]) if (at < tokens) places.add(at);

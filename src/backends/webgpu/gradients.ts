@@ -167,7 +167,13 @@ export class WebGpuGradients implements GradientOps {
       () => `positions up to ${start + tokens} asked of RoPE tables for ${rope.positions}`,
     );
     const out = makeTensor(gpu, qkv.shape);
-    const gradient = (dy: GpuTensor, first: number, count: number, turned: boolean, norm?: Tensor): Tensor | undefined => {
+    const gradient = (
+      dy: GpuTensor,
+      first: number,
+      count: number,
+      turned: boolean,
+      norm?: Tensor,
+    ): Tensor | undefined => {
       const items = rows * count;
       // Eight heads to a workgroup at least: its sums are worth as much as a head.
       const workgroups = Math.min(4096, Math.max(1, Math.ceil(items / 8)));

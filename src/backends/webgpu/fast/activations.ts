@@ -235,8 +235,12 @@ ${shuffle ? '  let other = subgroupShuffleXor(n, 1u);' : `${share('n')}\n  let o
   let word = pack2x16float(vec2(n, other));
   // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others, but not of
   // what another thread has packed: the same two.
-${shuffle ? '  let theirs = subgroupShuffleXor(word, 1u);' : `${share('bitcast<f32>(word)')}
-  let theirs = bitcast<u32>(shared_r[lane ^ 1u]);`}
+${
+  shuffle
+    ? '  let theirs = subgroupShuffleXor(word, 1u);'
+    : `${share('bitcast<f32>(word)')}
+  let theirs = bitcast<u32>(shared_r[lane ^ 1u]);`
+}
   let pair = unpack2x16float(theirs);
   var sum = pair.x + pair.y;
 ${

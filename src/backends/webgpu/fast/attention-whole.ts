@@ -35,8 +35,7 @@ export interface WholeAttentionVariant {
   readonly stages: number;
 }
 
-type Buffers =
-  'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
+type Buffers = 'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
 
 /** Results that meet in workgroup memory. */
 const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle ? teams : teams * PER_TEAM);
@@ -55,9 +54,7 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
  * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: table [stages, channels] or gain [channels], x
  * [batch, channels] f16, factors [batch, channels/32], channels = heads · 128.
  */
-export function wholeAttentionKernel(
-  v: WholeAttentionVariant,
-): Kernel<Buffers, 'channels' | 'scale' | 'eps'> {
+export function wholeAttentionKernel(v: WholeAttentionVariant): Kernel<Buffers, 'channels' | 'scale' | 'eps'> {
   const { shuffle, rotaryDim, teams, unroll, stages } = v;
   const threads = teams * TEAM;
   const slots = slotsOf(v);

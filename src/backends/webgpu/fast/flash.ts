@@ -36,8 +36,8 @@ const KEYS = 32;
 /** Words of 16 bytes in a row of scores, and one against bank conflicts. */
 const ROW = KEYS / 4 + 1;
 
-/** Workgroups of eight subgroups from which they are quicker than twice as many of four: two for each core of a large GPU. */
-const BUSY_GROUPS = 256;
+/** Workgroups of eight subgroups from which they are quicker than twice as many of four: the fewest that were measured. */
+const BUSY_GROUPS = 512;
 
 /**
  * Subgroups per workgroup for so many rows of each of `keyHeads` key heads. Eight serve twice the rows with each load of keys: a
