@@ -77,7 +77,7 @@ export function withConstants<B extends string, P extends string>(
 ): Kernel<B> {
   const definition = definitions.get(kernel);
   const types = Object.entries<ParamType>(kernel.params);
-  if (!definition || types.length === 0) return kernel as Kernel<B>;
+  if (!definition || types.length === 0) return kernel;
   const literals = types.map(([name, type]) => {
     const value = values[name as P];
     return type === 'f32' ? `f32(${value})` : `${value}${type === 'u32' ? 'u' : 'i'}`;
@@ -85,7 +85,7 @@ export function withConstants<B extends string, P extends string>(
   const made: Kernel<B> = {
     name: kernel.name,
     buffers: kernel.buffers,
-    params: {} as Kernel<B>['params'],
+    params: {},
     code: moduleCode(definition, [`const params = Params(${literals.join(', ')});`], 0),
   };
   return made;
