@@ -3,7 +3,7 @@
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
 import { tileGroups } from '../src/backends/webgpu/fast/matrix-tiles.js';
-import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../src/backends/webgpu/fast/hadamard.js';
+import { hadamardRowsKernel, hadamardRowsMemory, signsOf, type HadamardHalves } from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
   integerMatrixKernel,
@@ -70,6 +70,8 @@ const relative = (got: ArrayLike<number>, want: ArrayLike<number>): number => {
 const halfPair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
 const anyWord = (): number => (rng.uniform() * 2 ** 32) >>> 0;
 
+const HALVES: readonly (HadamardHalves | undefined)[] = ['all', 'base', undefined];
+
 async function hadamard(
   rows: number,
   channels: number,
@@ -92,11 +94,17 @@ async function hadamard(
     const y = gpu.buffer(rows * channels * size);
     buffers.push(x, y);
     const variants = threads.flatMap((t) =>
-      bits.flatMap((b) => (m > 1 ? [true, false] : [false]).map((f) => [t, b, f] as const)),
+      bits.flatMap((b) => (m > 1 ? HALVES : HALVES.filter((f) => f !== 'base')).map((f) => [t, b, f] as const)),
     );
     for (const [count, most, f16] of variants) {
       if (f16 && !(halves && capabilities.f16)) continue;
-      const kernel = hadamardRowsKernel({ ...shape, signs: signsOf(transform.base), threads: count, bits: most, f16 });
+      const kernel = hadamardRowsKernel({
+        ...shape,
+        signs: signsOf(transform.base),
+        threads: count,
+        bits: most,
+        ...(f16 && { f16 }),
+      });
       const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [rows]);
       gpu.run([dispatch]);
       let error = 0;

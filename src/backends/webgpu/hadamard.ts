@@ -91,7 +91,7 @@ function rowsVariant(
     signs: m > 1 ? signsOf(handle.source.base, direction) : '',
     threads: hadamardRowsThreads(shape.channels),
     bits: 4,
-    f16: halves && m > 12 && gpu.capabilities.f16,
+    ...(halves && m > 12 && gpu.capabilities.f16 && { f16: 'base' as const }),
   };
 }
 

@@ -8,6 +8,7 @@
 // phases keeps its range. Arithmetic in f32; the base matrix's, with `f16`, in f16 at an eighth of the values (half the registers, which
 // is what rows of 14336 wait for). Bytes moved: the row in and out. Workgroup memory: 4 bytes a pair with
 // `halves`, else 8, padded by one word in 16 against bank conflicts.
+import { roundToF16 } from '../../../core/dtype.js';
 import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 
 /** A variant of {@link hadamardRowsKernel}. */
@@ -25,11 +26,14 @@ export interface HadamardRowsVariant {
   /** f16 in and out and between phases, or f32. */
   readonly halves: boolean;
   readonly threads: number;
-  /** Base matrix in 16-bit arithmetic. */
-  readonly f16?: boolean;
+  /** What is computed in 16 bits: the base matrix, or all of it (rows of f16). Default: nothing. */
+  readonly f16?: HadamardHalves;
   /** Bits of the power of two that a phase takes at most: 2^bits pairs to a thread. */
   readonly bits: number;
 }
+
+/** See {@link HadamardRowsVariant.f16}. */
+export type HadamardHalves = 'base' | 'all';
 
 /** Largest base matrix whose outputs fit a thread's registers. */
 export const MAX_BASE = 28;
@@ -74,7 +78,7 @@ export interface PhaseShape {
   readonly p: number;
   readonly signs: string;
   readonly bits: number;
-  readonly f16?: boolean;
+  readonly f16?: HadamardHalves;
   /** Channels between two neighbours of the axis: 1, or even. */
   readonly inner: number;
 }
@@ -83,7 +87,7 @@ export interface PhaseShape {
  * The phases of B ⊗ S. The base matrix, or else the highest bits of S, come first, so that threads that are neighbours hold
  * neighbouring pairs when rows are read.
  */
-export function hadamardPhases({ m, p, signs, bits: most, inner, f16 = false }: PhaseShape): Phase[] {
+export function hadamardPhases({ m, p, signs, bits: most, inner, f16 }: PhaseShape): Phase[] {
   const within = inner === 1;
   // Of the power of two, what is left when a pair holds one of its bits.
   const columns = within ? p / 2 : p;
@@ -96,7 +100,7 @@ export function hadamardPhases({ m, p, signs, bits: most, inner, f16 = false }: 
     phases.push({
       count: m,
       stride: columns * spread,
-      body: [...basePhase(m, signs, f16), ...pairs(m)],
+      body: [...basePhase(m, signs, f16 === 'base'), ...pairs(m)],
       order: doubled * m,
     });
   } else {
@@ -145,23 +149,37 @@ ${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * 
 
 /** One workgroup per row of channels; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
 export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
-  const { channels, m, p, inner, halves, threads, bits, f16 = false } = v;
+  const { channels, m, p, inner, halves, threads, bits, f16 } = v;
   const pairs = channels / 2;
   const phases = hadamardPhases(v);
+  const last = phases.length - 1;
+  // What is left for the last phase. In f16 throughout, each phase first takes the power of two nearest to its own scale.
+  const before = phases.map(({ order }) => (f16 === 'all' ? 2 ** -Math.round(Math.log2(order) / 2) : 1));
+  const rest =
+    f16 === 'all'
+      ? 1 / Math.sqrt(m * p) / before.reduce((product, scale) => product * scale, 1)
+      : 1 / Math.sqrt((m * p) / phases[0].order);
   const code = phases.map((phase, i) =>
     phaseCode(
       phase,
       pairs,
       threads,
-      (at, place) => `unpacked(${i === 0 ? `x[row + ${at}]` : `tile[${place}]`})`,
-      (at, place, value) => `${i === phases.length - 1 ? `y[row + ${at}]` : `tile[${place}]`} = packed(${value})`,
+      (at, place) => {
+        const word = i === 0 ? `x[row + ${at}]` : `tile[${place}]`;
+        return f16 === 'all' ? `h2(${before[i]}) * bitcast<h2>(${word})` : `unpacked(${word})`;
+      },
+      (at, place, value) => {
+        const target = i === last ? `y[row + ${at}]` : `tile[${place}]`;
+        if (f16 !== 'all') return `${target} = packed(${value})`;
+        return `${target} = bitcast<u32>(${i === last && rest !== 1 ? `scaled(${value})` : value})`;
+      },
       // Phases in the middle leave their scale to the last.
-      i === 0 ? undefined : i < phases.length - 1 ? 1 : 1 / Math.sqrt((m * p) / phases[0].order),
+      f16 === 'all' ? 1 : i === 0 ? undefined : i < last ? 1 : rest,
     ),
   );
   const type = halves ? 'u32' : 'vec2<f32>';
   return defineKernel<'x' | 'y', 'rows'>({
-    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? '.h' : ''}`,
+    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? `.${f16}16` : ''}`,
     features: f16 ? ['f16'] : [],
     buffers: { x: read(type), y: write(type) },
     params: { rows: 'u32' },
@@ -169,6 +187,7 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
 const PAIRS = ${pairs}u;
 var<workgroup> tile: array<${type}, ${padded(pairs)}>;
 ${pairWgsl(halves)}
+${f16 === 'all' ? scaledWgsl(rest) : ''}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;
@@ -176,6 +195,14 @@ ${code.join('\n  workgroupBarrier();\n')}
 }`,
   });
 });
+
+/** WGSL: a pair times a factor as good as f32's: what f16 loses of the factor is added. */
+function scaledWgsl(factor: number): string {
+  const high = roundToF16(factor);
+  return /* wgsl */ `
+alias h2 = vec2<f16>;
+fn scaled(v: h2) -> h2 { return fma(v, h2(${high}), v * h2(${roundToF16(factor - high)})); }`;
+}
 
 /** WGSL: pairs in workgroup memory, and where they lie. */
 export const pairWgsl = (halves: boolean): string => /* wgsl */ `
@@ -199,12 +226,12 @@ function butterflies(count: number): string[] {
 }
 
 /** v ← B·v, four inputs at a time: o_i += ± one of the eight sums of v_c ± v_(c+1) ± v_(c+2) ± v_(c+3). */
-function basePhase(m: number, signs: string, f16: boolean): string[] {
+function basePhase(m: number, signs: string, narrowed: boolean): string[] {
   const lines: string[] = [];
-  if (f16) for (let i = 0; i < m; i++) lines.push(`let h${i} = vec2<f16>(0.125 * v${i});`);
+  if (narrowed) for (let i = 0; i < m; i++) lines.push(`let h${i} = vec2<f16>(0.125 * v${i});`);
   const sign = (i: number, j: number): number => (signs[i * m + j] === '+' ? 1 : -1);
   for (let c = 0; c < m; c += 4) {
-    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `${f16 ? 'h' : 'v'}${i}`);
+    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `${narrowed ? 'h' : 'v'}${i}`);
     lines.push(
       `let s${c}_0 = ${a} + ${b}; let s${c}_1 = ${a} - ${b}; let t${c}_0 = ${d} + ${e}; let t${c}_1 = ${d} - ${e};`,
     );
@@ -222,6 +249,6 @@ function basePhase(m: number, signs: string, f16: boolean): string[] {
       else lines.push(`o${i} ${lead > 0 ? '+=' : '-='} ${term};`);
     }
   }
-  for (let i = 0; i < m; i++) lines.push(f16 ? `v${i} = 8.0 * vec2<f32>(o${i});` : `v${i} = o${i};`);
+  for (let i = 0; i < m; i++) lines.push(narrowed ? `v${i} = 8.0 * vec2<f32>(o${i});` : `v${i} = o${i};`);
   return lines;
 }

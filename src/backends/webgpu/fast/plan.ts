@@ -18,6 +18,7 @@ import {
 import { CHUNK, MAX_PRODUCTS, gemvBuffers, gemvGroups, gemvKernel } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import { prepareRow, type RowVariant } from './row.js';
+import { RowSlices } from './row-slices.js';
 import {
   NO_TOKEN,
   SAMPLE_SPAN,
@@ -217,6 +218,7 @@ export class DecodePlan implements DecodeProgram {
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
+    const slices = new RowSlices(gpu, make);
     let steps = [this.#short, this.#long];
     const push = (...dispatches: PreparedDispatch[]): void => {
       for (const step of steps) step.push(...dispatches);
@@ -231,6 +233,8 @@ export class DecodePlan implements DecodeProgram {
       if (group.row) {
         const { row, gain } = group;
         const buffers = { source: input, stats, gain, x: halves, factors };
+        const sliced = slices.prepare({ source, channels, row, batch, splits, buffers });
+        if (sliced) return sliced.forEach(push);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
