@@ -1,15 +1,22 @@
 // SmoothRot's kernels on a GPU: Hadamard transforms of many rows against the copy bandwidth measured in the same run, products
-// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,row,decode,exact]
+// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,slices,row,decode,exact] [--sweep]
+import { parseArgs } from 'node:util';
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
 import { tileGroups } from '../src/backends/webgpu/fast/matrix-tiles.js';
-import { hadamardRowsKernel, hadamardRowsMemory, signsOf, type HadamardHalves } from '../src/backends/webgpu/fast/hadamard.js';
+import {
+  hadamardRowsKernel,
+  hadamardRowsMemory,
+  signsOf,
+  type HadamardHalves,
+} from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
   integerMatrixKernel,
   integerMatrixMemory,
 } from '../src/backends/webgpu/fast/gemm-integer.js';
 import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
+import { RowSlices } from '../src/backends/webgpu/fast/row-slices.js';
 import { rowKernel } from '../src/backends/webgpu/fast/row.js';
 import { encodeRowsKernel } from '../src/backends/webgpu/kernels/activation-grid.js';
 import { INTEGER_TILE, integerGemmKernel } from '../src/backends/webgpu/kernels/linear-integer.js';
@@ -20,7 +27,8 @@ import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from '
 import { RandomDecoder, SHAPES, type PlanKind } from './support/random-plan.js';
 import { writeResult } from './support/results.js';
 
-const only = process.argv.includes('--only') ? process.argv[process.argv.indexOf('--only') + 1].split(',') : undefined;
+const { values } = parseArgs({ options: { only: { type: 'string' }, sweep: { type: 'boolean' } } });
+const only = values.only?.split(',');
 const wants = (name: string): boolean => !only || only.includes(name);
 const rng = createRng(1);
 const backend = await openWebGpuBackend();
@@ -70,13 +78,14 @@ const relative = (got: ArrayLike<number>, want: ArrayLike<number>): number => {
 const halfPair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
 const anyWord = (): number => (rng.uniform() * 2 ** 32) >>> 0;
 
-const HALVES: readonly (HadamardHalves | undefined)[] = ['all', 'base', undefined];
+const HALVES: readonly (HadamardHalves | undefined)[] = ['all', 'most', 'base', undefined];
 
 async function hadamard(
   rows: number,
   channels: number,
   threads: readonly number[],
   bits: readonly number[],
+  halvesOf = HALVES,
 ): Promise<void> {
   const transform = hadamardTransform(channels);
   const m = Math.sqrt(transform.base.length);
@@ -94,7 +103,9 @@ async function hadamard(
     const y = gpu.buffer(rows * channels * size);
     buffers.push(x, y);
     const variants = threads.flatMap((t) =>
-      bits.flatMap((b) => (m > 1 ? HALVES : HALVES.filter((f) => f !== 'base')).map((f) => [t, b, f] as const)),
+      bits.flatMap((b) =>
+        (m > 1 ? halvesOf : halvesOf.filter((f) => f !== 'base' && f !== 'most')).map((f) => [t, b, f] as const),
+      ),
     );
     for (const [count, most, f16] of variants) {
       if (f16 && !(halves && capabilities.f16)) continue;
@@ -306,6 +317,50 @@ async function rows(channels: number, inner: number): Promise<void> {
   await timed(`row ${channels}`, list);
 }
 
+/** The same rows over several workgroups, as the plan runs them: checked against float64 on every source, timed. */
+async function slices(channels: number, inner: number): Promise<void> {
+  const transform = hadamardTransform(channels, { inner });
+  const m = Math.sqrt(transform.base.length);
+  const hadamard = { m, p: transform.order / m, inner, signs: signsOf(transform.base) };
+  const splits = 24;
+  const kind = inner > 1 ? 'attention' : 'silu';
+  const width = kind === 'silu' ? 2 * channels : splits * channels;
+  const host = Float32Array.from({ length: width }, () => rng.normal());
+  const source = gpu.buffer(width * 4);
+  gpu.upload(source, host);
+  const stats = gpu.buffer((channels / inner) * splits * 8);
+  gpu.upload(stats, new Float32Array((2 * channels * splits) / inner).fill(1));
+  const [x, factors] = [gpu.buffer(channels * 2), gpu.buffer(channels / 4)];
+  const values = Float64Array.from({ length: channels }, (_, c) => {
+    if (kind === 'silu') return (host[c] / (1 + Math.exp(-host[c]))) * host[c + channels];
+    let sum = 0;
+    for (let s = 0; s < splits; s++) sum += host[(Math.floor(c / inner) * splits + s) * inner + (c % inner)];
+    return sum / splits;
+  });
+  const want = applyHadamard(values, transform);
+  const list: Candidate[] = [];
+  for (const codes of [true, false]) {
+    const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
+    const buffers = { source, stats, x, factors };
+    const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes));
+    const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, buffers });
+    if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
+    gpu.run(dispatches);
+    const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
+    const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
+    const place = [0, 2, 4, 6, 1, 3, 5, 7];
+    const got = want.map((_, c) =>
+      codes
+        ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
+        : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
+    );
+    const error = relative(got, want);
+    for (const dispatch of dispatches)
+      list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
+  }
+  await timed(`slices ${channels}`, list);
+}
+
 /** A whole decoder's step: AWQ, QuaRot and SmoothRot in one engine, GPU time alone. */
 async function decode(): Promise<void> {
   const shape = SHAPES[capabilities.software ? SHAPES.length - 1 : 0];
@@ -346,9 +401,17 @@ const sections: Readonly<Record<string, () => Promise<void>>> = {
   hadamard: async () => {
     const count = small ? 96 : 16384;
     await hadamard(count, 14336, [256], [4]);
+    if (values.sweep) await hadamard(count, 14336, [128, 192, 448, 512], [4], ['all']);
+    if (values.sweep) await hadamard(count, 14336, [256], [3], ['all', 'most']);
+    await hadamard(count, 12288, [128, 256], [4]);
     await hadamard(count, 4096, [128], [4]);
   },
   decode,
+  slices: async () => {
+    await slices(14336, 1);
+    await slices(11008, 1);
+    await slices(4096, 128);
+  },
   row: async () => {
     await rows(14336, 1);
     await rows(4096, 128);

@@ -76,14 +76,21 @@ function stagesOf(memory: number, m: number, p: number, inner: number): Hadamard
 /** Channels from which a workgroup of the fast kernel has work enough. */
 const LONG = 256;
 
+/** Channels of runs that go together. */
+const LONG_RUNS = 2048;
+
 /** The fast kernel's variant for a stage, a row being a run of it; undefined where it doesn't take it. */
 function rowsVariant(
   gpu: GpuDevice,
   handle: GpuHadamard,
   { m, p, inner }: HadamardStage,
-  { direction, halves }: { readonly direction: 'forward' | 'inverse'; readonly halves: boolean },
+  {
+    direction,
+    halves,
+    together = 1,
+  }: { readonly direction: 'forward' | 'inverse'; readonly halves: boolean; readonly together?: number },
 ): HadamardRowsVariant | undefined {
-  const shape = { channels: m * p * inner, m, p, inner, halves };
+  const shape = { channels: m * p * inner * together, m, p, inner, halves };
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
   if (!hadamardRowsTakes(shape) || shape.channels < LONG || hadamardRowsMemory(shape) > memory) return undefined;
   return {
@@ -95,17 +102,25 @@ function rowsVariant(
   };
 }
 
-/** H·x / √n on rows of f16; undefined where no kernel for them takes the transform. */
+/**
+ * H·x / √n on rows of f16, or on the heads in them: every run of the transform's channels; undefined where no kernel for them takes
+ * the transform.
+ */
 export function hadamardHalf(gpu: GpuDevice, x: HalfTensor, handle: GpuHadamard): HalfTensor | undefined {
   const { rows, cols } = x.matrix;
-  ensure(
-    cols === handle.channels,
-    'tensor-shape',
-    () => `a transform of ${handle.channels} channels was given ${cols}`,
-  );
-  const { order, inner, base } = handle.source;
+  const { channels, source } = handle;
+  ensure(cols % channels === 0, 'tensor-shape', () => `a transform of ${channels} channels was given ${cols}`);
+  const { order, inner, base } = source;
   const m = Math.sqrt(base.length);
-  const variant = rowsVariant(gpu, handle, { m, p: order / m, inner }, { direction: 'forward', halves: true });
+  // Short runs go together, or a workgroup would have nothing to do.
+  let together = 1;
+  while (order * inner * together < LONG_RUNS && x.elements % (2 * order * inner * together) === 0) together *= 2;
+  const variant = rowsVariant(
+    gpu,
+    handle,
+    { m, p: order / m, inner },
+    { direction: 'forward', halves: true, together },
+  );
   if (!variant) return undefined;
   const y = makeHalf(gpu, rows, cols);
   const runs = x.elements / variant.channels;

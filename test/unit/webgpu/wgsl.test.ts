@@ -124,7 +124,7 @@ const kernels: Kernel[] = [
     halves: true,
     threads: 256,
     bits: 4,
-    f16: true,
+    f16: 'all',
   }),
   ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
     bools.map((codes) =>

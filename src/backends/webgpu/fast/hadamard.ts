@@ -26,14 +26,14 @@ export interface HadamardRowsVariant {
   /** f16 in and out and between phases, or f32. */
   readonly halves: boolean;
   readonly threads: number;
-  /** What is computed in 16 bits: the base matrix, or all of it (rows of f16). Default: nothing. */
+  /** What is computed in 16 bits: the base matrix, all phases but the last, or all (rows of f16). Default: nothing. */
   readonly f16?: HadamardHalves;
   /** Bits of the power of two that a phase takes at most: 2^bits pairs to a thread. */
   readonly bits: number;
 }
 
 /** See {@link HadamardRowsVariant.f16}. */
-export type HadamardHalves = 'base' | 'all';
+export type HadamardHalves = 'base' | 'most' | 'all';
 
 /** Largest base matrix whose outputs fit a thread's registers. */
 export const MAX_BASE = 28;
@@ -153,12 +153,11 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
   const pairs = channels / 2;
   const phases = hadamardPhases(v);
   const last = phases.length - 1;
-  // What is left for the last phase. In f16 throughout, each phase first takes the power of two nearest to its own scale.
-  const before = phases.map(({ order }) => (f16 === 'all' ? 2 ** -Math.round(Math.log2(order) / 2) : 1));
-  const rest =
-    f16 === 'all'
-      ? 1 / Math.sqrt(m * p) / before.reduce((product, scale) => product * scale, 1)
-      : 1 / Math.sqrt((m * p) / phases[0].order);
+  const narrow = phases.map((_, i) => f16 === 'all' || (f16 === 'most' && i < last));
+  // A phase in f16 first takes the power of two nearest to its own scale; what is left is the last one's.
+  const before = phases.map(({ order }, i) => (narrow[i] ? 2 ** -Math.round(Math.log2(order) / 2) : 1));
+  const first = narrow[0] ? 1 : 1 / Math.sqrt(phases[0].order);
+  const rest = before.reduce((left, scale) => left / scale, 1 / Math.sqrt(m * p) / first);
   const code = phases.map((phase, i) =>
     phaseCode(
       phase,
@@ -166,15 +165,15 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
       threads,
       (at, place) => {
         const word = i === 0 ? `x[row + ${at}]` : `tile[${place}]`;
-        return f16 === 'all' ? `h2(${before[i]}) * bitcast<h2>(${word})` : `unpacked(${word})`;
+        return narrow[i] ? `h2(${before[i]}) * bitcast<h2>(${word})` : `unpacked(${word})`;
       },
       (at, place, value) => {
         const target = i === last ? `y[row + ${at}]` : `tile[${place}]`;
-        if (f16 !== 'all') return `${target} = packed(${value})`;
+        if (!narrow[i]) return `${target} = packed(${value})`;
         return `${target} = bitcast<u32>(${i === last && rest !== 1 ? `scaled(${value})` : value})`;
       },
       // Phases in the middle leave their scale to the last.
-      f16 === 'all' ? 1 : i === 0 ? undefined : i < last ? 1 : rest,
+      narrow[i] ? 1 : (i === 0 ? first : 1) * (i === last ? rest : 1),
     ),
   );
   const type = halves ? 'u32' : 'vec2<f32>';
@@ -187,7 +186,7 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
 const PAIRS = ${pairs}u;
 var<workgroup> tile: array<${type}, ${padded(pairs)}>;
 ${pairWgsl(halves)}
-${f16 === 'all' ? scaledWgsl(rest) : ''}
+${narrow.includes(true) ? scaledWgsl(rest) : ''}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;

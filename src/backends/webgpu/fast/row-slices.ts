@@ -374,7 +374,13 @@ export class RowSlices {
     const peaks = grid ? this.#buffer('peaks', 4 * batch * count) : buffers.factors;
     const turn = gpu.prepare(
       rowSliceKernel(variant),
-      { source: buffers.source, stats: buffers.stats, signs: this.#signsOf(shape.rows, hadamard), x: values, factors: peaks },
+      {
+        source: buffers.source,
+        stats: buffers.stats,
+        signs: this.#signsOf(shape.rows, hadamard),
+        x: values,
+        factors: peaks,
+      },
       {},
       [...groups, batch],
     );
