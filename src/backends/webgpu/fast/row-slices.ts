@@ -52,6 +52,8 @@ type SliceBuffers = 'source' | 'stats' | 'signs' | 'x' | 'factors';
 const LOADS = 4;
 /** Rows from which on a workgroup is busy. */
 const BUSY_ROWS = 16;
+/** Parts of attention at most; see splitsFor. */
+const MOST_SPLITS = 48;
 /** Rows up to which signed additions one by one are quick. */
 const MOST_ROWS = 256;
 
@@ -68,6 +70,32 @@ export function sliceShape(
   let [rows, columns] = across ? [m * p, inner] : [m, p];
   while (!across && rows < BUSY_ROWS && columns > LANES) [rows, columns] = [2 * rows, columns / 2];
   return columns % LANES === 0 && rows <= MOST_ROWS ? { rows, columns, sylvester: !across } : undefined;
+}
+
+/** Whether rows from a source can be spread: across heads behind attention, along the row elsewhere. */
+export const sliceTakes = (
+  { limits }: Pick<GpuDevice, 'limits'>,
+  source: ActivationSource,
+  channels: number,
+  hadamard: Pick<RowHadamard, 'm' | 'p' | 'inner'>,
+): boolean => sliceVariant(limits, source, channels, hadamard, MOST_SPLITS) !== undefined;
+
+type Spread = Pick<RowSliceVariant, 'source' | 'rows' | 'columns' | 'sylvester' | 'threads' | 'splits'>;
+
+/** What a transform's variants share; undefined where the kernel doesn't take it. */
+function sliceVariant(
+  limits: Pick<GPUSupportedLimits, 'maxComputeInvocationsPerWorkgroup' | 'maxComputeWorkgroupStorageSize'>,
+  source: ActivationSource,
+  channels: number,
+  hadamard: Pick<RowHadamard, 'm' | 'p' | 'inner'>,
+  splits: number,
+): Spread | undefined {
+  const shape = sliceShape(channels, hadamard);
+  if (!shape || source === 'norm' || (source === 'attention' && shape.sylvester)) return undefined;
+  const most = Math.floor(limits.maxComputeInvocationsPerWorkgroup / LANES);
+  const threads = LANES * Math.min(32, most, shape.rows);
+  const spread = { source, ...shape, threads, splits: source === 'attention' ? splits : 1 };
+  return sliceMemory(spread) <= limits.maxComputeWorkgroupStorageSize ? spread : undefined;
 }
 
 /** Signs of B ⊗ (the part of S that belongs to the rows): a bit per entry, set for −1, whole words per row. */
@@ -96,8 +124,7 @@ export const sliceGroups = ({
 ];
 
 /** Bytes of workgroup memory, at most. */
-const sliceMemory = ({ rows, threads, splits }: RowSliceVariant): number =>
-  4 * rows * (LANES + 2 * splits) + 8 * threads;
+const sliceMemory = ({ rows, threads, splits }: Spread): number => 4 * rows * (LANES + 2 * splits) + 8 * threads;
 
 /**
  * Dispatch: {@link sliceGroups}, z = batch. Buffers: source f32 as for activationKernel ([batch, 2 · channels], [batch, rows, splits,
@@ -352,22 +379,16 @@ export class RowSlices {
   /** The dispatches of a row without gains; undefined where these kernels don't take it. */
   prepare({ source, channels, row, batch, splits, buffers }: RowSliceCall): PreparedDispatch[] | undefined {
     const { hadamard, grid } = row;
-    if (!hadamard || source === 'norm') return undefined;
-    const shape = sliceShape(channels, hadamard);
-    if (!shape || (source === 'attention' && shape.sylvester)) return undefined;
     const gpu = this.#gpu;
     const { limits, capabilities } = gpu;
-    const most = Math.floor(limits.maxComputeInvocationsPerWorkgroup / LANES);
+    const spread = hadamard && sliceVariant(limits, source, channels, hadamard, splits);
+    if (!spread) return undefined;
     const variant: RowSliceVariant = {
-      source,
-      ...shape,
+      ...spread,
       scale: 1 / Math.sqrt(hadamard.m * hadamard.p),
       values: grid !== undefined,
-      threads: LANES * Math.min(32, most, shape.rows),
       shuffle: (capabilities.subgroups?.min ?? 0) >= LANES,
-      splits: source === 'attention' ? splits : 1,
     };
-    if (sliceMemory(variant) > limits.maxComputeWorkgroupStorageSize) return undefined;
     const groups = sliceGroups(variant);
     const count = groups[0] * groups[1];
     const values = grid ? this.#buffer('values', 4 * batch * channels) : buffers.x;
@@ -377,7 +398,7 @@ export class RowSlices {
       {
         source: buffers.source,
         stats: buffers.stats,
-        signs: this.#signsOf(shape.rows, hadamard),
+        signs: this.#signsOf(spread.rows, hadamard),
         x: values,
         factors: peaks,
       },

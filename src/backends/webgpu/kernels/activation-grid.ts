@@ -10,7 +10,7 @@ import { GRID_ARITHMETIC } from './grid.js';
 const threadsFor = (size: number): number => Math.min(256, Math.max(32, 2 ** Math.floor(Math.log2(size / 4))));
 
 /** WGSL: a run's low and scale (low 0 when symmetric), and the code of a value. `top` is 2ᵇ⁻¹ − 1 or 2ᵇ − 1. */
-const grid = (symmetric: boolean): string => /* wgsl */ `
+export const dynamicGridWgsl = (symmetric: boolean): string => /* wgsl */ `
 ${GRID_ARITHMETIC}
 fn dynamicGrid(lo: f32, hi: f32, clip: f32, top: f32) -> vec2<f32> {
 ${
@@ -69,7 +69,7 @@ export const quantizeRunsKernel = variants((symmetric: boolean, size: number) =>
     params: { runs: 'u32', size: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(symmetric)}
+${dynamicGridWgsl(symmetric)}
 ${declarations}
 ${entry(threads)}
   let begin = run * params.size;
@@ -106,7 +106,7 @@ export const encodeRowsKernel = variants(({ paired, size, halves }: EncodeVarian
     params: { runs: 'u32', size: 'u32', words: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(true)}
+${dynamicGridWgsl(true)}
 ${declarations}
 var<workgroup> sums: array<i32, ${threads}>;
 fn codeAt(begin: u32, channel: u32, grid: vec2<f32>) -> i32 {
@@ -167,7 +167,7 @@ export const appendGridKernel = variants((headDim: number, bits: 4 | 8, halves: 
     },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(false)}
+${dynamicGridWgsl(false)}
 ${declarations}
 const TOP = ${2 ** bits - 1}.0;
 const WORDS = ${gridCacheWords(headDim, bits)}u;
