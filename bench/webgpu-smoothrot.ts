@@ -5,8 +5,10 @@ import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
 import { tileGroups } from '../src/backends/webgpu/fast/matrix-tiles.js';
 import {
+  hadamardAhead,
   hadamardRowsKernel,
   hadamardRowsMemory,
+  hadamardRowsThreads,
   signsOf,
   type HadamardHalves,
 } from '../src/backends/webgpu/fast/hadamard.js';
@@ -80,13 +82,15 @@ const anyWord = (): number => (rng.uniform() * 2 ** 32) >>> 0;
 
 const HALVES: readonly (HadamardHalves | undefined)[] = ['all', 'most', 'base', undefined];
 
-async function hadamard(
-  rows: number,
-  channels: number,
-  threads: readonly number[],
-  bits: readonly number[],
-  halvesOf = HALVES,
-): Promise<void> {
+interface Sweep {
+  readonly threads?: readonly number[];
+  readonly bits?: readonly number[];
+  readonly aheads?: readonly number[];
+  readonly halves?: readonly (HadamardHalves | undefined)[];
+}
+
+async function hadamard(rows: number, channels: number, sweep: Sweep = {}): Promise<void> {
+  const { threads = [hadamardRowsThreads(channels)], bits = [4], aheads = [1, 8], halves: narrow = HALVES } = sweep;
   const transform = hadamardTransform(channels);
   const m = Math.sqrt(transform.base.length);
   const list: Candidate[] = [];
@@ -103,20 +107,15 @@ async function hadamard(
     const y = gpu.buffer(rows * channels * size);
     buffers.push(x, y);
     const variants = threads.flatMap((t) =>
-      bits.flatMap((b) =>
-        (m > 1 ? halvesOf : halvesOf.filter((f) => f !== 'base' && f !== 'most')).map((f) => [t, b, f] as const),
-      ),
+      bits.flatMap((b) => aheads.flatMap((a) => narrow.map((f) => [t, b, a, f] as const))),
     );
-    for (const [count, most, f16] of variants) {
+    for (const [count, most, ahead, f16] of variants) {
       if (f16 && !(halves && capabilities.f16)) continue;
-      const kernel = hadamardRowsKernel({
-        ...shape,
-        signs: signsOf(transform.base),
-        threads: count,
-        bits: most,
-        ...(f16 && { f16 }),
-      });
-      const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [rows]);
+      if (m === 1 && f16 && f16 !== 'all') continue;
+      const v = { ...shape, signs: signsOf(transform.base), threads: count, bits: most, ...(f16 && { f16 }), ahead };
+      if (ahead > 1 && !hadamardAhead(v)) continue;
+      const kernel = hadamardRowsKernel(v);
+      const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [Math.ceil(rows / ahead)]);
       gpu.run([dispatch]);
       let error = 0;
       for (const row of [0, 77, rows - 1]) {
@@ -339,25 +338,27 @@ async function slices(channels: number, inner: number): Promise<void> {
   });
   const want = applyHadamard(values, transform);
   const list: Candidate[] = [];
-  for (const codes of [true, false]) {
-    const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
-    const buffers = { source, stats, x, factors };
-    const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes));
-    const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, buffers });
-    if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
-    gpu.run(dispatches);
-    const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
-    const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
-    const place = [0, 2, 4, 6, 1, 3, 5, 7];
-    const got = want.map((_, c) =>
-      codes
-        ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
-        : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
-    );
-    const error = relative(got, want);
-    for (const dispatch of dispatches)
-      list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
-  }
+  for (const loads of [4, 8, 16])
+    for (const codes of [true, false]) {
+      if (codes && loads !== 8) continue;
+      const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
+      const buffers = { source, stats, gain: x, x, factors };
+      const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes), { loads });
+      const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, eps: 0, buffers });
+      if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
+      gpu.run(dispatches);
+      const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
+      const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
+      const place = [0, 2, 4, 6, 1, 3, 5, 7];
+      const got = want.map((_, c) =>
+        codes
+          ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
+          : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
+      );
+      const error = relative(got, want);
+      for (const dispatch of dispatches)
+        list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
+    }
   await timed(`slices ${channels}`, list);
 }
 
@@ -400,11 +401,15 @@ const sections: Readonly<Record<string, () => Promise<void>>> = {
   integer: () => (small ? integer(128, 1024, 512) : integer(2048, 14336, 4096)),
   hadamard: async () => {
     const count = small ? 96 : 16384;
-    await hadamard(count, 14336, [256], [4]);
-    if (values.sweep) await hadamard(count, 14336, [128, 192, 448, 512], [4], ['all']);
-    if (values.sweep) await hadamard(count, 14336, [256], [3], ['all', 'most']);
-    await hadamard(count, 12288, [128, 256], [4]);
-    await hadamard(count, 4096, [128], [4]);
+    const some = values.sweep === true;
+    await hadamard(count, 14336, { threads: [256], aheads: some ? [1, 4, 8, 16] : [1, 8] });
+    await hadamard(count, 12288, {
+      threads: some ? [256, 512] : [256],
+      bits: [5],
+      halves: some ? ['all', 'base', undefined] : [undefined],
+    });
+    if (some) await hadamard(count, 5120, { threads: [128, 256], bits: [4], halves: ['all', undefined] });
+    await hadamard(count, 4096, { aheads: some ? [1, 4, 8] : [1, 8], halves: ['all', undefined] });
   },
   decode,
   slices: async () => {

@@ -19,7 +19,7 @@ import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
 import { integerMatrixKernel, integerMatrixTile } from '../../../src/backends/webgpu/fast/gemm-integer.js';
 import { hadamardRowsKernel, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
-import { encodeSlicesKernel, rowSliceKernel } from '../../../src/backends/webgpu/fast/row-slices.js';
+import { encodeSlicesKernel, normCodesKernel, rowSliceKernel } from '../../../src/backends/webgpu/fast/row-slices.js';
 import { unpackGridKernel } from '../../../src/backends/webgpu/kernels/activation-grid.js';
 import { rowKernel } from '../../../src/backends/webgpu/fast/row.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
@@ -175,11 +175,13 @@ const kernels: Kernel[] = [
           threads: 1024,
           shuffle,
           splits: 5,
+          loads: 4,
         }),
       ),
     ),
   ),
   encodeSlicesKernel(14336),
+  normCodesKernel(4096),
   ...bools.flatMap((f16) => [4, 8].map((bits) => unpackGridKernel(128, bits as 4 | 8, f16))),
   ...bools.flatMap((f16) => [
     ...[32, 64, 128].map((groupSize) => rotateRowsKernel({ f16, krot: 8, groupSize })),

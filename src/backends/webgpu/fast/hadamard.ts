@@ -30,6 +30,8 @@ export interface HadamardRowsVariant {
   readonly f16?: HadamardHalves;
   /** Bits of the power of two that a phase takes at most: 2^bits pairs to a thread. */
   readonly bits: number;
+  /** Rows of a workgroup, one after the other, each on its way while the one before is transformed; default 1. See {@link hadamardAhead}. */
+  readonly ahead?: number;
 }
 
 /** See {@link HadamardRowsVariant.f16}. */
@@ -121,7 +123,10 @@ export function hadamardPhases({ m, p, signs, bits: most, inner, f16 }: PhaseSha
   return phases;
 }
 
-/** WGSL: a phase of a row of `pairs`; `load` and `store` by the index of a pair. */
+/**
+ * WGSL: a phase of a row of `pairs`; `load` and `store` by the index of a pair. With `held`, load takes the name of a value that a
+ * register holds, next(unit of the thread)_(place in it), the unit's home being home(unit).
+ */
 export function phaseCode(
   { count, stride, body, order }: Phase,
   pairs: number,
@@ -129,6 +134,7 @@ export function phaseCode(
   load: (at: string, place: string) => string,
   store: (at: string, place: string, value: string) => string,
   scale = 1 / Math.sqrt(order),
+  held = false,
 ): string {
   const units = pairs / count;
   const each = (f: (r: number) => string): string => Array.from({ length: count }, (_, r) => f(r)).join('\n');
@@ -138,6 +144,17 @@ export function phaseCode(
     if (stride % 16 === 0) return `there + ${r * (stride + stride / 16)}u`;
     return 16 % (stride * count) === 0 ? `there + ${r * stride}u` : `place(${at(r)})`;
   };
+  if (held)
+    return Array.from(
+      { length: units / threads },
+      (_, u) => /* wgsl */ `  {
+    let home = home${u};
+    let there = place(home);
+${each((r) => `    var v${r} = ${load(`next${u}_${r}`, place(r))};`)}
+${body.map((line) => `    ${line}`).join('\n')}
+${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * v${r}`)};`)}
+  }`,
+    ).join('\n');
   return /* wgsl */ `  for (var unit = local; unit < ${units}u; unit += ${threads}u) {
     let home = unit / ${stride}u * ${stride * count}u + unit % ${stride}u;
     let there = place(home);
@@ -147,9 +164,13 @@ ${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * 
   }`;
 }
 
-/** One workgroup per row of channels; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
+/** Whether rows can be asked for ahead: a thread then holds what it takes of the next one, the same in every thread. */
+export const hadamardAhead = (v: HadamardRowsVariant): boolean =>
+  (v.channels / 2 / hadamardPhases(v)[0].count) % v.threads === 0;
+
+/** A workgroup per row of channels, or per `ahead` rows; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
 export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
-  const { channels, m, p, inner, halves, threads, bits, f16 } = v;
+  const { channels, m, p, inner, halves, threads, bits, f16, ahead = 1 } = v;
   const pairs = channels / 2;
   const phases = hadamardPhases(v);
   const last = phases.length - 1;
@@ -164,7 +185,7 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
       pairs,
       threads,
       (at, place) => {
-        const word = i === 0 ? `x[row + ${at}]` : `tile[${place}]`;
+        const word = i > 0 ? `tile[${place}]` : ahead > 1 ? at : `x[row + ${at}]`;
         return narrow[i] ? `h2(${before[i]}) * bitcast<h2>(${word})` : `unpacked(${word})`;
       },
       (at, place, value) => {
@@ -174,11 +195,40 @@ export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' 
       },
       // Phases in the middle leave their scale to the last.
       narrow[i] ? 1 : (i === 0 ? first : 1) * (i === last ? rest : 1),
+      ahead > 1 && i === 0,
     ),
   );
+  const barrier = '\n  workgroupBarrier();\n';
+  const [{ count, stride }] = phases;
+  // Pairs of the row to come, in registers: unit u, place r.
+  const held = Array.from({ length: pairs / count / threads }, (_, u) =>
+    Array.from({ length: count }, (_, r) => ({
+      name: `next${u}_${r}`,
+      at: `home${u} + ${r * stride}u`,
+    })),
+  ).flat();
+  const homes = Array.from({ length: pairs / count / threads }, (_, u) => {
+    const unit = `(local + ${u * threads}u)`;
+    return `  let home${u} = ${unit} / ${stride}u * ${stride * count}u + ${unit} % ${stride}u;`;
+  });
+  const ask = held.map(({ name, at }) => `${name} = x[coming + ${at}];`);
+  const several = /* wgsl */ `
+  let begin = min((wg.y * groups.x + wg.x) * ${ahead}u, params.rows - 1u);
+  let end = min(begin + ${ahead}u, params.rows);
+${homes.join('\n')}
+  var coming = begin * PAIRS;
+${held.map(({ name, at }) => `  var ${name} = x[coming + ${at}];`).join('\n')}
+  for (var index = begin; index < end; index++) {
+    let row = index * PAIRS;
+${code[0]}
+    // On its way from here on; the last row of a workgroup asks for itself again.
+    coming = min(index + 1u, end - 1u) * PAIRS;
+    ${ask.join('\n    ')}
+${barrier}${code.slice(1).join(barrier)}${barrier}
+  }`;
   const type = halves ? 'u32' : 'vec2<f32>';
   return defineKernel<'x' | 'y', 'rows'>({
-    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? `.${f16}16` : ''}`,
+    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? `.${f16}16` : ''}${ahead > 1 ? `.a${ahead}` : ''}`,
     features: f16 ? ['f16'] : [],
     buffers: { x: read(type), y: write(type) },
     params: { rows: 'u32' },
@@ -189,8 +239,7 @@ ${pairWgsl(halves)}
 ${narrow.includes(true) ? scaledWgsl(rest) : ''}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;
-${code.join('\n  workgroupBarrier();\n')}
+${ahead > 1 ? several : `  let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;\n${code.join(barrier)}`}
 }`,
   });
 });

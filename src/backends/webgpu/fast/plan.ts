@@ -237,7 +237,7 @@ export class DecodePlan implements DecodeProgram {
       if (group.row) {
         const { row, gain } = group;
         const buffers = { source: input, stats, gain, x: halves, factors };
-        const sliced = slices.prepare({ source, channels, row, batch, splits, buffers });
+        const sliced = slices.prepare({ source, channels, row, batch, splits, eps: model.eps, buffers });
         if (sliced) return sliced.forEach(push);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;

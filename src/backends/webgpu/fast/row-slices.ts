@@ -44,12 +44,12 @@ export interface RowSliceVariant {
   readonly shuffle: boolean;
   /** For source `attention`, whose heads are the rows. */
   readonly splits: number;
+  /** Inputs that a thread has in flight. */
+  readonly loads: number;
 }
 
 type SliceBuffers = 'source' | 'stats' | 'signs' | 'x' | 'factors';
 
-/** Sums of inputs that a thread has in flight. */
-const LOADS = 4;
 /** Rows from which on a workgroup is busy. */
 const BUSY_ROWS = 16;
 /** Parts of attention at most; see splitsFor. */
@@ -132,11 +132,11 @@ const sliceMemory = ({ rows, threads, splits }: Spread): number => 4 * rows * (L
  * [batch, channels/32] (largest, sum of the normalised), or with `values` x [batch, channels] f32 and factors [batch, workgroups] largest values.
  */
 export const rowSliceKernel = variants((v: RowSliceVariant): Kernel<SliceBuffers> => {
-  const { rows, columns, sylvester, threads, shuffle, splits } = v;
+  const { rows, columns, sylvester, threads, shuffle, splits, loads } = v;
   const teams = threads / LANES;
   const words = Math.ceil(rows / 32);
   const steps = sylvester ? columns / LANES : 1;
-  const unroll = Math.min(LOADS, steps);
+  const unroll = Math.min(loads, steps);
   const each = (n: number, f: (i: number) => string, separator = '\n'): string =>
     Array.from({ length: n }, (_, i) => f(i)).join(separator);
   const buffers: Partial<Record<SliceBuffers, BufferSpec>> = {
@@ -192,7 +192,7 @@ export const rowSliceKernel = variants((v: RowSliceVariant): Kernel<SliceBuffers
   const max = (a: string, b: string): string => `max(${a}, ${b})`;
   const add = (a: string, b: string): string => `${a} + ${b}`;
   return defineKernel<SliceBuffers>({
-    name: `rowSlices.${v.source}.${rows}x${columns}${sylvester ? '' : '.across'}${v.values ? '.values' : ''}.t${threads}${v.source === 'attention' ? `.p${splits}` : ''}`,
+    name: `rowSlices.${v.source}.${rows}x${columns}${sylvester ? '' : '.across'}${v.values ? '.values' : ''}.t${threads}.l${loads}${v.source === 'attention' ? `.p${splits}` : ''}`,
     features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<SliceBuffers, BufferSpec>,
     body: /* wgsl */ `
@@ -210,14 +210,16 @@ var<workgroup> parts: array<vec2<f32>, ${rows * splits}>;
 // A channel from attention's parts; those without keys were not written and may hold anything, infinities too.
 fn combined(b: u32, head: u32, column: u32) -> f32 {
   var best = -1e30;
-  for (var s = 0u; s < SPLITS; s++) { let e = parts[head * SPLITS + s]; if (e.y > 0.0) { best = max(best, e.x); } }
+  // Ranges fill from the front: behind the last with keys there is nothing to read.
+  var used = 0u;
+  for (var s = 0u; s < SPLITS; s++) { let e = parts[head * SPLITS + s]; if (e.y > 0.0) { best = max(best, e.x); used = s + 1u; } }
   var at = (b * ROWS + head) * SPLITS * COLUMNS + column;
   var out = 0.0;
   var sum = 0.0;
-  for (var s = 0u; s < SPLITS; s += ${LOADS}u) {
-    ${each(LOADS, (i) => `let s${i} = min(s + ${i}u, SPLITS - 1u); let e${i} = source[at + s${i} * COLUMNS];`)}
+  for (var s = 0u; s < used; s += ${loads}u) {
+    ${each(loads, (i) => `let s${i} = min(s + ${i}u, SPLITS - 1u); let e${i} = source[at + s${i} * COLUMNS];`)}
     ${each(
-      LOADS,
+      loads,
       (i) =>
         `{ let e = parts[head * SPLITS + s${i}]; if (e.y > 0.0 && s + ${i}u < SPLITS) { let w = exp(e.x - best); out = fma(w, e${i}, out); sum = fma(w, e.y, sum); } }`,
     )}
@@ -287,6 +289,14 @@ ${over('sum', add)}
   });
 });
 
+/** WGSL: codes of four values. */
+const CODES_OF = /* wgsl */ `
+fn codesOf(v: vec4<f32>, scale: f32) -> vec4<i32> {
+  if (scale == 0.0) { return vec4<i32>(); }
+  let q = vec4(quotient(v.x, scale), quotient(v.y, scale), quotient(v.z, scale), quotient(v.w, scale));
+  return vec4<i32>(clamp(round(q), vec4(-params.top - 1.0), vec4(params.top)));
+}`;
+
 /** Threads of {@link encodeSlicesKernel}: eight channels each. */
 const ENCODE_THREADS = 64;
 
@@ -312,11 +322,7 @@ export const encodeSlicesKernel = variants(
 ${GRID_ARITHMETIC}
 var<workgroup> tops: array<f32, ${ENCODE_THREADS}>;
 var<workgroup> sums: array<i32, ${ENCODE_THREADS}>;
-fn codesOf(v: vec4<f32>, scale: f32) -> vec4<i32> {
-  if (scale == 0.0) { return vec4<i32>(); }
-  let q = vec4(quotient(v.x, scale), quotient(v.y, scale), quotient(v.z, scale), quotient(v.w, scale));
-  return vec4<i32>(clamp(round(q), vec4(-params.top - 1.0), vec4(params.top)));
-}
+${CODES_OF}
 @compute @workgroup_size(${ENCODE_THREADS})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let unit = wg.x * ${ENCODE_THREADS}u + local;
@@ -347,6 +353,84 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     }),
 );
 
+/** Threads of {@link normCodesKernel}, and channels of a workgroup. */
+const NORM_THREADS = 256;
+
+/** Workgroups of {@link normCodesKernel}; y = batch. */
+export const normCodesGroups = (channels: number): number => Math.ceil(channels / NORM_THREADS);
+
+/**
+ * RMSNorm and codes on the row's grid, in the order of 4-bit weights: every workgroup finds the row's sum of squares and its largest value for
+ * itself (8 bytes per channel, from cache) and rounds {@link NORM_THREADS} channels of it. Buffers: source [batch, channels] f32, gain [channels]; x
+ * [batch, channels] bytes, factors [batch, channels/32] (scale, sum of codes). `top` is the largest code; channels a multiple of 32.
+ */
+export const normCodesKernel = variants(
+  (channels: number): Kernel<'source' | 'gain' | 'x' | 'factors', 'eps' | 'top' | 'clip'> => {
+    const fours = channels / 4;
+    return defineKernel<'source' | 'gain' | 'x' | 'factors', 'eps' | 'top' | 'clip'>({
+      name: `normCodes.${channels}`,
+      buffers: {
+        source: read('vec4<f32>'),
+        gain: read('vec4<f32>'),
+        x: write('vec2<u32>'),
+        factors: write('vec2<f32>'),
+      },
+      params: { eps: 'f32', top: 'f32', clip: 'f32' },
+      body: /* wgsl */ `
+${GRID_ARITHMETIC}
+${CODES_OF}
+var<workgroup> parts: array<vec2<f32>, ${NORM_THREADS}>;
+var<workgroup> sums: array<i32, ${NORM_THREADS / 8}>;
+@compute @workgroup_size(${NORM_THREADS})
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let row = wg.y * ${fours}u;
+  // The channels that this thread will round.
+  let unit = wg.x * ${NORM_THREADS / 8}u + local;
+  let inside = local < ${NORM_THREADS / 8}u && unit < ${channels / 8}u;
+  let own = 2u * select(0u, unit, inside);
+  var low = source[row + own] * gain[own];
+  var high = source[row + own + 1u] * gain[own + 1u];
+  var part = vec2<f32>();
+  for (var i = local; i < ${fours}u; i += ${4 * NORM_THREADS}u) {
+    // Several loads in flight; past the end the last again, which counts nothing.
+${Array.from(
+  { length: 4 },
+  (_, j) =>
+    `    let i${j} = min(i + ${j * NORM_THREADS}u, ${fours - 1}u); let e${j} = source[row + i${j}]; let g${j} = abs(gain[i${j}] * e${j});`,
+).join('\n')}
+${Array.from(
+  { length: 4 },
+  (_, j) =>
+    `    part = vec2(part.x + select(0.0, dot(e${j}, e${j}), i + ${j * NORM_THREADS}u < ${fours}u), max(part.y, max(max(g${j}.x, g${j}.y), max(g${j}.z, g${j}.w))));`,
+).join('\n')}
+  }
+  parts[local] = part;
+  for (var reach = ${NORM_THREADS / 2}u; reach > 0u; reach >>= 1u) {
+    workgroupBarrier();
+    if (local < reach) {
+      let other = parts[local + reach];
+      parts[local] = vec2(parts[local].x + other.x, max(parts[local].y, other.y));
+    }
+  }
+  workgroupBarrier();
+  let norm = inverseSqrt(parts[0].x / ${channels}.0 + params.eps);
+  let scale = quotient(params.clip * parts[0].y * norm, params.top);
+  let a = codesOf(low * norm, scale);
+  let c = codesOf(high * norm, scale);
+  if (inside) { sums[local] = a.x + a.y + a.z + a.w + c.x + c.y + c.z + c.w; }
+  workgroupBarrier();
+  if (inside) {
+    let at = wg.y * ${channels / 8}u + unit;
+    x[at] = vec2(pack4xI8(vec4(a.x, c.x, a.y, c.y)), pack4xI8(vec4(a.z, c.z, a.w, c.w)));
+    if ((local & 3u) == 0u) {
+      factors[at / 4u] = vec2(scale, f32(sums[local] + sums[local + 1u] + sums[local + 2u] + sums[local + 3u]));
+    }
+  }
+}`,
+    });
+  },
+);
+
 /** A row's place in a plan. */
 export interface RowSliceCall {
   readonly source: ActivationSource;
@@ -358,28 +442,36 @@ export interface RowSliceCall {
   };
   readonly batch: number;
   readonly splits: number;
-  readonly buffers: Readonly<Record<'source' | 'stats' | 'x' | 'factors', GPUBuffer>>;
+  readonly eps: number;
+  readonly buffers: Readonly<Record<'source' | 'stats' | 'gain' | 'x' | 'factors', GPUBuffer>>;
 }
 
 /** A plan's rows over several workgroups, and the buffers that they share. */
 export class RowSlices {
   readonly #gpu: GpuDevice;
   readonly #make: (bytes: number) => GPUBuffer;
+  readonly #loads: number;
   /** By transform. */
   readonly #signs = new Map<string, GPUBuffer>();
   /** By name: values and largest values, for rows of so many bytes. */
   readonly #shared = new Map<string, GPUBuffer>();
 
-  /** `make` makes buffers that the plan frees. */
-  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer) {
+  /** `make` makes buffers that the plan frees. `loads`: inputs that a thread has in flight. */
+  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer, { loads = 8 }: { loads?: number } = {}) {
     this.#gpu = gpu;
     this.#make = make;
+    this.#loads = loads;
   }
 
-  /** The dispatches of a row without gains; undefined where these kernels don't take it. */
-  prepare({ source, channels, row, batch, splits, buffers }: RowSliceCall): PreparedDispatch[] | undefined {
+  /** The dispatches of a row; undefined where these kernels don't take it. Gains are a norm's alone. */
+  prepare({ source, channels, row, batch, splits, eps, buffers }: RowSliceCall): PreparedDispatch[] | undefined {
     const { hadamard, grid } = row;
     const gpu = this.#gpu;
+    if (source === 'norm' && grid && !hadamard) {
+      const { source, gain, x, factors } = buffers;
+      const kernel = normCodesKernel(channels);
+      return [gpu.prepare(kernel, { source, gain, x, factors }, { eps, ...grid }, [normCodesGroups(channels), batch])];
+    }
     const { limits, capabilities } = gpu;
     const spread = hadamard && sliceVariant(limits, source, channels, hadamard, splits);
     if (!spread) return undefined;
@@ -388,6 +480,7 @@ export class RowSlices {
       scale: 1 / Math.sqrt(hadamard.m * hadamard.p),
       values: grid !== undefined,
       shuffle: (capabilities.subgroups?.min ?? 0) >= LANES,
+      loads: this.#loads,
     };
     const groups = sliceGroups(variant);
     const count = groups[0] * groups[1];
