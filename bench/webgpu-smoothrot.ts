@@ -366,7 +366,7 @@ async function slices(channels: number, inner: number): Promise<void> {
 async function decode(): Promise<void> {
   const shape = SHAPES[capabilities.software ? SHAPES.length - 1 : 0];
   const decoder = new RandomDecoder(gpu, shape, 2048);
-  const kinds: readonly PlanKind[] = ['awq', 'quarot', 'quarot-a8', 'smoothrot-a8', 'paroquant'];
+  const kinds: readonly PlanKind[] = ['awq', 'quarot', 'quarot-a8', 'smoothrot-a8', 'smoothrot-a8-kv8', 'paroquant'];
   const plans = kinds.map((kind) => {
     const model = decoder.model(kind, 1, 1536);
     return { kind, model, plan: new DecodePlan(gpu, model, { batch: 1, capacity: 1536 }) };
@@ -386,7 +386,7 @@ async function decode(): Promise<void> {
     results.push({ ...line, againstQuarot: relative(logits[i], logits[1]) });
     console.log(JSON.stringify(results.at(-1)));
   }
-  for (const { kind, plan } of plans.slice(1, 3)) {
+  for (const { kind, plan } of plans.filter(({ kind }) => ['awq', 'quarot', 'smoothrot-a8-kv8'].includes(kind))) {
     plan.begin(Uint32Array.of(11), Uint32Array.of(512), [{ temperature: 0 }]);
     gpu.startProfile();
     for (let i = 0; i < 3; i++) plan.run();
