@@ -149,7 +149,7 @@ async function integer(rows: number, out: number, inFeatures: number): Promise<v
     const encode = gpu.prepare(
       encodeRowsKernel({ paired: bits === 4, size: inFeatures, halves: false }),
       { x, codes, scales },
-      { runs: rows, size: inFeatures, words, top: 127, clip: 1 },
+      { runs: rows, top: 127, clip: 1 },
       [rows],
     );
     const weights = randomBuffer(gpu, (out * inFeatures * bits) / 8, anyWord);

@@ -10,7 +10,7 @@
 // in loops with runtime bounds: code runs once, so that unrolled it would be fetched, not run.
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
-import { GRID_ARITHMETIC } from '../kernels/grid.js';
+import { CODES_OF } from '../kernels/activation-grid.js';
 import type { ActivationSource } from './activations.js';
 import { CHUNK } from './gemv.js';
 
@@ -137,6 +137,8 @@ export const rowSliceKernel = variants((v: RowSliceVariant): Kernel<SliceBuffers
   const words = Math.ceil(rows / 32);
   const steps = sylvester ? columns / LANES : 1;
   const unroll = Math.min(loads, steps);
+  // Reads of workgroup memory under way together.
+  const together = rows % 4 === 0 ? 4 : 1;
   const each = (n: number, f: (i: number) => string, separator = '\n'): string =>
     Array.from({ length: n }, (_, i) => f(i)).join(separator);
   const buffers: Partial<Record<SliceBuffers, BufferSpec>> = {
@@ -255,10 +257,11 @@ ${sylvester ? butterflies : ''}
   }
   workgroupBarrier();
   var y = 0.0;
-  for (var j = 0u; j < ROWS; j++) {
+  for (var j = 0u; j < ROWS; j += ${together}u) {
     ${words > 1 ? 'if ((j & 31u) == 0u) { word = signs[first + (j >> 5u)]; }' : ''}
-    y += bitcast<f32>(bitcast<u32>(tile[j * ${LANES}u + lane]) ^ (word << 31u));
-    word >>= 1u;
+    ${each(together, (i) => `let z${i} = tile[(j + ${i}u) * ${LANES}u + lane];`, ' ')}
+    y += ${each(together, (i) => `bitcast<f32>(bitcast<u32>(z${i}) ^ ((word >> ${i}u) << 31u))`, ' + ')};
+    word >>= ${together}u;
   }
   y *= ${v.scale};
   var top = abs(y);
@@ -289,14 +292,6 @@ ${over('sum', add)}
   });
 });
 
-/** WGSL: codes of four values. */
-const CODES_OF = /* wgsl */ `
-fn codesOf(v: vec4<f32>, scale: f32) -> vec4<i32> {
-  if (scale == 0.0) { return vec4<i32>(); }
-  let q = vec4(quotient(v.x, scale), quotient(v.y, scale), quotient(v.z, scale), quotient(v.w, scale));
-  return vec4<i32>(clamp(round(q), vec4(-params.top - 1.0), vec4(params.top)));
-}`;
-
 /** Threads of {@link encodeSlicesKernel}: eight channels each. */
 const ENCODE_THREADS = 64;
 
@@ -319,7 +314,6 @@ export const encodeSlicesKernel = variants(
       },
       params: { count: 'u32', top: 'f32', clip: 'f32' },
       body: /* wgsl */ `
-${GRID_ARITHMETIC}
 var<workgroup> tops: array<f32, ${ENCODE_THREADS}>;
 var<workgroup> sums: array<i32, ${ENCODE_THREADS}>;
 ${CODES_OF}
@@ -377,7 +371,6 @@ export const normCodesKernel = variants(
       },
       params: { eps: 'f32', top: 'f32', clip: 'f32' },
       body: /* wgsl */ `
-${GRID_ARITHMETIC}
 ${CODES_OF}
 var<workgroup> parts: array<vec2<f32>, ${NORM_THREADS}>;
 var<workgroup> sums: array<i32, ${NORM_THREADS / 8}>;
