@@ -8,9 +8,8 @@ import {
   hadamardAhead,
   hadamardRowsKernel,
   hadamardRowsMemory,
-  hadamardRowsThreads,
+  hadamardRowsTuning,
   signsOf,
-  type HadamardHalves,
 } from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
@@ -80,17 +79,13 @@ const relative = (got: ArrayLike<number>, want: ArrayLike<number>): number => {
 const halfPair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
 const anyWord = (): number => (rng.uniform() * 2 ** 32) >>> 0;
 
-const HALVES: readonly (HadamardHalves | undefined)[] = ['all', 'most', 'base', undefined];
-
 interface Sweep {
   readonly threads?: readonly number[];
   readonly bits?: readonly number[];
   readonly aheads?: readonly number[];
-  readonly halves?: readonly (HadamardHalves | undefined)[];
 }
 
 async function hadamard(rows: number, channels: number, sweep: Sweep = {}): Promise<void> {
-  const { threads = [hadamardRowsThreads(channels)], bits = [4], aheads = [1, 8], halves: narrow = HALVES } = sweep;
   const transform = hadamardTransform(channels);
   const m = Math.sqrt(transform.base.length);
   const list: Candidate[] = [];
@@ -106,13 +101,12 @@ async function hadamard(rows: number, channels: number, sweep: Sweep = {}): Prom
     );
     const y = gpu.buffer(rows * channels * size);
     buffers.push(x, y);
-    const variants = threads.flatMap((t) =>
-      bits.flatMap((b) => aheads.flatMap((a) => narrow.map((f) => [t, b, a, f] as const))),
-    );
-    for (const [count, most, ahead, f16] of variants) {
-      if (f16 && !(halves && capabilities.f16)) continue;
-      if (m === 1 && f16 && f16 !== 'all') continue;
-      const v = { ...shape, signs: signsOf(transform.base), threads: count, bits: most, ...(f16 && { f16 }), ahead };
+    const signed = { ...shape, signs: signsOf(transform.base) };
+    const tuned = hadamardRowsTuning(signed, rows);
+    const { threads = [tuned.threads], bits = [tuned.bits], aheads = [tuned.ahead ?? 1] } = sweep;
+    const variants = threads.flatMap((t) => bits.flatMap((b) => aheads.map((a) => [t, b, a] as const)));
+    for (const [count, most, ahead] of variants) {
+      const v = { ...signed, threads: count, bits: most, ahead };
       if (ahead > 1 && !hadamardAhead(v)) continue;
       const kernel = hadamardRowsKernel(v);
       const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [Math.ceil(rows / ahead)]);
@@ -401,15 +395,9 @@ const sections: Readonly<Record<string, () => Promise<void>>> = {
   integer: () => (small ? integer(128, 1024, 512) : integer(2048, 14336, 4096)),
   hadamard: async () => {
     const count = small ? 96 : 16384;
-    const some = values.sweep === true;
-    await hadamard(count, 14336, { threads: [256], aheads: some ? [1, 4, 8, 16] : [1, 8] });
-    await hadamard(count, 12288, {
-      threads: some ? [256, 512] : [256],
-      bits: [5],
-      halves: some ? ['all', 'base', undefined] : [undefined],
-    });
-    if (some) await hadamard(count, 5120, { threads: [128, 256], bits: [4], halves: ['all', undefined] });
-    await hadamard(count, 4096, { aheads: some ? [1, 4, 8] : [1, 8], halves: ['all', undefined] });
+    const sweep = values.sweep ? { aheads: [1, 4, 8, 16] } : {};
+    for (const channels of [14336, 12288, 10240, 6144, 5120, 4096]) await hadamard(count, channels, sweep);
+    await hadamard(count / 8, 14336, sweep);
   },
   decode,
   slices: async () => {

@@ -6,7 +6,7 @@ import {
   hadamardRowsKernel,
   hadamardRowsMemory,
   hadamardRowsTakes,
-  hadamardRowsThreads,
+  hadamardRowsTuning,
   signsOf,
   type HadamardRowsVariant,
 } from './fast/hadamard.js';
@@ -87,19 +87,20 @@ function rowsVariant(
   {
     direction,
     halves,
+    elements,
     together = 1,
-  }: { readonly direction: 'forward' | 'inverse'; readonly halves: boolean; readonly together?: number },
+  }: {
+    readonly direction: 'forward' | 'inverse';
+    readonly halves: boolean;
+    readonly elements: number;
+    readonly together?: number;
+  },
 ): HadamardRowsVariant | undefined {
   const shape = { channels: m * p * inner * together, m, p, inner, halves };
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
   if (!hadamardRowsTakes(shape) || shape.channels < LONG || hadamardRowsMemory(shape) > memory) return undefined;
-  return {
-    ...shape,
-    signs: m > 1 ? signsOf(handle.source.base, direction) : '',
-    threads: hadamardRowsThreads(shape.channels),
-    bits: 4,
-    ...(halves && m > 12 && gpu.capabilities.f16 && { f16: 'base' as const }),
-  };
+  const signed = { ...shape, signs: m > 1 ? signsOf(handle.source.base, direction) : '' };
+  return { ...signed, ...hadamardRowsTuning(signed, elements / shape.channels) };
 }
 
 /**
@@ -119,12 +120,12 @@ export function hadamardHalf(gpu: GpuDevice, x: HalfTensor, handle: GpuHadamard)
     gpu,
     handle,
     { m, p: order / m, inner },
-    { direction: 'forward', halves: true, together },
+    { direction: 'forward', halves: true, elements: x.elements, together },
   );
   if (!variant) return undefined;
   const y = makeHalf(gpu, rows, cols);
   const runs = x.elements / variant.channels;
-  gpu.dispatch(hadamardRowsKernel(variant), { x, y }, { rows: runs }, spread(runs));
+  gpu.dispatch(hadamardRowsKernel(variant), { x, y }, { rows: runs }, spread(Math.ceil(runs / (variant.ahead ?? 1))));
   return y;
 }
 
@@ -157,10 +158,14 @@ export function applyHadamard(
     const { m, p, inner } = stage;
     const n = m * p;
     const vectors = x.elements / n;
-    const variant = inPlace || index > 0 ? undefined : rowsVariant(gpu, handle, stage, { direction, halves: false });
+    const variant =
+      inPlace || index > 0
+        ? undefined
+        : rowsVariant(gpu, handle, stage, { direction, halves: false, elements: x.elements });
     if (variant) {
       const rows = x.elements / variant.channels;
-      gpu.dispatch(hadamardRowsKernel(variant), { x, y: out }, { rows }, spread(rows));
+      const groups = spread(Math.ceil(rows / (variant.ahead ?? 1)));
+      gpu.dispatch(hadamardRowsKernel(variant), { x, y: out }, { rows }, groups);
       continue;
     }
     let together = Math.min(32, 2 ** Math.ceil(Math.log2(BUSY / n)), 2 ** Math.floor(Math.log2(vectors)));

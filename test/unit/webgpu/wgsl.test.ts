@@ -109,6 +109,7 @@ const kernels: Kernel[] = [
             teams,
             unroll: 2,
             stages: qkNorm ? 4 : 0,
+            plain: !qkNorm,
           }),
         ),
       ),
@@ -145,7 +146,7 @@ const kernels: Kernel[] = [
     halves: true,
     threads: 256,
     bits: 4,
-    f16: 'all',
+    ahead: 8,
   }),
   ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
     bools.map((codes) =>

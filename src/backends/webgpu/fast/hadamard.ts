@@ -5,10 +5,9 @@
 // through workgroup memory, two accesses for 4 bits where shuffles would take four: 4096 channels are three phases, 14336
 // (28 · 512) too. The base matrix adds up four inputs at a time: their 8 sums up to sign are shared by all outputs, so that 28
 // outputs take 252 additions and not 756. The first phase scales by its own order and the last by the rest, so that f16 between
-// phases keeps its range. Arithmetic in f32; the base matrix's, with `f16`, in f16 at an eighth of the values (half the registers, which
-// is what rows of 14336 wait for). Bytes moved: the row in and out. Workgroup memory: 4 bytes a pair with
-// `halves`, else 8, padded by one word in 16 against bank conflicts.
-import { roundToF16 } from '../../../core/dtype.js';
+// phases keeps its range. Arithmetic in f32. While a row is transformed the next one is on its way into registers: workgroup memory
+// holds so few rows that otherwise nothing would be asked for meanwhile. Bytes moved: the row in and out. Workgroup memory:
+// 4 bytes a pair with `halves`, else 8, padded by one word in 16 against bank conflicts.
 import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 
 /** A variant of {@link hadamardRowsKernel}. */
@@ -26,16 +25,11 @@ export interface HadamardRowsVariant {
   /** f16 in and out and between phases, or f32. */
   readonly halves: boolean;
   readonly threads: number;
-  /** What is computed in 16 bits: the base matrix, all phases but the last, or all (rows of f16). Default: nothing. */
-  readonly f16?: HadamardHalves;
   /** Bits of the power of two that a phase takes at most: 2^bits pairs to a thread. */
   readonly bits: number;
   /** Rows of a workgroup, one after the other, each on its way while the one before is transformed; default 1. See {@link hadamardAhead}. */
   readonly ahead?: number;
 }
-
-/** See {@link HadamardRowsVariant.f16}. */
-export type HadamardHalves = 'base' | 'most' | 'all';
 
 /** Largest base matrix whose outputs fit a thread's registers. */
 export const MAX_BASE = 28;
@@ -51,8 +45,24 @@ export const hadamardRowsMemory = ({ channels, halves }: Pick<HadamardRowsVarian
 export const hadamardRowsTakes = ({ m, p, inner }: Pick<HadamardRowsVariant, 'm' | 'p' | 'inner'>): boolean =>
   m <= MAX_BASE && (inner === 1 ? p >= 2 : inner % 2 === 0);
 
-/** Threads of a row, from timing (bench/webgpu-smoothrot.ts). */
-export const hadamardRowsThreads = (channels: number): number => (channels <= 4096 ? 128 : 256);
+/** What to choose of a variant for rows of a shape, from timing (bench/webgpu-smoothrot.ts). `rows`: how many there are. */
+export function hadamardRowsTuning(
+  shape: Omit<HadamardRowsVariant, 'threads' | 'bits' | 'ahead'>,
+  rows: number,
+): Pick<HadamardRowsVariant, 'threads' | 'bits' | 'ahead'> {
+  const left = Math.log2(shape.p) - (shape.inner === 1 ? 1 : 0);
+  // A phase less is worth more than smaller ones.
+  const bits = shape.m > 1 && Math.ceil(left / 5) < Math.ceil(left / 4) ? 5 : 4;
+  const units = shape.channels / 2 / hadamardPhases({ ...shape, bits })[0].count;
+  // A unit of the first phase per thread.
+  const threads = Math.min(512, Math.max(64, 2 ** Math.ceil(Math.log2(units))));
+  let ahead = 1;
+  while (ahead < (shape.channels <= 4096 ? 4 : 16) && rows / (2 * ahead) >= BUSY_GROUPS) ahead *= 2;
+  return { threads, bits, ahead: hadamardAhead({ ...shape, threads, bits }) ? ahead : 1 };
+}
+
+/** Workgroups that keep a large GPU busy. */
+const BUSY_GROUPS = 512;
 
 /** The base matrix as {@link HadamardRowsVariant.signs}: '+' and '-' in row-major order. */
 export function signsOf(base: Int8Array, direction: 'forward' | 'inverse' = 'forward'): string {
@@ -80,7 +90,6 @@ export interface PhaseShape {
   readonly p: number;
   readonly signs: string;
   readonly bits: number;
-  readonly f16?: HadamardHalves;
   /** Channels between two neighbours of the axis: 1, or even. */
   readonly inner: number;
 }
@@ -89,7 +98,7 @@ export interface PhaseShape {
  * The phases of B ⊗ S. The base matrix, or else the highest bits of S, come first, so that threads that are neighbours hold
  * neighbouring pairs when rows are read.
  */
-export function hadamardPhases({ m, p, signs, bits: most, inner, f16 }: PhaseShape): Phase[] {
+export function hadamardPhases({ m, p, signs, bits: most, inner }: PhaseShape): Phase[] {
   const within = inner === 1;
   // Of the power of two, what is left when a pair holds one of its bits.
   const columns = within ? p / 2 : p;
@@ -102,7 +111,7 @@ export function hadamardPhases({ m, p, signs, bits: most, inner, f16 }: PhaseSha
     phases.push({
       count: m,
       stride: columns * spread,
-      body: [...basePhase(m, signs, f16 === 'base'), ...pairs(m)],
+      body: [...basePhase(m, signs), ...pairs(m)],
       order: doubled * m,
     });
   } else {
@@ -170,31 +179,19 @@ export const hadamardAhead = (v: HadamardRowsVariant): boolean =>
 
 /** A workgroup per row of channels, or per `ahead` rows; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
 export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
-  const { channels, m, p, inner, halves, threads, bits, f16, ahead = 1 } = v;
+  const { channels, m, p, inner, halves, threads, bits, ahead = 1 } = v;
   const pairs = channels / 2;
   const phases = hadamardPhases(v);
   const last = phases.length - 1;
-  const narrow = phases.map((_, i) => f16 === 'all' || (f16 === 'most' && i < last));
-  // A phase in f16 first takes the power of two nearest to its own scale; what is left is the last one's.
-  const before = phases.map(({ order }, i) => (narrow[i] ? 2 ** -Math.round(Math.log2(order) / 2) : 1));
-  const first = narrow[0] ? 1 : 1 / Math.sqrt(phases[0].order);
-  const rest = before.reduce((left, scale) => left / scale, 1 / Math.sqrt(m * p) / first);
   const code = phases.map((phase, i) =>
     phaseCode(
       phase,
       pairs,
       threads,
-      (at, place) => {
-        const word = i > 0 ? `tile[${place}]` : ahead > 1 ? at : `x[row + ${at}]`;
-        return narrow[i] ? `h2(${before[i]}) * bitcast<h2>(${word})` : `unpacked(${word})`;
-      },
-      (at, place, value) => {
-        const target = i === last ? `y[row + ${at}]` : `tile[${place}]`;
-        if (!narrow[i]) return `${target} = packed(${value})`;
-        return `${target} = bitcast<u32>(${i === last && rest !== 1 ? `scaled(${value})` : value})`;
-      },
+      (at, place) => `unpacked(${i > 0 ? `tile[${place}]` : ahead > 1 ? at : `x[row + ${at}]`})`,
+      (at, place, value) => `${i === last ? `y[row + ${at}]` : `tile[${place}]`} = packed(${value})`,
       // Phases in the middle leave their scale to the last.
-      narrow[i] ? 1 : (i === 0 ? first : 1) * (i === last ? rest : 1),
+      i === 0 ? undefined : i < last ? 1 : 1 / Math.sqrt((m * p) / phases[0].order),
       ahead > 1 && i === 0,
     ),
   );
@@ -228,29 +225,19 @@ ${barrier}${code.slice(1).join(barrier)}${barrier}
   }`;
   const type = halves ? 'u32' : 'vec2<f32>';
   return defineKernel<'x' | 'y', 'rows'>({
-    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? `.${f16}16` : ''}${ahead > 1 ? `.a${ahead}` : ''}`,
-    features: f16 ? ['f16'] : [],
+    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${ahead > 1 ? `.a${ahead}` : ''}`,
     buffers: { x: read(type), y: write(type) },
     params: { rows: 'u32' },
     body: /* wgsl */ `
 const PAIRS = ${pairs}u;
 var<workgroup> tile: array<${type}, ${padded(pairs)}>;
 ${pairWgsl(halves)}
-${narrow.includes(true) ? scaledWgsl(rest) : ''}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {
 ${ahead > 1 ? several : `  let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;\n${code.join(barrier)}`}
 }`,
   });
 });
-
-/** WGSL: a pair times a factor as good as f32's: what f16 loses of the factor is added. */
-function scaledWgsl(factor: number): string {
-  const high = roundToF16(factor);
-  return /* wgsl */ `
-alias h2 = vec2<f16>;
-fn scaled(v: h2) -> h2 { return fma(v, h2(${high}), v * h2(${roundToF16(factor - high)})); }`;
-}
 
 /** WGSL: pairs in workgroup memory, and where they lie. */
 export const pairWgsl = (halves: boolean): string => /* wgsl */ `
@@ -274,12 +261,11 @@ function butterflies(count: number): string[] {
 }
 
 /** v ← B·v, four inputs at a time: o_i += ± one of the eight sums of v_c ± v_(c+1) ± v_(c+2) ± v_(c+3). */
-function basePhase(m: number, signs: string, narrowed: boolean): string[] {
+function basePhase(m: number, signs: string): string[] {
   const lines: string[] = [];
-  if (narrowed) for (let i = 0; i < m; i++) lines.push(`let h${i} = vec2<f16>(0.125 * v${i});`);
   const sign = (i: number, j: number): number => (signs[i * m + j] === '+' ? 1 : -1);
   for (let c = 0; c < m; c += 4) {
-    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `${narrowed ? 'h' : 'v'}${i}`);
+    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `v${i}`);
     lines.push(
       `let s${c}_0 = ${a} + ${b}; let s${c}_1 = ${a} - ${b}; let t${c}_0 = ${d} + ${e}; let t${c}_1 = ${d} - ${e};`,
     );
@@ -297,6 +283,6 @@ function basePhase(m: number, signs: string, narrowed: boolean): string[] {
       else lines.push(`o${i} ${lead > 0 ? '+=' : '-='} ${term};`);
     }
   }
-  for (let i = 0; i < m; i++) lines.push(narrowed ? `v${i} = 8.0 * vec2<f32>(o${i});` : `v${i} = o${i};`);
+  for (let i = 0; i < m; i++) lines.push(`v${i} = o${i};`);
   return lines;
 }

@@ -212,13 +212,12 @@ var<workgroup> parts: array<vec2<f32>, ${rows * splits}>;
 // A channel from attention's parts; those without keys were not written and may hold anything, infinities too.
 fn combined(b: u32, head: u32, column: u32) -> f32 {
   var best = -1e30;
-  // Ranges fill from the front: behind the last with keys there is nothing to read.
-  var used = 0u;
-  for (var s = 0u; s < SPLITS; s++) { let e = parts[head * SPLITS + s]; if (e.y > 0.0) { best = max(best, e.x); used = s + 1u; } }
+  
+  for (var s = 0u; s < SPLITS; s++) { let e = parts[head * SPLITS + s]; if (e.y > 0.0) { best = max(best, e.x); } }
   var at = (b * ROWS + head) * SPLITS * COLUMNS + column;
   var out = 0.0;
   var sum = 0.0;
-  for (var s = 0u; s < used; s += ${loads}u) {
+  for (var s = 0u; s < SPLITS; s += ${loads}u) {
     ${each(loads, (i) => `let s${i} = min(s + ${i}u, SPLITS - 1u); let e${i} = source[at + s${i} * COLUMNS];`)}
     ${each(
       loads,
@@ -450,7 +449,7 @@ export class RowSlices {
   readonly #shared = new Map<string, GPUBuffer>();
 
   /** `make` makes buffers that the plan frees. `loads`: inputs that a thread has in flight. */
-  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer, { loads = 8 }: { loads?: number } = {}) {
+  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer, { loads = 4 }: { loads?: number } = {}) {
     this.#gpu = gpu;
     this.#make = make;
     this.#loads = loads;
