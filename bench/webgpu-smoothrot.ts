@@ -21,6 +21,7 @@ import { RowSlices } from '../src/backends/webgpu/fast/row-slices.js';
 import { rowKernel } from '../src/backends/webgpu/fast/row.js';
 import { encodeRowsKernel } from '../src/backends/webgpu/kernels/activation-grid.js';
 import { INTEGER_TILE, integerGemmKernel } from '../src/backends/webgpu/kernels/linear-integer.js';
+import { GpuTensor } from '../src/backends/webgpu/tensor.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
 import { applyHadamard, hadamardTransform } from '../src/transforms/index.js';
@@ -126,6 +127,31 @@ async function hadamard(rows: number, channels: number, sweep: Sweep = {}): Prom
   for (const buffer of buffers) gpu.release(buffer);
 }
 
+/** Orders whose base matrix is too large for a thread's registers, by the general kernels: f32, in as many stages as it takes. */
+async function largeBase(rows: number, channels: number): Promise<void> {
+  const handle = await backend.loadTransform(hadamardTransform(channels));
+  const word = (): number => new Uint32Array(Float32Array.of(rng.normal()).buffer)[0];
+  const x = new GpuTensor([rows, channels], randomBuffer(gpu, rows * channels * 4, word));
+  let seconds = Infinity;
+  for (let i = 0; i < 4; i++) {
+    gpu.startProfile();
+    const y = await backend.rotate(x, handle);
+    const kernels = await gpu.stopProfile();
+    seconds = Math.min(
+      seconds,
+      kernels.reduce((sum, k) => sum + k.seconds, 0),
+    );
+    backend.free(y);
+  }
+  gpu.release(x.buffer);
+  backend.release(handle);
+  const ofCopy = (8 * rows * channels) / seconds / bandwidth;
+  results.push({ kind: `hadamard ${rows}x${channels}`, name: 'general, f32', microseconds: seconds * 1e6, ofCopy });
+  console.log(
+    `hadamard ${rows}x${channels} general, f32: ${(seconds * 1e6).toFixed(0)} us ${(100 * ofCopy).toFixed(1)}% of copy`,
+  );
+}
+
 const TILES = [
   { tileM: 256, tileN: 128, tileK: 64, warpsM: 4, warpsN: 2 },
   { tileM: 128, tileN: 128, tileK: 64, warpsM: 2, warpsN: 2 },
@@ -143,7 +169,7 @@ async function integer(rows: number, out: number, inFeatures: number): Promise<v
     const encode = gpu.prepare(
       encodeRowsKernel({ paired: bits === 4, size: inFeatures, halves: false }),
       { x, codes, scales },
-      { runs: rows, top: 127, clip: 1 },
+      { runs: rows, size: inFeatures, words, top: 127, clip: 1 },
       [rows],
     );
     const weights = randomBuffer(gpu, (out * inFeatures * bits) / 8, anyWord);
@@ -332,27 +358,25 @@ async function slices(channels: number, inner: number): Promise<void> {
   });
   const want = applyHadamard(values, transform);
   const list: Candidate[] = [];
-  for (const loads of [4, 8, 16])
-    for (const codes of [true, false]) {
-      if (codes && loads !== 8) continue;
-      const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
-      const buffers = { source, stats, gain: x, x, factors };
-      const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes), { loads });
-      const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, eps: 0, buffers });
-      if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
-      gpu.run(dispatches);
-      const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
-      const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
-      const place = [0, 2, 4, 6, 1, 3, 5, 7];
-      const got = want.map((_, c) =>
-        codes
-          ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
-          : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
-      );
-      const error = relative(got, want);
-      for (const dispatch of dispatches)
-        list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
-    }
+  for (const codes of [true, false]) {
+    const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
+    const buffers = { source, stats, gain: x, x, factors };
+    const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes));
+    const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, eps: 0, buffers });
+    if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
+    gpu.run(dispatches);
+    const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
+    const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
+    const place = [0, 2, 4, 6, 1, 3, 5, 7];
+    const got = want.map((_, c) =>
+      codes
+        ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
+        : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
+    );
+    const error = relative(got, want);
+    for (const dispatch of dispatches)
+      list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
+  }
   await timed(`slices ${channels}`, list);
 }
 
@@ -398,6 +422,7 @@ const sections: Readonly<Record<string, () => Promise<void>>> = {
     const sweep = values.sweep ? { aheads: [1, 4, 8, 16] } : {};
     for (const channels of [14336, 12288, 10240, 6144, 5120, 4096]) await hadamard(count, channels, sweep);
     await hadamard(count / 8, 14336, sweep);
+    for (const channels of [11008, 13824, 9728, 17408]) await largeBase(count / 4, channels);
   },
   decode,
   slices: async () => {

@@ -41,20 +41,20 @@ export interface EncodedRows {
   readonly scales: GPUBuffer;
 }
 
-/** Symmetric per-token codes of x; see encodeRowsKernel for their order. */
+/** Symmetric per-token codes of x, `words` words a row; see encodeRowsKernel for their order. */
 export function encodeRows(
   gpu: GpuDevice,
   x: GpuTensor | HalfTensor,
   grid: ActivationGrid,
-  { paired }: { paired: boolean },
+  { words, paired }: { words: number; paired: boolean },
 ): EncodedRows {
   const { rows, cols } = x.matrix;
-  const codes = gpu.buffer(rows * cols, 'codes of activations');
+  const codes = gpu.buffer(4 * rows * words, 'codes of activations');
   const scales = gpu.buffer(8 * rows, 'scales of activations');
   gpu.dispatch(
     encodeRowsKernel({ paired, size: cols, halves: x instanceof HalfTensor }),
     { x, codes, scales },
-    { runs: rows, top: topOf(grid), clip: grid.clip },
+    { runs: rows, size: cols, words, top: topOf(grid), clip: grid.clip },
     spread(rows),
   );
   return { codes, scales };

@@ -53,7 +53,7 @@ export function integerLinear(
   const { rows } = x.matrix;
   const { inFeatures, outFeatures, bits, groupSize } = weight;
   const words = integerWords(inFeatures);
-  const { codes, scales } = encodeRows(gpu, x, grid, { paired: bits === 4 });
+  const { codes, scales } = encodeRows(gpu, x, grid, { words, paired: bits === 4 });
   const operands = { ...buffers, codes, scales };
   if (onIntegerUnits(gpu, weight)) {
     const tile = integerMatrixTile(rows, outFeatures);

@@ -4,6 +4,8 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { GpuKvCache } from '../../../src/backends/webgpu/attention.js';
 import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
 import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
+import { unpackGridKernel } from '../../../src/backends/webgpu/kernels/activation-grid.js';
+import { f16BitsToF32 } from '../../../src/core/dtype.js';
 import { createRng } from '../../../src/core/rng.js';
 import { hostTensor } from '../../../src/core/tensor.js';
 import type { Backend, KvGrid } from '../../../src/ops/backend.js';
@@ -128,5 +130,29 @@ describe.skipIf(webgpuMissing)('attention over caches of integers', () => {
       }
       expect(tipped).toBeLessThanOrEqual(2);
     }
+
+    // What prefill's attention on matrix units reads instead: the entries so far as f16.
+    const reach = position + 1;
+    const count = (batch * kvHeads * reach * headDim) / 8;
+    const unpacked = gpu.buffer(16 * count);
+    gpu.dispatch(
+      unpackGridKernel(headDim, bits, gpu.capabilities.f16),
+      { cache: byOps.keys, out: unpacked },
+      { count, reach, capacity },
+      [Math.ceil(count / 256)],
+    );
+    const halves = new Uint16Array(await gpu.read(unpacked, 0, 16 * count));
+    const stored = await gpu.read(byOps.keys, 0, 4 * byOps.words * batch * kvHeads * capacity);
+    for (let run = 0; run < batch * kvHeads; run++)
+      for (let token = 0; token < reach; token++) {
+        const at = 4 * byOps.words * (run * capacity + token);
+        const [low, step] = new Float32Array(stored, at, 2);
+        const codes = new Uint8Array(stored, at + 8, (headDim * bits) / 8);
+        for (let d = 0; d < headDim; d++) {
+          const code = bits === 8 ? codes[d] : (codes[d >> 1] >> (4 * (d & 1))) & 15;
+          const got = f16BitsToF32(halves[(run * reach + token) * headDim + d]);
+          expect(Math.abs(got - (low + step * code))).toBeLessThan(2 ** -11 * (Math.abs(low + step * code) + 1e-3));
+        }
+      }
   });
 });

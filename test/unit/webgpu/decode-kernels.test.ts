@@ -520,7 +520,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       const table = toGpu(rotationTable(transform));
       backend.gpu.dispatch(
         wholeAttentionKernel({ ...v, shuffle, stages: stagesOf(krot) }),
-        { ...buffers, gain: toGpu(transform.channelScales), table, x, factors, out: x },
+        { ...buffers, gain: toGpu(transform.channelScales), table, x, factors },
         { capacity, channels, scale, eps },
         [heads, batch],
       );
@@ -538,18 +538,6 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           expect(Math.abs(got - turned[c])).toBeLessThan(100 * F16);
         }
       }
-      if (krot > 0) return;
-      // The heads as they are: the new key is in the cache already, and written again.
-      const out = backend.gpu.buffer(4 * batch * channels);
-      backend.gpu.dispatch(
-        wholeAttentionKernel({ ...v, shuffle, stages: 0, plain: true }),
-        { ...buffers, gain: table, table, x: table, factors: table, out },
-        { capacity, channels, scale, eps },
-        [heads, batch],
-      );
-      const plain = await floats(out, batch * channels);
-      const flat = want.slice(0, batch * heads).flatMap((e) => [...e]);
-      for (const [i, e] of flat.entries()) expect(Math.abs(plain[i] - e)).toBeLessThan(30 * F16);
     });
   });
 

@@ -33,12 +33,10 @@ export interface WholeAttentionVariant {
   readonly unroll: number;
   /** Pairs of rotations of o's transform. */
   readonly stages: number;
-  /** Writes the heads as they are, f32, for a transform across them (row-slices.ts); `stages` is 0. */
-  readonly plain?: boolean;
 }
 
 type Buffers =
-  'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors' | 'out';
+  'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
 
 /** Results that meet in workgroup memory. */
 const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle ? teams : teams * PER_TEAM);
@@ -55,12 +53,12 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
 
 /**
  * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: gain [channels], table [stages, channels], x
- * [batch, channels] f16, factors [batch, channels/32], channels = heads · 128. With `plain`: out [batch, channels] f32 instead.
+ * [batch, channels] f16, factors [batch, channels/32], channels = heads · 128.
  */
 export function wholeAttentionKernel(
   v: WholeAttentionVariant,
 ): Kernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'> {
-  const { shuffle, rotaryDim, teams, unroll, stages, plain = false } = v;
+  const { shuffle, rotaryDim, teams, unroll, stages } = v;
   const threads = teams * TEAM;
   const slots = slotsOf(v);
   const step = teams * PER_TEAM * unroll;
@@ -72,14 +70,10 @@ export function wholeAttentionKernel(
     positions: read('u32'),
     keys: write('vec4<u32>'),
     values: write('vec4<u32>'),
-    ...(plain
-      ? { out: write('f32') }
-      : {
-          gain: read('f32'),
-          ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
-          x: write('u32'),
-          factors: write('vec2<f32>'),
-        }),
+    gain: read('f32'),
+    ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
+    x: write('u32'),
+    factors: write('vec2<f32>'),
   };
   /** Sums (or whatever `combine` does) over lanes that differ in the bits of `masks`. */
   const over = (
@@ -88,7 +82,7 @@ export function wholeAttentionKernel(
     combine = (a: string, b: string): string => `${a} + ${b}`,
   ): string => masks.map((m) => `${name} = ${combine(name, `subgroupShuffleXor(${name}, ${m}u)`)};`).join(' ');
   return defineKernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'>({
-    name: `attention.whole.t${teams}.u${unroll}.s${stages}${v.qkNorm ? '.norm' : ''}${plain ? '.plain' : ''}`,
+    name: `attention.whole.t${teams}.u${unroll}.s${stages}${v.qkNorm ? '.norm' : ''}`,
     features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<Buffers, BufferSpec>,
     params: { capacity: 'u32', channels: 'u32', scale: 'f32', eps: 'f32' },
@@ -106,7 +100,7 @@ var<workgroup> tops: array<f32, ${slots}>;
 var<workgroup> totals: array<f32, ${slots}>;
 ${v.qkNorm ? `var<workgroup> squares: array<f32, ${shuffle ? 8 : 2 * D}>;` : ''}
 ${shuffle ? '' : `var<workgroup> dots: array<f32, ${threads}>;`}
-${plain ? '' : memory(slice)}
+${memory(slice)}
 
 fn half8(w: vec4<u32>) -> array<vec4<f32>, 2> {
   return array<vec4<f32>, 2>(vec4(unpack2x16float(w.x), unpack2x16float(w.y)), vec4(unpack2x16float(w.z), unpack2x16float(w.w)));
@@ -137,7 +131,7 @@ ${list(unroll, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;\n  { let 
   let angle = rope[position * ${rotaryDim / 2}u + lane % ${rotaryDim / 2}u];
 ${v.qkNorm ? '  let norm = select(qNorm[lane], kNorm[lane], mineK);' : ''}
 ${entries(slice, '0u')}
-${plain ? '' : '  let own = gain[at];'}
+  let own = gain[at];
 ${
   v.qkNorm
     ? shuffle
@@ -218,9 +212,10 @@ ${
   if (inside) {
     var total = 0.0;
     for (var i = 0u; i < ${slots}u; i++) { total += totals[i]; v += parts[i * ${D / 4}u + lane / 4u][lane & 3u]; }
-    ${plain ? 'out[b * params.channels + at] = v / total;' : 'v *= own / total;'}
+    v *= own / total;
   }
-${plain ? '' : `${turns(slice)}\n${pack(slice, 'b * params.channels + at')}`}
+${turns(slice)}
+${pack(slice, 'b * params.channels + at')}
 }`,
   });
 

@@ -55,9 +55,10 @@ export function hadamardRowsTuning(
   const bits = shape.m > 1 && Math.ceil(left / 5) < Math.ceil(left / 4) ? 5 : 4;
   const units = shape.channels / 2 / hadamardPhases({ ...shape, bits })[0].count;
   // A unit of the first phase per thread.
-  const threads = Math.min(512, Math.max(64, 2 ** Math.ceil(Math.log2(units))));
+  const threads = Math.min(512, Math.max(128, 2 ** Math.ceil(Math.log2(units))));
   let ahead = 1;
-  while (ahead < (shape.channels <= 4096 ? 4 : 16) && rows / (2 * ahead) >= BUSY_GROUPS) ahead *= 2;
+  const most = shape.channels <= 4096 ? 4 : shape.channels < 14336 ? 8 : 16;
+  while (ahead < most && rows / (2 * ahead) >= BUSY_GROUPS) ahead *= 2;
   return { threads, bits, ahead: hadamardAhead({ ...shape, threads, bits }) ? ahead : 1 };
 }
 

@@ -334,25 +334,23 @@ export class DecodePlan implements DecodeProgram {
         qkNorm: block.qNorm !== undefined,
         window: block.window,
       };
-      // That kernel ends with o's rotations inside a head, or hands the heads on to a transform across them.
+      // That kernel ends with o's rotations inside a head.
       const { grid, turn } = block;
-      const plain = block.o.row !== undefined;
       const whole =
-        grid || turn
+        block.o.row || grid || turn
           ? undefined
-          : wholeVariant({ ...attention, stages: stagesOf(block.o.krot), plain }, batch, gpu.limits);
+          : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
       if (whole) {
         steps = [this.#short];
         const table = block.o.table ?? block.o.gain;
         push(
           gpu.prepare(
             wholeAttentionKernel(whole),
-            { ...cached, gain: block.o.gain, table, x: halves, factors, out: parts },
+            { ...cached, gain: block.o.gain, table, x: halves, factors },
             { capacity, channels: attended, scale, eps: model.eps },
             [heads, batch],
           ),
         );
-        if (plain) activate('plain', parts, block.o, attended, block.o.weights.length);
         steps = [this.#long];
       }
       const ranged = { ...attention, splits, grid, turn, ...attentionShape(heads / kvHeads) };

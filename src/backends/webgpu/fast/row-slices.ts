@@ -44,12 +44,12 @@ export interface RowSliceVariant {
   readonly shuffle: boolean;
   /** For source `attention`, whose heads are the rows. */
   readonly splits: number;
-  /** Inputs that a thread has in flight. */
-  readonly loads: number;
 }
 
 type SliceBuffers = 'source' | 'stats' | 'signs' | 'x' | 'factors';
 
+/** Inputs that a thread has in flight; eight and sixteen are no quicker. */
+const LOADS = 4;
 /** Rows from which on a workgroup is busy. */
 const BUSY_ROWS = 16;
 /** Parts of attention at most; see splitsFor. */
@@ -132,13 +132,11 @@ const sliceMemory = ({ rows, threads, splits }: Spread): number => 4 * rows * (L
  * [batch, channels/32] (largest, sum of the normalised), or with `values` x [batch, channels] f32 and factors [batch, workgroups] largest values.
  */
 export const rowSliceKernel = variants((v: RowSliceVariant): Kernel<SliceBuffers> => {
-  const { rows, columns, sylvester, threads, shuffle, splits, loads } = v;
+  const { rows, columns, sylvester, threads, shuffle, splits } = v;
   const teams = threads / LANES;
   const words = Math.ceil(rows / 32);
   const steps = sylvester ? columns / LANES : 1;
-  const unroll = Math.min(loads, steps);
-  // Reads of workgroup memory under way together.
-  const together = rows % 4 === 0 ? 4 : 1;
+  const unroll = Math.min(LOADS, steps);
   const each = (n: number, f: (i: number) => string, separator = '\n'): string =>
     Array.from({ length: n }, (_, i) => f(i)).join(separator);
   const buffers: Partial<Record<SliceBuffers, BufferSpec>> = {
@@ -194,7 +192,7 @@ export const rowSliceKernel = variants((v: RowSliceVariant): Kernel<SliceBuffers
   const max = (a: string, b: string): string => `max(${a}, ${b})`;
   const add = (a: string, b: string): string => `${a} + ${b}`;
   return defineKernel<SliceBuffers>({
-    name: `rowSlices.${v.source}.${rows}x${columns}${sylvester ? '' : '.across'}${v.values ? '.values' : ''}.t${threads}.l${loads}${v.source === 'attention' ? `.p${splits}` : ''}`,
+    name: `rowSlices.${v.source}.${rows}x${columns}${sylvester ? '' : '.across'}${v.values ? '.values' : ''}.t${threads}${v.source === 'attention' ? `.p${splits}` : ''}`,
     features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<SliceBuffers, BufferSpec>,
     body: /* wgsl */ `
@@ -217,10 +215,10 @@ fn combined(b: u32, head: u32, column: u32) -> f32 {
   var at = (b * ROWS + head) * SPLITS * COLUMNS + column;
   var out = 0.0;
   var sum = 0.0;
-  for (var s = 0u; s < SPLITS; s += ${loads}u) {
-    ${each(loads, (i) => `let s${i} = min(s + ${i}u, SPLITS - 1u); let e${i} = source[at + s${i} * COLUMNS];`)}
+  for (var s = 0u; s < SPLITS; s += ${LOADS}u) {
+    ${each(LOADS, (i) => `let s${i} = min(s + ${i}u, SPLITS - 1u); let e${i} = source[at + s${i} * COLUMNS];`)}
     ${each(
-      loads,
+      LOADS,
       (i) =>
         `{ let e = parts[head * SPLITS + s${i}]; if (e.y > 0.0 && s + ${i}u < SPLITS) { let w = exp(e.x - best); out = fma(w, e${i}, out); sum = fma(w, e.y, sum); } }`,
     )}
@@ -256,11 +254,10 @@ ${sylvester ? butterflies : ''}
   }
   workgroupBarrier();
   var y = 0.0;
-  for (var j = 0u; j < ROWS; j += ${together}u) {
+  for (var j = 0u; j < ROWS; j++) {
     ${words > 1 ? 'if ((j & 31u) == 0u) { word = signs[first + (j >> 5u)]; }' : ''}
-    ${each(together, (i) => `let z${i} = tile[(j + ${i}u) * ${LANES}u + lane];`, ' ')}
-    y += ${each(together, (i) => `bitcast<f32>(bitcast<u32>(z${i}) ^ ((word >> ${i}u) << 31u))`, ' + ')};
-    word >>= ${together}u;
+    y += bitcast<f32>(bitcast<u32>(tile[j * ${LANES}u + lane]) ^ (word << 31u));
+    word >>= 1u;
   }
   y *= ${v.scale};
   var top = abs(y);
@@ -442,17 +439,15 @@ export interface RowSliceCall {
 export class RowSlices {
   readonly #gpu: GpuDevice;
   readonly #make: (bytes: number) => GPUBuffer;
-  readonly #loads: number;
   /** By transform. */
   readonly #signs = new Map<string, GPUBuffer>();
   /** By name: values and largest values, for rows of so many bytes. */
   readonly #shared = new Map<string, GPUBuffer>();
 
-  /** `make` makes buffers that the plan frees. `loads`: inputs that a thread has in flight. */
-  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer, { loads = 4 }: { loads?: number } = {}) {
+  /** `make` makes buffers that the plan frees. */
+  constructor(gpu: GpuDevice, make: (bytes: number) => GPUBuffer) {
     this.#gpu = gpu;
     this.#make = make;
-    this.#loads = loads;
   }
 
   /** The dispatches of a row; undefined where these kernels don't take it. Gains are a norm's alone. */
@@ -472,7 +467,6 @@ export class RowSlices {
       scale: 1 / Math.sqrt(hadamard.m * hadamard.p),
       values: grid !== undefined,
       shuffle: (capabilities.subgroups?.min ?? 0) >= LANES,
-      loads: this.#loads,
     };
     const groups = sliceGroups(variant);
     const count = groups[0] * groups[1];

@@ -102,68 +102,48 @@ export interface EncodeVariant {
 }
 
 /**
- * Symmetric codes of rows of `size` channels, a multiple of 8, four signed bytes to a word, in the order that products in integers
- * read, and each row's scale and sum of codes. Of every 8 channels the first word holds 0, 4, 1, 5 and the second 2, 6, 3, 7 where
- * `paired` (4-bit weights: see kernels/weights.ts), else they lie one after the other. The row stays in registers between the search
- * for its largest value and its codes: read once, 16 bytes at a time.
+ * Symmetric codes of rows of `size` channels, four signed bytes to a word, in the order that products in integers read (`words`
+ * per row; channels past the end are 0), and each row's scale and sum of codes. Of every 8 channels the first word holds 0, 4, 1, 5 and the
+ * second 2, 6, 3, 7 where `paired` (4-bit weights: see kernels/weights.ts), else they lie one after the other.
  */
 export const encodeRowsKernel = variants(({ paired, size, halves }: EncodeVariant) => {
   const threads = threadsFor(size);
-  const units = size / 8;
-  const turns = Math.ceil(units / threads);
-  const each = (f: (i: number) => string): string => Array.from({ length: turns }, (_, i) => f(i)).join('\n');
-  // Past the end: the last eight again, which count nothing.
-  const inside = (i: number): string => ((i + 1) * threads <= units ? '' : `if (lid + ${i * threads}u < ${units}u) `);
-  const at = (i: number): string => (inside(i) ? `min(lid + ${i * threads}u, ${units - 1}u)` : `lid + ${i * threads}u`);
+  const { declarations, statements } = range(threads, halves);
   return defineKernel({
-    name: `encodeRows.${size}.${threads}${paired ? '.paired' : ''}${halves ? '.f16' : ''}`,
-    buffers: {
-      x: read(halves ? 'vec4<u32>' : 'vec4<f32>'),
-      codes: write('vec2<u32>'),
-      scales: write('vec2<f32>'),
-    },
-    params: { runs: 'u32', top: 'f32', clip: 'f32' },
+    name: `encodeRows.${threads}${paired ? '.paired' : ''}${halves ? '.f16' : ''}`,
+    buffers: { x: read(halves ? 'u32' : 'f32'), codes: write('u32'), scales: write('vec2<f32>') },
+    params: { runs: 'u32', size: 'u32', words: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${CODES_OF}
-var<workgroup> tops: array<f32, ${threads}>;
+${dynamicGridWgsl(true)}
+${declarations}
 var<workgroup> sums: array<i32, ${threads}>;
+fn codeAt(begin: u32, channel: u32, grid: vec2<f32>) -> i32 {
+  if (channel >= params.size) { return 0; }
+  return i32(codeOf(element(begin + channel), grid, params.top));
+}
 ${entry(threads)}
-  let home = run * ${units}u;
-${each((i) =>
-  halves
-    ? `  let w${i} = x[home + ${at(i)}];
-  let a${i} = vec4(unpack2x16float(w${i}.x), unpack2x16float(w${i}.y)); let b${i} = vec4(unpack2x16float(w${i}.z), unpack2x16float(w${i}.w));`
-    : `  let a${i} = x[2u * (home + ${at(i)})]; let b${i} = x[2u * (home + ${at(i)}) + 1u];`,
-)}
-  var largest = vec4<f32>();
-${each((i) => `  largest = max(largest, max(abs(a${i}), abs(b${i})));`)}
-  tops[lid] = max(max(largest.x, largest.y), max(largest.z, largest.w));
-  for (var reach = ${threads / 2}u; reach > 0u; reach >>= 1u) {
-    workgroupBarrier();
-    if (lid < reach) { tops[lid] = max(tops[lid], tops[lid + reach]); }
+  let begin = run * params.size;
+${statements}
+  let grid = dynamicGrid(lo, hi, params.clip, params.top);
+  var sum = 0;
+  for (var w = lid; w < params.words; w += ${threads}u) {
+${
+  paired
+    ? `    let c = (w / 2u) * 8u + (w % 2u) * 2u;
+    let code = vec4(codeAt(begin, c, grid), codeAt(begin, c + 4u, grid), codeAt(begin, c + 1u, grid), codeAt(begin, c + 5u, grid));`
+    : `    let c = w * 4u;
+    let code = vec4(codeAt(begin, c, grid), codeAt(begin, c + 1u, grid), codeAt(begin, c + 2u, grid), codeAt(begin, c + 3u, grid));`
+}
+    codes[run * params.words + w] = pack4xI8(code);
+    sum += code.x + code.y + code.z + code.w;
   }
-  workgroupBarrier();
-  let scale = quotient(params.clip * tops[0], params.top);
-  var sum = vec4<i32>();
-${each(
-  (i) => `  ${inside(i)}{
-    let a = codesOf(a${i}, scale);
-    let b = codesOf(b${i}, scale);
-    codes[home + lid + ${i * threads}u] = ${
-      paired
-        ? 'vec2(pack4xI8(vec4(a.x, b.x, a.y, b.y)), pack4xI8(vec4(a.z, b.z, a.w, b.w)))'
-        : 'vec2(pack4xI8(a), pack4xI8(b))'
-    };
-    sum += a + b;
-  }`,
-)}
-  sums[lid] = sum.x + sum.y + sum.z + sum.w;
+  sums[lid] = sum;
   for (var reach = ${threads / 2}u; reach > 0u; reach >>= 1u) {
     workgroupBarrier();
     if (lid < reach) { sums[lid] += sums[lid + reach]; }
   }
-  if (lid == 0u) { scales[run] = vec2(scale, f32(sums[0])); }
+  if (lid == 0u) { scales[run] = vec2(grid.y, f32(sums[0])); }
 }`,
   });
 });
