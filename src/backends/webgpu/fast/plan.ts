@@ -238,7 +238,7 @@ export class DecodePlan implements DecodeProgram {
         const { row, gain } = group;
         const buffers = { source: input, stats, gain, x: halves, factors };
         const sliced = slices.prepare({ source, channels, row, batch, splits, eps: model.eps, buffers });
-        if (sliced) return sliced.forEach(push);
+        if (sliced) return push(...sliced);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
