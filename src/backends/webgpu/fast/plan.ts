@@ -2,6 +2,7 @@
 // token. Nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate | o + residual |
 // norm + rotate | gate and up | SiLU·mul + rotate | down + residual. While the context is short, attention and what follows are one.
 import { ensure } from '../../../core/errors.js';
+import type { KvGrid } from '../../../ops/backend.js';
 import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/decode.js';
 import { checkBufferSize } from '../capabilities.js';
 import type { BufferSlice, GpuDevice, PreparedDispatch } from '../device.js';
@@ -18,6 +19,7 @@ import {
 import { CHUNK, MAX_PRODUCTS, gemvBuffers, gemvGroups, gemvKernel } from './gemv.js';
 import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
 import { prepareRow, type RowVariant } from './row.js';
+import { RowSlices } from './row-slices.js';
 import {
   NO_TOKEN,
   SAMPLE_SPAN,
@@ -72,9 +74,12 @@ export interface PlanBlock {
   /** [headDim] f32. */
   readonly qNorm?: GPUBuffer;
   readonly kNorm?: GPUBuffer;
-  /** [batch, kvHeads, capacity, headDim] f16. */
+  /** [batch, kvHeads, capacity, headDim] f16, or codes on `grid`. */
   readonly keys: GPUBuffer;
   readonly values: GPUBuffer;
+  readonly grid?: KvGrid | undefined;
+  /** Hadamard transform of the heads of q and k after RoPE. */
+  readonly turn?: boolean;
   /** Keys seen, 0 for all. */
   readonly window: number;
 }
@@ -217,6 +222,7 @@ export class DecodePlan implements DecodeProgram {
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
+    const slices = new RowSlices(gpu, make);
     let steps = [this.#short, this.#long];
     const push = (...dispatches: PreparedDispatch[]): void => {
       for (const step of steps) step.push(...dispatches);
@@ -231,6 +237,8 @@ export class DecodePlan implements DecodeProgram {
       if (group.row) {
         const { row, gain } = group;
         const buffers = { source: input, stats, gain, x: halves, factors };
+        const sliced = slices.prepare({ source, channels, row, batch, splits, eps: model.eps, buffers });
+        if (sliced) return push(...sliced);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
@@ -327,9 +335,11 @@ export class DecodePlan implements DecodeProgram {
         window: block.window,
       };
       // That kernel ends with o's rotations inside a head.
-      const whole = block.o.row
-        ? undefined
-        : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
+      const { grid, turn } = block;
+      const whole =
+        block.o.row || grid || turn
+          ? undefined
+          : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
       if (whole) {
         steps = [this.#short];
         const table = block.o.table ?? block.o.gain;
@@ -343,7 +353,7 @@ export class DecodePlan implements DecodeProgram {
         );
         steps = [this.#long];
       }
-      const ranged = { ...attention, splits, ...attentionShape(heads / kvHeads) };
+      const ranged = { ...attention, splits, grid, turn, ...attentionShape(heads / kvHeads) };
       push(
         gpu.prepare(
           decodeAttentionKernel(ranged),
