@@ -1,6 +1,6 @@
 // Prefill on the GPU: tokens per second of whole decoders at true shapes with random weights, ParoQuant against AWQ against 16 bits,
 // the time split by kernel, attention alone at short and long contexts. Usage: tsx bench/webgpu-prefill.ts [--check [--only PATTERN]] [--attention]
-// [--model NAME]… [--long] [--f32]; without flags all of it. --f32 runs the models on the tiled kernels instead.
+// [--model NAME]… [--long] [--f32] [--kinds A,B] [--layers N]; without flags all of it. --f32 runs the models on the tiled kernels instead.
 import { parseArgs } from 'node:util';
 import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.js';
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
@@ -22,6 +22,8 @@ const { values } = parseArgs({
     long: { type: 'boolean' },
     f32: { type: 'boolean' },
     only: { type: 'string' },
+    kinds: { type: 'string' },
+    layers: { type: 'string' },
   },
 });
 const all = !values.check && !values.attention && !values.model && !values.long;
@@ -183,6 +185,9 @@ async function attention(test: LongAttention): Promise<void> {
 }
 if (all || values.attention) for (const test of LONG_ATTENTION) await attention(test);
 
+/** What is timed: 4-bit weights with 16-bit activations, and SmoothRot with 8-bit activations and caches. */
+const KINDS: readonly DecoderKind[] = ['awq', 'paroquant', 'f16', 'smoothrot', 'smoothrot-a8', 'smoothrot-a8-kv8'];
+
 /** Runs a prompt through a decoder in passes of `rows`, up to the logits of the last token; seconds. */
 async function prefill(decoder: Decoder, ids: Int32Array, rows: number): Promise<number> {
   const cache = await decoder.createCache(1, ids.length);
@@ -211,10 +216,11 @@ for (const shape of SHAPES.filter(({ name }) =>
   const rng = createRng(9);
   const ids = Int32Array.from({ length: 2048 }, () => rng.int(0, shape.vocab));
   const times = new Map<DecoderKind, number[]>();
-  const kinds: readonly DecoderKind[] = values.f32 ? ['paroquant'] : ['awq', 'paroquant', 'f16'];
+  const kinds = (values.kinds?.split(',') ?? (values.f32 ? ['paroquant'] : KINDS)) as readonly DecoderKind[];
   const decoders = new Map<DecoderKind, Decoder>();
   for (const kind of kinds) {
-    decoders.set(kind, await randomDecoder(backend, shape, kind, 40960));
+    const layers = values.layers ? Number(values.layers) : shape.layers;
+    decoders.set(kind, await randomDecoder(backend, { ...shape, layers }, kind, 40960));
     times.set(kind, []);
   }
   for (let round = 0; round < (values.f32 ? 4 : 7); round++)

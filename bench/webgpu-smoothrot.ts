@@ -1,18 +1,27 @@
 // SmoothRot's kernels on a GPU: Hadamard transforms of many rows against the copy bandwidth measured in the same run, products
-// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,row,decode,exact]
+// of integer codes, each checked before it is timed. Usage: tsx bench/webgpu-smoothrot.ts [--only hadamard,integer,slices,row,decode,exact] [--sweep]
+import { parseArgs } from 'node:util';
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { gemmKernel, type GemmVariant } from '../src/backends/webgpu/fast/gemm.js';
 import { tileGroups } from '../src/backends/webgpu/fast/matrix-tiles.js';
-import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../src/backends/webgpu/fast/hadamard.js';
+import {
+  hadamardAhead,
+  hadamardRowsKernel,
+  hadamardRowsMemory,
+  hadamardRowsTuning,
+  signsOf,
+} from '../src/backends/webgpu/fast/hadamard.js';
 import {
   hasIntegerMatrices,
   integerMatrixKernel,
   integerMatrixMemory,
 } from '../src/backends/webgpu/fast/gemm-integer.js';
 import { DecodePlan } from '../src/backends/webgpu/fast/plan.js';
+import { RowSlices } from '../src/backends/webgpu/fast/row-slices.js';
 import { rowKernel } from '../src/backends/webgpu/fast/row.js';
 import { encodeRowsKernel } from '../src/backends/webgpu/kernels/activation-grid.js';
 import { INTEGER_TILE, integerGemmKernel } from '../src/backends/webgpu/kernels/linear-integer.js';
+import { GpuTensor } from '../src/backends/webgpu/tensor.js';
 import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
 import { applyHadamard, hadamardTransform } from '../src/transforms/index.js';
@@ -20,7 +29,8 @@ import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from '
 import { RandomDecoder, SHAPES, type PlanKind } from './support/random-plan.js';
 import { writeResult } from './support/results.js';
 
-const only = process.argv.includes('--only') ? process.argv[process.argv.indexOf('--only') + 1].split(',') : undefined;
+const { values } = parseArgs({ options: { only: { type: 'string' }, sweep: { type: 'boolean' } } });
+const only = values.only?.split(',');
 const wants = (name: string): boolean => !only || only.includes(name);
 const rng = createRng(1);
 const backend = await openWebGpuBackend();
@@ -70,12 +80,13 @@ const relative = (got: ArrayLike<number>, want: ArrayLike<number>): number => {
 const halfPair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
 const anyWord = (): number => (rng.uniform() * 2 ** 32) >>> 0;
 
-async function hadamard(
-  rows: number,
-  channels: number,
-  threads: readonly number[],
-  bits: readonly number[],
-): Promise<void> {
+interface Sweep {
+  readonly threads?: readonly number[];
+  readonly bits?: readonly number[];
+  readonly aheads?: readonly number[];
+}
+
+async function hadamard(rows: number, channels: number, sweep: Sweep = {}): Promise<void> {
   const transform = hadamardTransform(channels);
   const m = Math.sqrt(transform.base.length);
   const list: Candidate[] = [];
@@ -91,13 +102,15 @@ async function hadamard(
     );
     const y = gpu.buffer(rows * channels * size);
     buffers.push(x, y);
-    const variants = threads.flatMap((t) =>
-      bits.flatMap((b) => (m > 1 ? [true, false] : [false]).map((f) => [t, b, f] as const)),
-    );
-    for (const [count, most, f16] of variants) {
-      if (f16 && !(halves && capabilities.f16)) continue;
-      const kernel = hadamardRowsKernel({ ...shape, signs: signsOf(transform.base), threads: count, bits: most, f16 });
-      const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [rows]);
+    const signed = { ...shape, signs: signsOf(transform.base) };
+    const tuned = hadamardRowsTuning(signed, rows);
+    const { threads = [tuned.threads], bits = [tuned.bits], aheads = [tuned.ahead ?? 1] } = sweep;
+    const variants = threads.flatMap((t) => bits.flatMap((b) => aheads.map((a) => [t, b, a] as const)));
+    for (const [count, most, ahead] of variants) {
+      const v = { ...signed, threads: count, bits: most, ahead };
+      if (ahead > 1 && !hadamardAhead(v)) continue;
+      const kernel = hadamardRowsKernel(v);
+      const dispatch = gpu.prepare(kernel, { x, y }, { rows }, [Math.ceil(rows / ahead)]);
       gpu.run([dispatch]);
       let error = 0;
       for (const row of [0, 77, rows - 1]) {
@@ -112,6 +125,31 @@ async function hadamard(
   }
   await timed(`hadamard ${rows}x${channels}`, list);
   for (const buffer of buffers) gpu.release(buffer);
+}
+
+/** Orders whose base matrix is too large for a thread's registers, by the general kernels: f32, in as many stages as it takes. */
+async function largeBase(rows: number, channels: number): Promise<void> {
+  const handle = await backend.loadTransform(hadamardTransform(channels));
+  const word = (): number => new Uint32Array(Float32Array.of(rng.normal()).buffer)[0];
+  const x = new GpuTensor([rows, channels], randomBuffer(gpu, rows * channels * 4, word));
+  let seconds = Infinity;
+  for (let i = 0; i < 4; i++) {
+    gpu.startProfile();
+    const y = await backend.rotate(x, handle);
+    const kernels = await gpu.stopProfile();
+    seconds = Math.min(
+      seconds,
+      kernels.reduce((sum, k) => sum + k.seconds, 0),
+    );
+    backend.free(y);
+  }
+  gpu.release(x.buffer);
+  backend.release(handle);
+  const ofCopy = (8 * rows * channels) / seconds / bandwidth;
+  results.push({ kind: `hadamard ${rows}x${channels}`, name: 'general, f32', microseconds: seconds * 1e6, ofCopy });
+  console.log(
+    `hadamard ${rows}x${channels} general, f32: ${(seconds * 1e6).toFixed(0)} us ${(100 * ofCopy).toFixed(1)}% of copy`,
+  );
 }
 
 const TILES = [
@@ -298,11 +336,55 @@ async function rows(channels: number, inner: number): Promise<void> {
   await timed(`row ${channels}`, list);
 }
 
+/** The same rows over several workgroups, as the plan runs them: checked against float64 on every source, timed. */
+async function slices(channels: number, inner: number): Promise<void> {
+  const transform = hadamardTransform(channels, { inner });
+  const m = Math.sqrt(transform.base.length);
+  const hadamard = { m, p: transform.order / m, inner, signs: signsOf(transform.base) };
+  const splits = 24;
+  const kind = inner > 1 ? 'attention' : 'silu';
+  const width = kind === 'silu' ? 2 * channels : splits * channels;
+  const host = Float32Array.from({ length: width }, () => rng.normal());
+  const source = gpu.buffer(width * 4);
+  gpu.upload(source, host);
+  const stats = gpu.buffer((channels / inner) * splits * 8);
+  gpu.upload(stats, new Float32Array((2 * channels * splits) / inner).fill(1));
+  const [x, factors] = [gpu.buffer(channels * 2), gpu.buffer(channels / 4)];
+  const values = Float64Array.from({ length: channels }, (_, c) => {
+    if (kind === 'silu') return (host[c] / (1 + Math.exp(-host[c]))) * host[c + channels];
+    let sum = 0;
+    for (let s = 0; s < splits; s++) sum += host[(Math.floor(c / inner) * splits + s) * inner + (c % inner)];
+    return sum / splits;
+  });
+  const want = applyHadamard(values, transform);
+  const list: Candidate[] = [];
+  for (const codes of [true, false]) {
+    const row = { hadamard, ...(codes && { grid: { top: 127, clip: 1 } }) };
+    const buffers = { source, stats, gain: x, x, factors };
+    const made = new RowSlices(gpu, (bytes) => gpu.buffer(bytes));
+    const dispatches = made.prepare({ source: kind, channels, row, batch: 1, splits, eps: 0, buffers });
+    if (!dispatches) throw new Error(`no kernel over several workgroups for ${channels} channels`);
+    gpu.run(dispatches);
+    const scales = new Float32Array(await gpu.read(factors, 0, channels / 4));
+    const bytes = await gpu.read(x, 0, channels * (codes ? 1 : 2));
+    const place = [0, 2, 4, 6, 1, 3, 5, 7];
+    const got = want.map((_, c) =>
+      codes
+        ? scales[2 * (c >> 5)] * new Int8Array(bytes)[c - (c % 8) + place[c % 8]]
+        : scales[2 * (c >> 5)] * f16BitsToF32(new Uint16Array(bytes)[c]),
+    );
+    const error = relative(got, want);
+    for (const dispatch of dispatches)
+      list.push({ name: `${dispatch.name}${codes ? ' (codes)' : ''}`, dispatches: [dispatch], error });
+  }
+  await timed(`slices ${channels}`, list);
+}
+
 /** A whole decoder's step: AWQ, QuaRot and SmoothRot in one engine, GPU time alone. */
 async function decode(): Promise<void> {
   const shape = SHAPES[capabilities.software ? SHAPES.length - 1 : 0];
   const decoder = new RandomDecoder(gpu, shape, 2048);
-  const kinds: readonly PlanKind[] = ['awq', 'quarot', 'quarot-a8', 'smoothrot-a8', 'paroquant'];
+  const kinds: readonly PlanKind[] = ['awq', 'quarot', 'quarot-a8', 'smoothrot-a8', 'smoothrot-a8-kv8', 'paroquant'];
   const plans = kinds.map((kind) => {
     const model = decoder.model(kind, 1, 1536);
     return { kind, model, plan: new DecodePlan(gpu, model, { batch: 1, capacity: 1536 }) };
@@ -322,7 +404,7 @@ async function decode(): Promise<void> {
     results.push({ ...line, againstQuarot: relative(logits[i], logits[1]) });
     console.log(JSON.stringify(results.at(-1)));
   }
-  for (const { kind, plan } of plans.slice(1, 3)) {
+  for (const { kind, plan } of plans.filter(({ kind }) => ['awq', 'quarot', 'smoothrot-a8-kv8'].includes(kind))) {
     plan.begin(Uint32Array.of(11), Uint32Array.of(512), [{ temperature: 0 }]);
     gpu.startProfile();
     for (let i = 0; i < 3; i++) plan.run();
@@ -337,10 +419,17 @@ const sections: Readonly<Record<string, () => Promise<void>>> = {
   integer: () => (small ? integer(128, 1024, 512) : integer(2048, 14336, 4096)),
   hadamard: async () => {
     const count = small ? 96 : 16384;
-    await hadamard(count, 14336, [256], [4]);
-    await hadamard(count, 4096, [128], [4]);
+    const sweep = values.sweep ? { aheads: [1, 4, 8, 16] } : {};
+    for (const channels of [14336, 12288, 10240, 6144, 5120, 4096]) await hadamard(count, channels, sweep);
+    await hadamard(count / 8, 14336, sweep);
+    for (const channels of [11008, 13824, 9728, 17408]) await largeBase(count / 4, channels);
   },
   decode,
+  slices: async () => {
+    await slices(14336, 1);
+    await slices(11008, 1);
+    await slices(4096, 128);
+  },
   row: async () => {
     await rows(14336, 1);
     await rows(4096, 128);

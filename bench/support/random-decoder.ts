@@ -11,12 +11,27 @@ import { Decoder } from '../../src/models/decoder.js';
 import { parseModelConfig } from '../../src/models/families.js';
 import { LinearGroup } from '../../src/models/linear-group.js';
 import { groupShape } from '../../src/models/load.js';
-import type { Backend, LinearHandle, PairwiseTransform, TransformHandle } from '../../src/ops/backend.js';
-import { xorPairs } from '../../src/transforms/index.js';
+import type {
+  Backend,
+  InputTransform,
+  LinearHandle,
+  PairwiseTransform,
+  TransformHandle,
+} from '../../src/ops/backend.js';
+import { hadamardTransform, xorPairs } from '../../src/transforms/index.js';
 import type { DecoderShape } from './random-plan.js';
 
-/** Weights of the blocks: 4 bits with a rotation per linear group, 4 bits alone, or 16 bits. */
-export type DecoderKind = 'paroquant' | 'awq' | 'f16';
+/**
+ * Weights of the blocks: 4 bits with a rotation per linear group, 4 bits alone, or 16 bits; SmoothRot's online transforms before o and
+ * down with a grid per output, and with 8-bit activations, keys and values on top.
+ */
+export type DecoderKind = 'paroquant' | 'awq' | 'f16' | 'smoothrot' | 'smoothrot-a8' | 'smoothrot-a8-kv8';
+
+/** Groups whose input takes a Hadamard transform online: channels between neighbours of its axis. */
+const ONLINE_INNER: Partial<Record<GroupName, (headDim: number) => number>> = {
+  o: (headDim) => headDim,
+  down: () => 1,
+};
 
 /** Random words: codes as they fall, or pairs of 16-bit floats of random sign around `magnitude` (bits). */
 const fillKernel = defineKernel({
@@ -51,11 +66,16 @@ export function randomDecoder(
       { count: bytes / 4, seed: (seed += 7919), kept, added },
       elementGroups(bytes / 4),
     );
+  const online = kind.startsWith('smoothrot');
+  const rounds = kind.startsWith('smoothrot-a8');
   const linear = (inFeatures: number, outFeatures: number, type: 'int4' | 'f16' | 'bf16'): LinearHandle => {
     // Outputs about as large as inputs: weights of 1 / √in, codes around 8 have a spread of 4.6.
     const size = inFeatures ** -0.5;
     if (type === 'int4') {
-      const made = new GpuLinear(gpu, { inFeatures, outFeatures, groupSize: 128 }, { kind: 'int', bits: 4 }, undefined);
+      const groupSize = online ? inFeatures : 128;
+      const made = new GpuLinear(gpu, { inFeatures, outFeatures, groupSize }, { kind: 'int', bits: 4 }, undefined);
+      if (rounds) made.activations = { bits: 8, symmetric: true, groupSize: -1, clip: 1 };
+      if (rounds && gpu.capabilities.integerDot) made.integers = 4;
       fill(made.weights, 4 * outFeatures * made.wordsPerRow, 0xffffffff, 0);
       if (made.grids) fill(made.grids, 4 * outFeatures * made.groupsPerRow, 0, f32ToF16Bits(size / 4.6) | (8 << 16));
       return made;
@@ -105,8 +125,10 @@ async function build(
   const making = Object.assign(Object.create(null) as Backend, backend, {
     loadLinear: (source: { weight: { inFeatures: number; outFeatures: number } }) =>
       Promise.resolve(linear(source.weight.inFeatures, source.weight.outFeatures, kind === 'f16' ? 'f16' : 'int4')),
-    loadTransform: ({ channels }: { channels: number }) => transformOf(channels),
+    loadTransform: (transform: InputTransform) =>
+      transform.kind === 'hadamard' ? backend.loadTransform(transform) : transformOf(transform.channels),
   } as unknown as Partial<Backend>);
+  const kvGrid = kind === 'smoothrot-a8-kv8' ? { bits: 8 as const, clip: 1 } : undefined;
   const blocks: DecoderBlock[] = [];
   for (let layer = 0; layer < config.layers; layer++) {
     const groups = {} as Record<GroupName, LinearGroup>;
@@ -115,17 +137,23 @@ async function build(
       const weight = { inFeatures, outFeatures: outFeatures.reduce((a, b) => a + b, 0) };
       const source = { kind: 'quantized', weight } as unknown as { kind: 'quantized'; weight: never };
       const transform = { channels: inFeatures } as PairwiseTransform;
-      groups[name] = await LinearGroup.load(making, [{ source, ...(kind === 'paroquant' && { transform }) }]);
+      const inner = ONLINE_INNER[name]?.(config.headDim);
+      const before = kind.startsWith('smoothrot') && inner ? hadamardTransform(inFeatures, { inner }) : undefined;
+      groups[name] = await LinearGroup.load(making, [{ source, ...(kind === 'paroquant' && { transform }) }], {
+        before,
+      });
     }
     const norms = {
       input: await ones(config.hiddenSize),
       postAttention: await ones(config.hiddenSize),
       ...(shape.qkNorm && { q: await ones(config.headDim), k: await ones(config.headDim) }),
     };
-    blocks.push(new DecoderBlock(new BlockFrame(backend, config, layer, norms), groups));
+    const heads = kvGrid && { kv: kvGrid, transform: await backend.loadTransform(hadamardTransform(config.headDim)) };
+    blocks.push(new DecoderBlock(new BlockFrame(backend, config, layer, norms, heads), groups));
   }
   const embedding = linear(config.hiddenSize, config.vocabSize, 'bf16');
-  return new Decoder(backend, config, { embedding, head: embedding, finalNorm: await ones(config.hiddenSize), blocks });
+  const finalNorm = await ones(config.hiddenSize);
+  return new Decoder(backend, config, { embedding, head: embedding, finalNorm, blocks, ...(kvGrid && { kvGrid }) });
 }
 
 function randomTransform(channels: number, rng: ReturnType<typeof createRng>): PairwiseTransform {

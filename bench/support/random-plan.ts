@@ -3,6 +3,7 @@ import type { BufferSlice, GpuDevice } from '../../src/backends/webgpu/device.js
 import { signsOf } from '../../src/backends/webgpu/fast/hadamard.js';
 import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
 import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan-model.js';
+import { gridCacheWords } from '../../src/backends/webgpu/kernels/activation-grid.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
 import { hadamardTransform, randomPairs, type HadamardOptions } from '../../src/transforms/index.js';
@@ -82,9 +83,11 @@ export const SHAPES: readonly DecoderShape[] = [
 
 /**
  * AWQ has no transform; ParoQuant one per linear group, with pairs of any kind, or one per projection as published. QuaRot has
- * Hadamard transforms before o and down and one grid per output, its activations in 16 bits or in 8; SmoothRot runs the same.
+ * Hadamard transforms before o and down and one grid per output, its activations in 16 bits or in 8; SmoothRot runs the same, with
+ * `kv8` on caches of 8-bit integers, its heads turned.
  */
-export type PlanKind = 'awq' | 'paroquant' | 'paroquant-per-projection' | 'quarot' | 'quarot-a8' | 'smoothrot-a8';
+export type PlanKind =
+  'awq' | 'paroquant' | 'paroquant-per-projection' | 'quarot' | 'quarot-a8' | 'smoothrot-a8' | 'smoothrot-a8-kv8';
 
 /** A decoder's weights without its caches: made once, planned with several kinds of transforms. */
 export class RandomDecoder {
@@ -147,7 +150,8 @@ export class RandomDecoder {
   /** A plan's model; caches are shared by all blocks of all kinds when `sharedCache`, which changes nothing but memory. */
   model(kind: PlanKind, batch: number, capacity: number): PlanModel {
     const { hidden, heads, kvHeads, headDim, intermediate, vocab, qkNorm } = this.shape;
-    const bytes = batch * kvHeads * capacity * headDim * 2;
+    const grid = kind === 'smoothrot-a8-kv8' ? { bits: 8 as const, clip: 1 } : undefined;
+    const bytes = batch * kvHeads * capacity * (grid ? 4 * gridCacheWords(headDim, grid.bits) : headDim * 2);
     const split = apart(kind);
     return {
       hidden,
@@ -167,6 +171,8 @@ export class RandomDecoder {
         ...(qkNorm && { headNorms: this.#norms }),
         keys: this.#gpu.buffer(bytes),
         values: this.#gpu.buffer(bytes),
+        grid,
+        turn: grid !== undefined,
         window: 0,
       })),
     };
@@ -228,7 +234,7 @@ export class RandomDecoder {
 
   #group(kind: PlanKind, weights: readonly PlanWeight[], norm: boolean, online?: HadamardOptions): PlanGroup {
     const channels = weights[0].inFeatures;
-    if (kind === 'quarot' || kind === 'quarot-a8' || kind === 'smoothrot-a8') {
+    if (kind.startsWith('quarot') || kind.startsWith('smoothrot')) {
       const integers = kind !== 'quarot';
       const transform = online && hadamardTransform(channels, online);
       const m = transform ? Math.sqrt(transform.base.length) : 1;

@@ -138,7 +138,7 @@ export class Decoder {
     const blocks: DecodeBlockSpec[] = [];
     for (const [i, { frame, groups }] of parts.blocks.entries()) {
       const [qkv, o, gateUp, down] = GROUP_NAMES.map((name) => groups[name].decodeProducts);
-      if (!qkv || !o || !gateUp || !down || frame.online.transform || frame.online.kv) return undefined;
+      if (!qkv || !o || !gateUp || !down) return undefined;
       const { input, postAttention, q, k } = frame.norms;
       const window = config.windows[frame.layer];
       blocks.push({
@@ -152,6 +152,7 @@ export class Decoder {
         down,
         cache: cache.blocks[i],
         window,
+        headTransform: frame.online.transform,
       });
     }
     return backend.prepareDecode({

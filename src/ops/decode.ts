@@ -21,6 +21,8 @@ export interface DecodeBlockSpec {
   readonly cache: KvCacheHandle;
   /** Keys a token sees; all when undefined. */
   readonly window?: number;
+  /** Of the heads of q and k after RoPE; see SplitHeadsOptions. */
+  readonly headTransform?: TransformHandle;
 }
 
 /** A whole decoder, resident on a backend. */

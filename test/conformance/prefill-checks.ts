@@ -14,6 +14,7 @@ import type { Backend, LinearHandle, LinearSource, Tensor } from '../../src/ops/
 import { dequantize } from '../../src/ops/reference/linear.js';
 import { createReferenceBackend, readF64 } from '../../src/ops/reference/backend.js';
 import { forestOf, largeForest } from './cases-inference.js';
+import { hadamardTransform } from '../../src/transforms/index.js';
 import { closeArrays, LAMBDA, maxAbs, norm, randomQuantized, randomTransform } from './duo.js';
 
 /** A check of a backend opened with precision f16. */
@@ -184,6 +185,8 @@ interface AttentionCase {
   readonly plain?: boolean;
   /** Factor on queries: large ones move the largest score along. */
   readonly sharp?: number;
+  /** The cache holds integers of so many bits. */
+  readonly bits?: 4 | 8;
 }
 
 const ATTENTION: readonly AttentionCase[] = [
@@ -193,18 +196,21 @@ const ATTENTION: readonly AttentionCase[] = [
   { heads: 8, kvHeads: 2, headDim: 16, chunks: [65], batch: 1, plain: true, window: 7 },
   { heads: 4, kvHeads: 2, headDim: 128, chunks: [75], batch: 1, plain: true, sharp: 12 },
   { heads: 2, kvHeads: 1, headDim: 24, chunks: [40], batch: 1, plain: true },
+  { heads: 4, kvHeads: 1, headDim: 128, chunks: [70, 41], batch: 1, bits: 8 },
+  { heads: 4, kvHeads: 2, headDim: 64, chunks: [45, 33], batch: 2, bits: 4 },
 ];
 
 function attentionCheck(shape: AttentionCase): PrefillCheck {
-  const { heads, kvHeads, headDim, window, chunks, batch, plain = false, sharp = 1 } = shape;
-  const name = `attention ${heads}/${kvHeads} heads of ${headDim}, ${chunks.join(' + ')} tokens × ${batch}${window ? `, window ${window}` : ''}${plain ? '' : ', cached'}`;
+  const { heads, kvHeads, headDim, window, chunks, batch, plain = false, sharp = 1, bits } = shape;
+  const name = `attention ${heads}/${kvHeads} heads of ${headDim}, ${chunks.join(' + ')} tokens × ${batch}${window ? `, window ${window}` : ''}${plain ? '' : ', cached'}${bits ? ` in ${bits} bits` : ''}`;
   return {
     name,
     run: async (backend) => {
       const rng = createRng(13).fork(name);
+      const grid = bits && { bits, clip: 1 };
       const capacity = chunks.reduce((a, b) => a + b, 3);
-      const cache = plain ? undefined : await backend.createKvCache({ batch, kvHeads, headDim, capacity });
-      const known = plain ? undefined : await oracle.createKvCache({ batch, kvHeads, headDim, capacity });
+      const cache = plain ? undefined : await backend.createKvCache({ batch, kvHeads, headDim, capacity, grid });
+      const known = plain ? undefined : await oracle.createKvCache({ batch, kvHeads, headDim, capacity, grid });
       const scale = headDim ** -0.5;
       let [start, worst] = [0, 0];
       for (const tokens of chunks) {
@@ -228,8 +234,11 @@ function attentionCheck(shape: AttentionCase): PrefillCheck {
           );
         const y = await run(backend, (s, x) => uploadHalf(backend, s, x), cache);
         const expected = readF64(await run(oracle, (s, x) => uploadTo(oracle, s, x), known));
-        // Inputs are f16 as they are. Weights and the result are rounded to f16; sums in the units are as good as 2^-22.
-        const tolerance = (): number => (LAMBDA * C + 2 ** -20 * sharp * Math.sqrt(headDim) * 4) * maxAbs(v);
+        // Inputs are f16 as they are. Weights and the result are rounded to f16; sums in the units are as good as 2^-22. What a cache of
+        // integers gives back is rounded to f16 too: scores move by C, as the weights do. A code that f32 tips onto the next one moves
+        // a value by a step of the grid, of which a weight of about 1 / start counts.
+        const step = bits ? (2 * maxAbs(v)) / (2 ** bits - 1) / (start + 16) : 0;
+        const tolerance = (): number => (LAMBDA * C + 2 ** -20 * sharp * Math.sqrt(headDim) * 4) * maxAbs(v) + step;
         worst = Math.max(worst, compare(await backend.download(y), expected, tolerance, `${name}, from ${start}`));
         backend.free(y);
         start += tokens;
@@ -277,6 +286,39 @@ function forestCheck(shape: Pick<AttentionCase, 'heads' | 'kvHeads' | 'headDim' 
   };
 }
 
+/** Heads turned after RoPE, in f16. */
+function headsCheck(headDim: number): PrefillCheck {
+  const name = `heads of ${headDim} turned`;
+  return {
+    name,
+    run: async (backend) => {
+      const rng = createRng(17).fork(name);
+      const [heads, kvHeads, rows] = [4, 2, 70];
+      const width = (heads + 2 * kvHeads) * headDim;
+      const x = Float32Array.from({ length: rows * width }, () => rng.normal());
+      const angles = Float32Array.from({ length: (rows * headDim) / 2 }, () => 3 * rng.normal());
+      const split = async (on: Backend): Promise<{ q: Tensor; k: Tensor; v: Tensor }> =>
+        on.splitHeads(await uploadTo(on, [rows, width], x), {
+          ...{ heads, kvHeads, headDim, batch: 1, start: 0, eps: 1e-6 },
+          rope: await on.loadRope(angles.map(Math.cos), angles.map(Math.sin), headDim),
+          headTransform: await on.loadTransform(hadamardTransform(headDim)),
+        });
+      const [got, want] = [await split(backend), await split(oracle)];
+      let worst = 0;
+      for (const part of ['q', 'k'] as const) {
+        const expected = readF64(want[part]);
+        // Rounded to f16 after RoPE and by every phase of the transform; an output sums the errors of its head's channels.
+        const tolerance = (at: number): number =>
+          (LAMBDA * C * norm(expected, Math.floor(at / headDim) * headDim, headDim)) / Math.sqrt(headDim) +
+          C * Math.abs(expected[at]);
+        worst = Math.max(worst, compare(await backend.download(got[part]), expected, tolerance, `${name}, ${part}`));
+      }
+      backend.free(got.q, got.k, got.v);
+      return worst;
+    },
+  };
+}
+
 const PACKED = [
   { heads: 4, kvHeads: 1, headDim: 128 },
   { heads: 6, kvHeads: 2, headDim: 64, window: 20 },
@@ -286,6 +328,7 @@ const PACKED = [
 
 /** Every check. */
 export const prefillChecks: readonly PrefillCheck[] = [
+  ...[64, 128].map(headsCheck),
   ...PRODUCTS.map((product) => productCheck(product)),
   ...TRANSFORMS.map(transformCheck),
   ...ATTENTION.map(attentionCheck),

@@ -29,9 +29,11 @@ describe.skipIf(webgpuMissing)('fused decoding on WebGPU', () => {
   // Few cases with every feature between them: SwiftShader takes seconds to compile each of their kernels.
   it.each([
     [0.05, { method: 'paroquant', groupSize: 64, krot: 3, share: false }],
-    // Hadamard transforms before o and down, codes of 8 bits, one grid per output. An f16 rounding that tips an activation onto
-    // the next code moves it by 2^-7 of the row's largest, not by f16's 2^-11.
-    [0.2, { method: 'smoothrot', actBits: 8, kvBits: 16 }],
+    // Hadamard transforms before o and down, codes of 8 bits, one grid per output, caches of 8-bit integers. An f16 rounding that
+    // tips an activation onto the next code moves it by 2^-7 of the row's largest, not by f16's 2^-11.
+    [0.2, { method: 'smoothrot', actBits: 8, kvBits: 8 }],
+    // Activations as they are: the transforms end in f16 chunks.
+    [0.05, { method: 'quarot', actBits: 16, kvBits: 4 }],
   ] as const)(
     'within %f: chooses the tokens that decoding op by op finds likeliest, %o',
     { timeout: 400_000 },

@@ -17,8 +17,8 @@ import { hasMatrixUnits } from './capabilities.js';
 import { attentionByProducts } from './attention-products.js';
 import type { GpuDevice } from './device.js';
 import { flashKernel, flashRows, flashTakes, flashWarps } from './fast/flash.js';
-import { applyHadamard, GpuHadamard } from './hadamard.js';
-import { appendGridKernel, gridCacheWords } from './kernels/activation-grid.js';
+import { applyHadamard, GpuHadamard, hadamardHalf } from './hadamard.js';
+import { appendGridKernel, gridCacheWords, unpackGridKernel } from './kernels/activation-grid.js';
 import {
   appendKernel,
   attentionKernel,
@@ -279,11 +279,11 @@ export function splitHeads(
     'tensor-shape',
     () => `rotary dimension ${rope.rotaryDim} exceeds head dimension ${headDim}`,
   );
-  // Transforms of heads turn f32.
-  const narrowed = half && isHalfWidth(headDim) && !options.headTransform;
+  const narrowed = half && isHalfWidth(headDim);
   const make = (cols: number): GpuTensor | HalfTensor =>
     narrowed ? makeHalf(gpu, rows, cols) : makeTensor(gpu, [rows, cols]);
-  const [q, k, v] = [make(heads * headDim), make(kvHeads * headDim), make(kvHeads * headDim)];
+  let [q, k] = [make(heads * headDim), make(kvHeads * headDim)];
+  const v = make(kvHeads * headDim);
   const norms = { qNorm: qNorm !== undefined, kNorm: kNorm !== undefined };
   const items = rows * (heads + 2 * kvHeads);
   gpu.dispatch(
@@ -314,9 +314,17 @@ export function splitHeads(
       'tensor-shape',
       () => `splitHeads takes a Hadamard transform of ${headDim} channels, found ${headTransform.channels}`,
     );
-    for (const part of [q, k]) applyHadamard(gpu, own(part), headTransform, { inPlace: true });
+    [q, k] = [turnHeads(gpu, q, headTransform), turnHeads(gpu, k, headTransform)];
   }
   return { q, k, v };
+}
+
+/** Heads transformed; `x` is theirs to free. */
+function turnHeads(gpu: GpuDevice, x: GpuTensor | HalfTensor, transform: GpuHadamard): GpuTensor | HalfTensor {
+  if (!(x instanceof HalfTensor)) return applyHadamard(gpu, x, transform, { inPlace: true });
+  const y = hadamardHalf(gpu, x, transform) ?? narrow(gpu, applyHadamard(gpu, own(x), transform, { inPlace: true }));
+  freeTensor(gpu, x);
+  return y;
 }
 
 /** Workgroups that fill a large GPU; fewer rows than that and the keys are split. */
@@ -355,22 +363,26 @@ export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, o
   const window = Math.min(options.window ?? 0x7fffffff, 0x7fffffff);
   if (
     given instanceof HalfTensor &&
-    (cache ? !(cache as GpuKvCache).grid : keys instanceof HalfTensor && values instanceof HalfTensor) &&
+    (cache || (keys instanceof HalfTensor && values instanceof HalfTensor)) &&
     hasMatrixUnits(gpu.capabilities) &&
     flashTakes(headDim) &&
     rowCount >= FLASH_ROWS
   ) {
     const out = makeHalf(gpu, rows, cols);
     const warps = flashWarps(rowCount, batch * kvHeads, headDim, gpu.limits);
-    const source = cache
-      ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
-      : { k: keys, v: values, stride: tokens };
+    const unpacked = cache && unpackGrid(gpu, cache as GpuKvCache, longest + tokens);
+    const source =
+      unpacked ??
+      (cache
+        ? { k: (cache as GpuKvCache).keys, v: (cache as GpuKvCache).values, stride: cache.capacity }
+        : { k: keys, v: values, stride: tokens });
     gpu.dispatch(
       flashKernel({ headDim, source: cache ? 'cache' : 'rows', warps }),
       { q: given, k: source.k, v: source.v, starts: starts.buffer ?? given, out },
       { tokens, heads, kvHeads, start, ragged, window, stride: source.stride, scale },
       [Math.ceil(rowCount / flashRows({ warps })), 1, batch * kvHeads],
     );
+    if (unpacked) for (const buffer of [unpacked.k, unpacked.v]) gpu.release(buffer);
     return out;
   }
   if (!cache && !(given instanceof HalfTensor) && tokens >= PRODUCT_TOKENS)
@@ -421,6 +433,24 @@ export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, o
   return finish(out);
 }
 
+/** The first `reach` tokens of a cache of integers as f16; undefined for a cache of f16. */
+function unpackGrid(
+  gpu: GpuDevice,
+  { grid, batch, kvHeads, headDim, capacity, keys, values }: GpuKvCache,
+  reach: number,
+): { readonly k: GPUBuffer; readonly v: GPUBuffer; readonly stride: number } | undefined {
+  if (!grid) return undefined;
+  const runs = batch * kvHeads * reach;
+  const count = (runs * headDim) / 8;
+  const unpack = (cache: GPUBuffer): GPUBuffer => {
+    const out = gpu.buffer(2 * runs * headDim, 'keys and values of a cache of integers');
+    const kernel = unpackGridKernel(headDim, grid.bits, gpu.capabilities.f16);
+    gpu.dispatch(kernel, { cache, out }, { count, reach, capacity }, elementGroups(count));
+    return out;
+  };
+  return { k: unpack(keys), v: unpack(values), stride: reach };
+}
+
 function sourceOf(cache: KvCacheHandle | undefined): AttentionSource {
   if (!cache) return 'rows';
   const { grid } = cache as GpuKvCache;
@@ -454,9 +484,16 @@ function append(
     const { bits, clip } = cache.grid;
     const runs = batch * tokens * kvHeads;
     const params = { runs, size: headDim, clip, tokens, kvHeads, start, ragged, capacity };
-    const kernel = appendGridKernel(headDim, bits);
-    gpu.dispatch(kernel, { x: own(keys), starts, cache: cache.keys }, params, spread(runs));
-    gpu.dispatch(kernel, { x: own(values), starts, cache: cache.values }, params, spread(runs));
+    for (const [x, to] of [
+      [keys, cache.keys],
+      [values, cache.values],
+    ] as const)
+      gpu.dispatch(
+        appendGridKernel(headDim, bits, x instanceof HalfTensor),
+        { x, starts, cache: to },
+        params,
+        spread(runs),
+      );
     return;
   }
   const count = batch * tokens * kvHeads * cacheWords(headDim);

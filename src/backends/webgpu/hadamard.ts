@@ -6,7 +6,7 @@ import {
   hadamardRowsKernel,
   hadamardRowsMemory,
   hadamardRowsTakes,
-  hadamardRowsThreads,
+  hadamardRowsTuning,
   signsOf,
   type HadamardRowsVariant,
 } from './fast/hadamard.js';
@@ -76,40 +76,56 @@ function stagesOf(memory: number, m: number, p: number, inner: number): Hadamard
 /** Channels from which a workgroup of the fast kernel has work enough. */
 const LONG = 256;
 
+/** Channels of runs that go together. */
+const LONG_RUNS = 2048;
+
 /** The fast kernel's variant for a stage, a row being a run of it; undefined where it doesn't take it. */
 function rowsVariant(
   gpu: GpuDevice,
   handle: GpuHadamard,
   { m, p, inner }: HadamardStage,
-  { direction, halves }: { readonly direction: 'forward' | 'inverse'; readonly halves: boolean },
+  {
+    direction,
+    halves,
+    elements,
+    together = 1,
+  }: {
+    readonly direction: 'forward' | 'inverse';
+    readonly halves: boolean;
+    readonly elements: number;
+    readonly together?: number;
+  },
 ): HadamardRowsVariant | undefined {
-  const shape = { channels: m * p * inner, m, p, inner, halves };
+  const shape = { channels: m * p * inner * together, m, p, inner, halves };
   const memory = gpu.limits.maxComputeWorkgroupStorageSize;
   if (!hadamardRowsTakes(shape) || shape.channels < LONG || hadamardRowsMemory(shape) > memory) return undefined;
-  return {
-    ...shape,
-    signs: m > 1 ? signsOf(handle.source.base, direction) : '',
-    threads: hadamardRowsThreads(shape.channels),
-    bits: 4,
-    f16: halves && m > 12 && gpu.capabilities.f16,
-  };
+  const signed = { ...shape, signs: m > 1 ? signsOf(handle.source.base, direction) : '' };
+  return { ...signed, ...hadamardRowsTuning(signed, elements / shape.channels) };
 }
 
-/** H·x / √n on rows of f16; undefined where no kernel for them takes the transform. */
+/**
+ * H·x / √n on rows of f16, or on the heads in them: every run of the transform's channels; undefined where no kernel for them takes
+ * the transform.
+ */
 export function hadamardHalf(gpu: GpuDevice, x: HalfTensor, handle: GpuHadamard): HalfTensor | undefined {
   const { rows, cols } = x.matrix;
-  ensure(
-    cols === handle.channels,
-    'tensor-shape',
-    () => `a transform of ${handle.channels} channels was given ${cols}`,
-  );
-  const { order, inner, base } = handle.source;
+  const { channels, source } = handle;
+  ensure(cols % channels === 0, 'tensor-shape', () => `a transform of ${channels} channels was given ${cols}`);
+  const { order, inner, base } = source;
   const m = Math.sqrt(base.length);
-  const variant = rowsVariant(gpu, handle, { m, p: order / m, inner }, { direction: 'forward', halves: true });
+  // Short runs go together, or a workgroup would have nothing to do.
+  let together = 1;
+  while (order * inner * together < LONG_RUNS && x.elements % (2 * order * inner * together) === 0) together *= 2;
+  const variant = rowsVariant(
+    gpu,
+    handle,
+    { m, p: order / m, inner },
+    { direction: 'forward', halves: true, elements: x.elements, together },
+  );
   if (!variant) return undefined;
   const y = makeHalf(gpu, rows, cols);
   const runs = x.elements / variant.channels;
-  gpu.dispatch(hadamardRowsKernel(variant), { x, y }, { rows: runs }, spread(runs));
+  gpu.dispatch(hadamardRowsKernel(variant), { x, y }, { rows: runs }, spread(Math.ceil(runs / (variant.ahead ?? 1))));
   return y;
 }
 
@@ -142,10 +158,14 @@ export function applyHadamard(
     const { m, p, inner } = stage;
     const n = m * p;
     const vectors = x.elements / n;
-    const variant = inPlace || index > 0 ? undefined : rowsVariant(gpu, handle, stage, { direction, halves: false });
+    const variant =
+      inPlace || index > 0
+        ? undefined
+        : rowsVariant(gpu, handle, stage, { direction, halves: false, elements: x.elements });
     if (variant) {
       const rows = x.elements / variant.channels;
-      gpu.dispatch(hadamardRowsKernel(variant), { x, y: out }, { rows }, spread(rows));
+      const groups = spread(Math.ceil(rows / (variant.ahead ?? 1)));
+      gpu.dispatch(hadamardRowsKernel(variant), { x, y: out }, { rows }, groups);
       continue;
     }
     let together = Math.min(32, 2 ** Math.ceil(Math.log2(BUSY / n)), 2 ** Math.floor(Math.log2(vectors)));

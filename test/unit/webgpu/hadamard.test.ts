@@ -3,7 +3,12 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { f16BitsToF32, f32ToF16Bits, roundToF16 } from '../../../src/core/dtype.js';
 import { createRng } from '../../../src/core/rng.js';
 import { hostTensor } from '../../../src/core/tensor.js';
-import { hadamardRowsKernel, hadamardRowsMemory, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
+import {
+  hadamardAhead,
+  hadamardRowsKernel,
+  hadamardRowsMemory,
+  signsOf,
+} from '../../../src/backends/webgpu/fast/hadamard.js';
 import { applyHadamard as onGpu, GpuHadamard } from '../../../src/backends/webgpu/hadamard.js';
 import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
 import { own } from '../../../src/backends/webgpu/tensor.js';
@@ -77,12 +82,15 @@ describe.skipIf(webgpuMissing)('Hadamard transforms on the GPU', () => {
         const data = halves ? Uint16Array.from(host, f32ToF16Bits) : host;
         const [x, y] = [gpu.buffer(data.byteLength), gpu.buffer(data.byteLength)];
         gpu.upload(x, data);
-        const kernel = hadamardRowsKernel({ ...shape, signs: signsOf(transform.base, direction), threads, bits: 4 });
-        gpu.dispatch(kernel, { x, y }, { rows }, [rows]);
-        const bytes = await gpu.read(y, 0, data.byteLength);
-        const got = halves ? Float32Array.from(new Uint16Array(bytes), f16BitsToF32) : new Float32Array(bytes);
-        // Three roundings to f16 of 2^-11 / √12 each, or those of f32.
-        expectClose(got, applyHadamard(Float64Array.from(host), transform, direction), halves ? 6e-4 : 1e-6);
+        const variant = { ...shape, signs: signsOf(transform.base, direction), threads, bits: 4 };
+        for (const ahead of hadamardAhead(variant) ? [1, 2] : [1]) {
+          const kernel = hadamardRowsKernel({ ...variant, ahead });
+          gpu.dispatch(kernel, { x, y }, { rows }, [Math.ceil(rows / ahead)]);
+          const bytes = await gpu.read(y, 0, data.byteLength);
+          const got = halves ? Float32Array.from(new Uint16Array(bytes), f16BitsToF32) : new Float32Array(bytes);
+          // Three roundings to f16 of 2^-11 / √12 each, or those of f32.
+          expectClose(got, applyHadamard(Float64Array.from(host), transform, direction), halves ? 6e-4 : 1e-6);
+        }
         gpu.release(x);
         gpu.release(y);
       }

@@ -21,6 +21,8 @@ import { splitHeadsKernel } from '../../../src/backends/webgpu/kernels/rope.js';
 import { siluMulHalfKernel } from '../../../src/backends/webgpu/kernels/silu.js';
 import { integerMatrixKernel, integerMatrixTile } from '../../../src/backends/webgpu/fast/gemm-integer.js';
 import { hadamardRowsKernel, signsOf } from '../../../src/backends/webgpu/fast/hadamard.js';
+import { encodeSlicesKernel, normCodesKernel, rowSliceKernel } from '../../../src/backends/webgpu/fast/row-slices.js';
+import { unpackGridKernel } from '../../../src/backends/webgpu/kernels/activation-grid.js';
 import { rowKernel } from '../../../src/backends/webgpu/fast/row.js';
 import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
 import { hadamardTransform } from '../../../src/transforms/index.js';
@@ -78,6 +80,25 @@ const kernels: Kernel[] = [
           unroll: 4,
         }),
       ),
+      ...([4, 8] as const).flatMap((bits) =>
+        bools.map((turn) =>
+          decodeAttentionKernel({
+            shuffle,
+            heads: 8,
+            kvHeads: 2,
+            headDim: 128,
+            rotaryDim: 128,
+            qkNorm: false,
+            splits: 4,
+            window: 0,
+            together: 4,
+            teams: 4,
+            unroll: 4,
+            grid: { bits, clip: 1 },
+            turn,
+          }),
+        ),
+      ),
       ...[8, 32].flatMap((teams) =>
         bools.map((qkNorm) =>
           wholeAttentionKernel({
@@ -115,7 +136,7 @@ const kernels: Kernel[] = [
     halves: true,
     threads: 256,
     bits: 4,
-    f16: true,
+    ahead: 8,
   }),
   ...(['norm', 'silu', 'attention', 'plain'] as const).flatMap((source) =>
     bools.map((codes) =>
@@ -132,6 +153,26 @@ const kernels: Kernel[] = [
       }),
     ),
   ),
+  ...(['silu', 'attention', 'plain'] as const).flatMap((source) =>
+    bools.flatMap((values) =>
+      bools.map((shuffle) =>
+        rowSliceKernel({
+          source,
+          rows: 40,
+          columns: 128,
+          sylvester: source !== 'attention',
+          scale: 0.5,
+          values,
+          threads: 1024,
+          shuffle,
+          splits: 5,
+        }),
+      ),
+    ),
+  ),
+  encodeSlicesKernel(14336),
+  normCodesKernel(4096),
+  ...bools.flatMap((f16) => [4, 8].map((bits) => unpackGridKernel(128, bits as 4 | 8, f16))),
   ...bools.flatMap((f16) => [
     ...[32, 64, 128].map((groupSize) => rotateRowsKernel({ f16, krot: 8, groupSize })),
     rmsNormHalfKernel(true, { f16 }),

@@ -5,6 +5,8 @@
 // value is read once: 4·headDim bytes per key and kv head. A key lies on headDim/8 lanes, 16 bytes each; teams of 32 lanes
 // take 32/(headDim/8) keys at once, UNROLL times before they update the maximum. The ranges' results are combined by the
 // kernel after this one (activations.ts, source `attention`).
+import type { KvGrid } from '../../../ops/backend.js';
+import { cacheEntry, turnHeadsWgsl } from './cache-entries.js';
 import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
 
 const TEAM = 32;
@@ -28,6 +30,10 @@ export interface AttentionVariant {
   readonly teams: number;
   /** Keys a lane group takes before the running maximum is updated. */
   readonly unroll: number;
+  /** Keys and values are codes on a grid per token and head, as kernels/activation-grid.ts lays them out; default f16. */
+  readonly grid?: KvGrid | undefined;
+  /** Hadamard transform of every head of q and k after RoPE; headDim is a power of two. */
+  readonly turn?: boolean;
 }
 
 type Buffers = 'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
@@ -41,11 +47,14 @@ export const attentionGroups = (v: AttentionVariant, batch: number): [number, nu
 
 /**
  * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; norms [2, headDim] of q and k; rope [positions, rotaryDim/2] (cos, sin);
- * positions [batch + 1]: tokens already in each cache, then how many the caches hold; keys, values [batch, kvHeads, capacity, headDim] f16; out [batch, heads,
- * splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of exponentials).
+ * positions [batch + 1]: tokens already in each cache, then how many the caches hold; keys, values [batch, kvHeads, capacity, headDim] f16, or
+ * codes with their low and scale; out [batch, heads, splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of
+ * exponentials).
  */
 export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'scale' | 'eps'> {
-  const { headDim, rotaryDim, splits, together: q, teams: TEAMS, unroll: UNROLL } = v;
+  const { headDim, rotaryDim, splits, together: q, teams: TEAMS, unroll: UNROLL, grid, turn = false } = v;
+  const threads = TEAM * TEAMS;
+  const entry = cacheEntry(headDim, { key: `${q}u * D`, value: `${q + 1}u * D`, threads, grid });
   const lanes = headDim / 8;
   const perTeam = TEAM / lanes;
   const each = (n: number, f: (i: number) => string, sep = '\n'): string =>
@@ -56,15 +65,15 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'sca
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
   return defineKernel<Buffers, 'scale' | 'eps'>({
-    name: `attention.decode.d${headDim}.q${q}.t${TEAMS}.u${UNROLL}.s${splits}`,
+    name: `attention.decode.d${headDim}.q${q}.t${TEAMS}.u${UNROLL}.s${splits}${grid ? `.int${grid.bits}` : ''}${turn ? '.turn' : ''}`,
     features: v.shuffle ? ['subgroups'] : [],
     buffers: {
       qkv: read('f32'),
       ...norms,
       rope: read('vec2<f32>'),
       positions: read('u32'),
-      keys: write('vec4<u32>'),
-      values: write('vec4<u32>'),
+      keys: write(entry.type),
+      values: write(entry.type),
       out: write('f32'),
       stats: write('vec2<f32>'),
     } as Record<Buffers, BufferSpec>,
@@ -83,13 +92,7 @@ var<workgroup> tops: array<f32, ${TEAMS * perTeam * q}>;
 var<workgroup> totals: array<f32, ${TEAMS * perTeam * q}>;
 ${v.shuffle ? '' : `var<workgroup> dots: array<f32, ${TEAM * TEAMS}>;`}
 
-fn half8(w: vec4<u32>) -> array<vec4<f32>, 2> {
-  return array<vec4<f32>, 2>(vec4(unpack2x16float(w.x), unpack2x16float(w.y)), vec4(unpack2x16float(w.z), unpack2x16float(w.w)));
-}
-fn packed(at: u32) -> vec4<u32> {
-  let a = head[at / 4u]; let b = head[at / 4u + 1u];
-  return vec4(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
-}
+${entry.declarations}
 
 @compute @workgroup_size(${TEAM * TEAMS})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -117,7 +120,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: v
   let part = local % LANES;
 ${each(UNROLL, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;`)}
   if (low < high) {
-${each(UNROLL, (u) => `    { let at = (cache + min(low + slot + ${u * TEAMS * perTeam}u, position)) * LANES + part; kw${u} = keys[at]; vw${u} = values[at]; }`)}
+${each(UNROLL, (u) => `    { let at = cache + min(low + slot + ${u * TEAMS * perTeam}u, position); kw${u} = ${entry.load('keys')}; vw${u} = ${entry.load('values')}; }`)}
   }
 
 ${steady ? `  let turn = rope[position * ${rotaryDim / 2}u + local % ${rotaryDim / 2}u];` : ''}
@@ -149,12 +152,9 @@ ${steady ? '' : `    let turn = rope[position * ${rotaryDim / 2}u + d];`}
     head[up / 4u][up & 3u] = y * turn.x + x * turn.y;
   }
   workgroupBarrier();
-  if (owner && local < 2u * LANES) {
-    // Every workgroup of this key/value head that owns the new key writes the same bytes.
-    let at = (cache + position) * LANES + local % LANES;
-    if (local < LANES) { keys[at] = packed(${q}u * D + local * 8u); }
-    else { values[at] = packed(${q + 1}u * D + (local - LANES) * 8u); }
-  }
+${turn ? turnHeadsWgsl(q + 1, threads) : ''}
+${entry.prepare}
+${entry.store}
 
 ${each(
   q,
@@ -163,8 +163,8 @@ ${each(
   ) => `  let qa${h} = head[(${h}u * D + part * 8u) / 4u] * params.scale; let qb${h} = head[(${h}u * D + part * 8u) / 4u + 1u] * params.scale;
   var oa${h} = vec4<f32>(); var ob${h} = vec4<f32>(); var m${h} = -1e30; var l${h} = 0.0;`,
 )}
-  let newKey = packed(${q}u * D + part * 8u);
-  let newValue = packed(${q + 1}u * D + part * 8u);
+  let newKey = ${entry.newKey};
+  let newValue = ${entry.newValue};
   // A bound that is the same for all lanes: barriers and shuffles below need it.
   for (var base = low; base < low + span; base += ${group}u) {
     if (base >= high) { break; }
@@ -186,7 +186,7 @@ ${sumLanes(v, `s${h}_${u}`, lanes, masks)}
 )}
 ${each(UNROLL, (u) => `    let vf${u} = half8(vw${u});`)}
     if (base + ${group}u < high) {
-${each(UNROLL, (u) => `      { let at = (cache + min(k${u} + ${group}u, position)) * LANES + part; kw${u} = keys[at]; vw${u} = values[at]; }`)}
+${each(UNROLL, (u) => `      { let at = cache + min(k${u} + ${group}u, position); kw${u} = ${entry.load('keys')}; vw${u} = ${entry.load('values')}; }`)}
     }
 ${each(
   q,

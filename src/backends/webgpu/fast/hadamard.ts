@@ -5,9 +5,9 @@
 // through workgroup memory, two accesses for 4 bits where shuffles would take four: 4096 channels are three phases, 14336
 // (28 · 512) too. The base matrix adds up four inputs at a time: their 8 sums up to sign are shared by all outputs, so that 28
 // outputs take 252 additions and not 756. The first phase scales by its own order and the last by the rest, so that f16 between
-// phases keeps its range. Arithmetic in f32; the base matrix's, with `f16`, in f16 at an eighth of the values (half the registers, which
-// is what rows of 14336 wait for). Bytes moved: the row in and out. Workgroup memory: 4 bytes a pair with
-// `halves`, else 8, padded by one word in 16 against bank conflicts.
+// phases keeps its range. Arithmetic in f32. While a row is transformed the next one is on its way into registers: workgroup memory
+// holds so few rows that otherwise nothing would be asked for meanwhile. Bytes moved: the row in and out. Workgroup memory:
+// 4 bytes a pair with `halves`, else 8, padded by one word in 16 against bank conflicts.
 import { defineKernel, read, variants, write, type Kernel } from '../kernel.js';
 
 /** A variant of {@link hadamardRowsKernel}. */
@@ -25,10 +25,10 @@ export interface HadamardRowsVariant {
   /** f16 in and out and between phases, or f32. */
   readonly halves: boolean;
   readonly threads: number;
-  /** Base matrix in 16-bit arithmetic. */
-  readonly f16?: boolean;
   /** Bits of the power of two that a phase takes at most: 2^bits pairs to a thread. */
   readonly bits: number;
+  /** Rows of a workgroup, one after the other, each on its way while the one before is transformed; default 1. See {@link hadamardAhead}. */
+  readonly ahead?: number;
 }
 
 /** Largest base matrix whose outputs fit a thread's registers. */
@@ -45,8 +45,25 @@ export const hadamardRowsMemory = ({ channels, halves }: Pick<HadamardRowsVarian
 export const hadamardRowsTakes = ({ m, p, inner }: Pick<HadamardRowsVariant, 'm' | 'p' | 'inner'>): boolean =>
   m <= MAX_BASE && (inner === 1 ? p >= 2 : inner % 2 === 0);
 
-/** Threads of a row, from timing (bench/webgpu-smoothrot.ts). */
-export const hadamardRowsThreads = (channels: number): number => (channels <= 4096 ? 128 : 256);
+/** What to choose of a variant for rows of a shape, from timing (bench/webgpu-smoothrot.ts). `rows`: how many there are. */
+export function hadamardRowsTuning(
+  shape: Omit<HadamardRowsVariant, 'threads' | 'bits' | 'ahead'>,
+  rows: number,
+): Pick<HadamardRowsVariant, 'threads' | 'bits' | 'ahead'> {
+  const left = Math.log2(shape.p) - (shape.inner === 1 ? 1 : 0);
+  // A phase less is worth more than smaller ones.
+  const bits = shape.m > 1 && Math.ceil(left / 5) < Math.ceil(left / 4) ? 5 : 4;
+  const units = shape.channels / 2 / hadamardPhases({ ...shape, bits })[0].count;
+  // A unit of the first phase per thread.
+  const threads = Math.min(512, Math.max(128, 2 ** Math.ceil(Math.log2(units))));
+  let ahead = 1;
+  const most = shape.channels <= 4096 ? 4 : shape.channels < 14336 ? 8 : 16;
+  while (ahead < most && rows / (2 * ahead) >= BUSY_GROUPS) ahead *= 2;
+  return { threads, bits, ahead: hadamardAhead({ ...shape, threads, bits }) ? ahead : 1 };
+}
+
+/** Workgroups that keep a large GPU busy. */
+const BUSY_GROUPS = 512;
 
 /** The base matrix as {@link HadamardRowsVariant.signs}: '+' and '-' in row-major order. */
 export function signsOf(base: Int8Array, direction: 'forward' | 'inverse' = 'forward'): string {
@@ -74,7 +91,6 @@ export interface PhaseShape {
   readonly p: number;
   readonly signs: string;
   readonly bits: number;
-  readonly f16?: boolean;
   /** Channels between two neighbours of the axis: 1, or even. */
   readonly inner: number;
 }
@@ -83,7 +99,7 @@ export interface PhaseShape {
  * The phases of B ⊗ S. The base matrix, or else the highest bits of S, come first, so that threads that are neighbours hold
  * neighbouring pairs when rows are read.
  */
-export function hadamardPhases({ m, p, signs, bits: most, inner, f16 = false }: PhaseShape): Phase[] {
+export function hadamardPhases({ m, p, signs, bits: most, inner }: PhaseShape): Phase[] {
   const within = inner === 1;
   // Of the power of two, what is left when a pair holds one of its bits.
   const columns = within ? p / 2 : p;
@@ -96,7 +112,7 @@ export function hadamardPhases({ m, p, signs, bits: most, inner, f16 = false }: 
     phases.push({
       count: m,
       stride: columns * spread,
-      body: [...basePhase(m, signs, f16), ...pairs(m)],
+      body: [...basePhase(m, signs), ...pairs(m)],
       order: doubled * m,
     });
   } else {
@@ -117,7 +133,10 @@ export function hadamardPhases({ m, p, signs, bits: most, inner, f16 = false }: 
   return phases;
 }
 
-/** WGSL: a phase of a row of `pairs`; `load` and `store` by the index of a pair. */
+/**
+ * WGSL: a phase of a row of `pairs`; `load` and `store` by the index of a pair. With `held`, load takes the name of a value that a
+ * register holds, next(unit of the thread)_(place in it), the unit's home being home(unit).
+ */
 export function phaseCode(
   { count, stride, body, order }: Phase,
   pairs: number,
@@ -125,6 +144,7 @@ export function phaseCode(
   load: (at: string, place: string) => string,
   store: (at: string, place: string, value: string) => string,
   scale = 1 / Math.sqrt(order),
+  held = false,
 ): string {
   const units = pairs / count;
   const each = (f: (r: number) => string): string => Array.from({ length: count }, (_, r) => f(r)).join('\n');
@@ -134,6 +154,17 @@ export function phaseCode(
     if (stride % 16 === 0) return `there + ${r * (stride + stride / 16)}u`;
     return 16 % (stride * count) === 0 ? `there + ${r * stride}u` : `place(${at(r)})`;
   };
+  if (held)
+    return Array.from(
+      { length: units / threads },
+      (_, u) => /* wgsl */ `  {
+    let home = home${u};
+    let there = place(home);
+${each((r) => `    var v${r} = ${load(`next${u}_${r}`, place(r))};`)}
+${body.map((line) => `    ${line}`).join('\n')}
+${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * v${r}`)};`)}
+  }`,
+    ).join('\n');
   return /* wgsl */ `  for (var unit = local; unit < ${units}u; unit += ${threads}u) {
     let home = unit / ${stride}u * ${stride * count}u + unit % ${stride}u;
     let there = place(home);
@@ -143,26 +174,59 @@ ${each((r) => `    ${store(at(r), place(r), scale === 1 ? `v${r}` : `${scale} * 
   }`;
 }
 
-/** One workgroup per row of channels; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
+/** Whether rows can be asked for ahead: a thread then holds what it takes of the next one, the same in every thread. */
+export const hadamardAhead = (v: HadamardRowsVariant): boolean =>
+  (v.channels / 2 / hadamardPhases(v)[0].count) % v.threads === 0;
+
+/** A workgroup per row of channels, or per `ahead` rows; x and y [rows, channels], as pairs: u32 of two f16, or vec2<f32>. */
 export const hadamardRowsKernel = variants((v: HadamardRowsVariant): Kernel<'x' | 'y', 'rows'> => {
-  const { channels, m, p, inner, halves, threads, bits, f16 = false } = v;
+  const { channels, m, p, inner, halves, threads, bits, ahead = 1 } = v;
   const pairs = channels / 2;
   const phases = hadamardPhases(v);
+  const last = phases.length - 1;
   const code = phases.map((phase, i) =>
     phaseCode(
       phase,
       pairs,
       threads,
-      (at, place) => `unpacked(${i === 0 ? `x[row + ${at}]` : `tile[${place}]`})`,
-      (at, place, value) => `${i === phases.length - 1 ? `y[row + ${at}]` : `tile[${place}]`} = packed(${value})`,
+      (at, place) => `unpacked(${i > 0 ? `tile[${place}]` : ahead > 1 ? at : `x[row + ${at}]`})`,
+      (at, place, value) => `${i === last ? `y[row + ${at}]` : `tile[${place}]`} = packed(${value})`,
       // Phases in the middle leave their scale to the last.
-      i === 0 ? undefined : i < phases.length - 1 ? 1 : 1 / Math.sqrt((m * p) / phases[0].order),
+      i === 0 ? undefined : i < last ? 1 : 1 / Math.sqrt((m * p) / phases[0].order),
+      ahead > 1 && i === 0,
     ),
   );
+  const barrier = '\n  workgroupBarrier();\n';
+  const [{ count, stride }] = phases;
+  // Pairs of the row to come, in registers: unit u, place r.
+  const held = Array.from({ length: pairs / count / threads }, (_, u) =>
+    Array.from({ length: count }, (_, r) => ({
+      name: `next${u}_${r}`,
+      at: `home${u} + ${r * stride}u`,
+    })),
+  ).flat();
+  const homes = Array.from({ length: pairs / count / threads }, (_, u) => {
+    const unit = `(local + ${u * threads}u)`;
+    return `  let home${u} = ${unit} / ${stride}u * ${stride * count}u + ${unit} % ${stride}u;`;
+  });
+  const ask = held.map(({ name, at }) => `${name} = x[coming + ${at}];`);
+  const several = /* wgsl */ `
+  let begin = min((wg.y * groups.x + wg.x) * ${ahead}u, params.rows - 1u);
+  let end = min(begin + ${ahead}u, params.rows);
+${homes.join('\n')}
+  var coming = begin * PAIRS;
+${held.map(({ name, at }) => `  var ${name} = x[coming + ${at}];`).join('\n')}
+  for (var index = begin; index < end; index++) {
+    let row = index * PAIRS;
+${code[0]}
+    // On its way from here on; the last row of a workgroup asks for itself again.
+    coming = min(index + 1u, end - 1u) * PAIRS;
+    ${ask.join('\n    ')}
+${barrier}${code.slice(1).join(barrier)}${barrier}
+  }`;
   const type = halves ? 'u32' : 'vec2<f32>';
   return defineKernel<'x' | 'y', 'rows'>({
-    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${f16 ? '.h' : ''}`,
-    features: f16 ? ['f16'] : [],
+    name: `hadamardRows.${m * p}${inner > 1 ? `.inner${inner}` : ''}${halves ? '.f16' : '.f32'}.t${threads}.b${bits}${ahead > 1 ? `.a${ahead}` : ''}`,
     buffers: { x: read(type), y: write(type) },
     params: { rows: 'u32' },
     body: /* wgsl */ `
@@ -171,8 +235,7 @@ var<workgroup> tile: array<${type}, ${padded(pairs)}>;
 ${pairWgsl(halves)}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;
-${code.join('\n  workgroupBarrier();\n')}
+${ahead > 1 ? several : `  let row = min(wg.y * groups.x + wg.x, params.rows - 1u) * PAIRS;\n${code.join(barrier)}`}
 }`,
   });
 });
@@ -199,12 +262,11 @@ function butterflies(count: number): string[] {
 }
 
 /** v ← B·v, four inputs at a time: o_i += ± one of the eight sums of v_c ± v_(c+1) ± v_(c+2) ± v_(c+3). */
-function basePhase(m: number, signs: string, f16: boolean): string[] {
+function basePhase(m: number, signs: string): string[] {
   const lines: string[] = [];
-  if (f16) for (let i = 0; i < m; i++) lines.push(`let h${i} = vec2<f16>(0.125 * v${i});`);
   const sign = (i: number, j: number): number => (signs[i * m + j] === '+' ? 1 : -1);
   for (let c = 0; c < m; c += 4) {
-    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `${f16 ? 'h' : 'v'}${i}`);
+    const [a, b, d, e] = [c, c + 1, c + 2, c + 3].map((i) => `v${i}`);
     lines.push(
       `let s${c}_0 = ${a} + ${b}; let s${c}_1 = ${a} - ${b}; let t${c}_0 = ${d} + ${e}; let t${c}_1 = ${d} - ${e};`,
     );
@@ -222,6 +284,6 @@ function basePhase(m: number, signs: string, f16: boolean): string[] {
       else lines.push(`o${i} ${lead > 0 ? '+=' : '-='} ${term};`);
     }
   }
-  for (let i = 0; i < m; i++) lines.push(f16 ? `v${i} = 8.0 * vec2<f32>(o${i});` : `v${i} = o${i};`);
+  for (let i = 0; i < m; i++) lines.push(`v${i} = o${i};`);
   return lines;
 }

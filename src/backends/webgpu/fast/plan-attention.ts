@@ -38,14 +38,15 @@ export function planAttention(
   { qkv, positions, parts, stats, x, factors }: AttentionBuffers,
 ): PlannedAttention {
   const { heads, kvHeads, headDim, rotaryDim, eps } = model;
-  const { headNorms, keys, values, window, o } = block;
+  const { headNorms, keys, values, grid, turn, window, o } = block;
   const scale = headDim ** -0.5;
   const cached = { qkv, norms: headNorms ?? qkv, rope: model.rope, positions, keys, values };
   const { shuffle } = arithmetic(gpu);
   const shape = { shuffle, heads, kvHeads, headDim, rotaryDim, qkNorm: headNorms !== undefined, window };
-  const ranges = { ...shape, splits, ...attentionShape(heads / kvHeads) };
+  const ranges = { ...shape, splits, grid, turn, ...attentionShape(heads / kvHeads) };
   // That kernel ends with o's rotations inside a head.
-  const whole = o.row ? undefined : wholeVariant({ ...shape, stages: stagesOf(o.krot) }, batch, gpu.limits);
+  const whole =
+    o.row || grid || turn ? undefined : wholeVariant({ ...shape, stages: stagesOf(o.krot) }, batch, gpu.limits);
   return {
     whole:
       whole &&

@@ -1,6 +1,7 @@
 // A decoder in GPU memory as a decode plan takes it: weights, gains, rotation tables and caches by block, and which of them the
 // kernels are written for.
 import { GyreError } from '../../../core/errors.js';
+import type { KvGrid } from '../../../ops/backend.js';
 import type { BufferSlice } from '../device.js';
 import type { RowVariant } from './row.js';
 import type { EmbeddingType } from './sample.js';
@@ -56,9 +57,12 @@ export interface PlanBlock {
   readonly down: PlanGroup;
   /** [2, headDim] f32: of q and k. In one buffer, since devices may allow no more than eight of them per kernel. */
   readonly headNorms?: GPUBuffer;
-  /** [batch, kvHeads, capacity, headDim] f16. */
+  /** [batch, kvHeads, capacity, headDim] f16, or codes on `grid`. */
   readonly keys: GPUBuffer;
   readonly values: GPUBuffer;
+  readonly grid?: KvGrid | undefined;
+  /** Hadamard transform of the heads of q and k after RoPE. */
+  readonly turn?: boolean;
   /** Keys seen, 0 for all. */
   readonly window: number;
 }

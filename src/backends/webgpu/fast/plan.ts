@@ -12,6 +12,7 @@ import { WHOLE_KEYS, planAttention, splitsFor } from './plan-attention.js';
 import { inputTables, type PlanGroup, type PlanModel, type PlanWeight } from './plan-model.js';
 import { arithmetic, planHead, planProducts } from './plan-products.js';
 import { prepareRow } from './row.js';
+import { RowSlices } from './row-slices.js';
 import { NO_TOKEN, SAMPLE_SPAN, embedTokensKernel, samplePickKernel, sampleSpansKernel } from './sample.js';
 
 /** Options of {@link DecodePlan}. */
@@ -123,9 +124,10 @@ export class DecodePlan implements DecodeProgram {
     const spanCount = Math.ceil(vocab / SAMPLE_SPAN);
     const spans = make(batch * spanCount * 16);
 
+    const slices = new RowSlices(gpu, make);
     let steps = [this.#short, this.#long];
-    const push = (dispatch: PreparedDispatch): void => {
-      for (const step of steps) step.push(dispatch);
+    const push = (...dispatches: PreparedDispatch[]): void => {
+      for (const step of steps) step.push(...dispatches);
     };
     const activate = (
       source: ActivationSource,
@@ -137,6 +139,8 @@ export class DecodePlan implements DecodeProgram {
       if (group.row) {
         const { row } = group;
         const buffers = { source: input, stats, gain: inputTables(group).gain, x: halves, factors };
+        const sliced = slices.prepare({ source, channels, row, batch, splits, eps: model.eps, buffers });
+        if (sliced) return push(...sliced);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
         return;
       }
@@ -153,8 +157,7 @@ export class DecodePlan implements DecodeProgram {
       y: GPUBuffer,
       residual?: GPUBuffer,
     ): void => {
-      for (const product of planProducts(gpu, weights, source, batch, { x: halves, factors, y, residual }))
-        push(product);
+      push(...planProducts(gpu, weights, source, batch, { x: halves, factors, y, residual }));
     };
 
     push(
@@ -184,7 +187,7 @@ export class DecodePlan implements DecodeProgram {
       multiply(block.down.weights, 'silu', x, middle);
     }
     activate('norm', x, { krot: 0, gain: model.finalNorm }, hidden, 1);
-    for (const product of planHead(gpu, model, batch, { x: halves, factors, y: this.#logits })) push(product);
+    push(...planHead(gpu, model, batch, { x: halves, factors, y: this.#logits }));
     push(
       gpu.prepare(sampleSpansKernel, { logits: this.#logits, settings: this.#settings, spans }, { vocab }, [
         spanCount,

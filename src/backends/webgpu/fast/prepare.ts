@@ -1,6 +1,6 @@
 // From the contract's handles to a decode plan: which models the fused path takes, and the tables and gains it needs besides the
 // weights, which stay where they are.
-import type { KvCacheHandle, Tensor } from '../../../ops/backend.js';
+import type { KvCacheHandle, Tensor, TransformHandle } from '../../../ops/backend.js';
 import type { DecodeProduct, DecodeProgram, DecodeSpec } from '../../../ops/decode.js';
 import { GpuKvCache, GpuRope } from '../attention.js';
 import type { GpuDevice } from '../device.js';
@@ -8,11 +8,12 @@ import { GpuHadamard } from '../hadamard.js';
 import { ownLinear, type GpuLinear } from '../linear.js';
 import { GpuTransform } from '../rotation.js';
 import { downloadTensor, own } from '../tensor.js';
-import { rotationTable } from './activations.js';
+import { rotationTable, type ActivationSource } from './activations.js';
 import { CHUNK } from './gemv.js';
 import { signsOf } from './hadamard.js';
 import { rowTakes } from './row.js';
 import { DecodePlan } from './plan.js';
+import { sliceTakes } from './row-slices.js';
 import {
   PLAN_GROUPS,
   PLAN_HEADS,
@@ -43,7 +44,7 @@ const prepared = new WeakMap<GpuLinear, Prepared>();
 export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<DecodeProgram | undefined> {
   const caches = spec.blocks.map((block) => block.cache);
   const [first] = caches;
-  if (!takes(spec, caches) || !(first instanceof GpuKvCache)) return undefined;
+  if (!takes(gpu, spec, caches) || !(first instanceof GpuKvCache)) return undefined;
   const key = ownLinear(spec.blocks[0].qkv[0].weight);
   const shared = prepared.get(key) ?? prepareBlocks(gpu, spec);
   prepared.set(key, shared);
@@ -57,8 +58,8 @@ export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<D
   };
   try {
     const blocks = (await shared.blocks).map((block, i) => {
-      const { keys, values } = caches[i] as GpuKvCache;
-      return { ...block, keys, values };
+      const { keys, values, grid } = caches[i] as GpuKvCache;
+      return { ...block, keys, values, grid };
     });
     const [embedding, head] = [ownLinear(spec.embedding), ownLinear(spec.head)];
     const { rotaryDim, turns: rope } = spec.rope as GpuRope;
@@ -137,6 +138,7 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
         down: await group(block.down),
         ...(headNorms && { headNorms }),
         window: block.window ?? 0,
+        turn: block.headTransform !== undefined,
       });
     }
     return blocks;
@@ -178,26 +180,35 @@ function rowHadamard({ source: { base, order, inner } }: GpuHadamard): NonNullab
   return { m, p: order / m, inner, signs: signsOf(base) };
 }
 
-/** Whether the whole-row kernels take a group: one product, a Hadamard transform or none, codes of 4-bit weights. */
-function takesRow(products: readonly DecodeProduct[]): boolean {
+/**
+ * Whether the whole-row kernels take a group: one product, a Hadamard transform or none, codes of 4-bit weights. Behind attention and
+ * SiLU rows may be spread over workgroups, whatever the order of the base matrix.
+ */
+function takesRow(gpu: GpuDevice, products: readonly DecodeProduct[], source: ActivationSource): boolean {
   const [{ weight, transform }] = products;
   const linear = ownLinear(weight);
   const plain = transform === undefined || transform instanceof GpuHadamard;
   const integers = linear.activations === undefined || linear.integers === 4;
   const hadamard = transform instanceof GpuHadamard ? rowHadamard(transform) : undefined;
-  return products.length === 1 && plain && integers && rowTakes(linear.inFeatures, hadamard);
+  const fits =
+    rowTakes(linear.inFeatures, hadamard) || (hadamard && sliceTakes(gpu, source, linear.inFeatures, hadamard));
+  return products.length === 1 && plain && integers && fits === true;
 }
 
-/** Whether the fused kernels take a model: int4 in groups they know or 16 bits, the head likewise, plain f16 caches. */
-function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
+/** Whether the attention kernel takes a transform of heads: Sylvester's matrix over a whole head. */
+const takesHeads = (transform: TransformHandle, headDim: number): boolean =>
+  transform instanceof GpuHadamard && transform.source.order === headDim && transform.source.base.length === 1;
+
+/** Whether the fused kernels take a model: int4 in groups they know or 16 bits, the head likewise, caches of f16 or of integers. */
+function takes(gpu: GpuDevice, spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
   const { embedding, head } = spec;
   const isInt4 = (linear: GpuLinear): boolean =>
     linear.format.kind === 'int' && linear.format.bits === 4 && linear.groupSize % CHUNK === 0;
   const isDense = ({ format, inFeatures }: GpuLinear): boolean =>
     (format.kind === 'f16' || format.kind === 'bf16') && inFeatures % CHUNK === 0;
-  const group = (products: readonly DecodeProduct[]): boolean =>
+  const group = (products: readonly DecodeProduct[], source: ActivationSource): boolean =>
     rowOf(products)
-      ? takesRow(products) && products.every(({ weight }) => isInt4(ownLinear(weight)))
+      ? takesRow(gpu, products, source) && products.every(({ weight }) => isInt4(ownLinear(weight)))
       : products.every(product) && uniform(products);
   const product = ({ weight, transform }: DecodeProduct): boolean =>
     (isInt4(ownLinear(weight)) || isDense(ownLinear(weight))) &&
@@ -224,10 +235,13 @@ function takes(spec: DecodeSpec, caches: readonly KvCacheHandle[]): boolean {
     spec.hidden % 32 === 0 &&
     spec.rope instanceof GpuRope &&
     caches.every((cache) => cache.capacity <= (spec.rope as GpuRope).positions) &&
-    caches.every((cache) => cache instanceof GpuKvCache && cache.grid === undefined && cache.batch <= most) &&
+    caches.every((cache) => cache instanceof GpuKvCache && cache.batch <= most) &&
+    spec.blocks.every(({ headTransform }) => headTransform === undefined || takesHeads(headTransform, spec.headDim)) &&
     table.kind !== 'int' &&
     (heads.kind === 'f16' || heads.kind === 'bf16' || isInt4(ownLinear(head))) &&
-    spec.blocks.every((b) => [b.qkv, b.o, b.gateUp, b.down].every(group)) &&
+    spec.blocks.every(
+      (b) => group(b.qkv, 'norm') && group(b.o, 'attention') && group(b.gateUp, 'norm') && group(b.down, 'silu'),
+    ) &&
     // One product adds the residual.
     spec.blocks.every((b) => b.o.length === 1 && b.down.length === 1)
   );

@@ -3,13 +3,14 @@
 // packed codes into a key/value cache.
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
+import { narrowWgsl } from '../fast/half.js';
 import { GRID_ARITHMETIC } from './grid.js';
 
 /** Threads for a run of `size` channels. */
 const threadsFor = (size: number): number => Math.min(256, Math.max(32, 2 ** Math.floor(Math.log2(size / 4))));
 
 /** WGSL: a run's low and scale (low 0 when symmetric), and the code of a value. `top` is 2ᵇ⁻¹ − 1 or 2ᵇ − 1. */
-const grid = (symmetric: boolean): string => /* wgsl */ `
+export const dynamicGridWgsl = (symmetric: boolean): string => /* wgsl */ `
 ${GRID_ARITHMETIC}
 fn dynamicGrid(lo: f32, hi: f32, clip: f32, top: f32) -> vec2<f32> {
 ${
@@ -68,7 +69,7 @@ export const quantizeRunsKernel = variants((symmetric: boolean, size: number) =>
     params: { runs: 'u32', size: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(symmetric)}
+${dynamicGridWgsl(symmetric)}
 ${declarations}
 ${entry(threads)}
   let begin = run * params.size;
@@ -80,6 +81,15 @@ ${statements}
 }`,
   });
 });
+
+/** WGSL: `codesOf`, four values on a symmetric grid with `params.top`. */
+export const CODES_OF = /* wgsl */ `
+${GRID_ARITHMETIC}
+fn codesOf(v: vec4<f32>, scale: f32) -> vec4<i32> {
+  if (scale == 0.0) { return vec4<i32>(); }
+  let q = vec4(quotient(v.x, scale), quotient(v.y, scale), quotient(v.z, scale), quotient(v.w, scale));
+  return vec4<i32>(clamp(round(q), vec4(-params.top - 1.0), vec4(params.top)));
+}`;
 
 /** Options of {@link encodeRowsKernel}. */
 export interface EncodeVariant {
@@ -105,7 +115,7 @@ export const encodeRowsKernel = variants(({ paired, size, halves }: EncodeVarian
     params: { runs: 'u32', size: 'u32', words: 'u32', top: 'f32', clip: 'f32' },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(true)}
+${dynamicGridWgsl(true)}
 ${declarations}
 var<workgroup> sums: array<i32, ${threads}>;
 fn codeAt(begin: u32, channel: u32, grid: vec2<f32>) -> i32 {
@@ -147,13 +157,13 @@ export function gridCacheWords(headDim: number, bits: 4 | 8): number {
  * Rounds new keys or values [batch·tokens, kvHeads·headDim] onto asymmetric grids, one per token and head, and writes them
  * into a cache [batch, kvHeads, capacity] of {@link gridCacheWords}. One workgroup per run, a token's head.
  */
-export const appendGridKernel = variants((headDim: number, bits: 4 | 8) => {
+export const appendGridKernel = variants((headDim: number, bits: 4 | 8, halves: boolean) => {
   const threads = threadsFor(headDim);
-  const { declarations, statements } = range(threads);
+  const { declarations, statements } = range(threads, halves);
   const per = 32 / bits;
   return defineKernel({
-    name: `cacheAppend.${headDim}.int${bits}`,
-    buffers: { x: read('f32'), starts: read('u32'), cache: write('u32') },
+    name: `cacheAppend.${headDim}.int${bits}${halves ? '.f16' : ''}`,
+    buffers: { x: read(halves ? 'u32' : 'f32'), starts: read('u32'), cache: write('u32') },
     params: {
       runs: 'u32',
       size: 'u32',
@@ -166,7 +176,7 @@ export const appendGridKernel = variants((headDim: number, bits: 4 | 8) => {
     },
     body: /* wgsl */ `
 ${LINEAR_GROUP}
-${grid(false)}
+${dynamicGridWgsl(false)}
 ${declarations}
 const TOP = ${2 ** bits - 1}.0;
 const WORDS = ${gridCacheWords(headDim, bits)}u;
@@ -183,13 +193,50 @@ ${statements}
   for (var w = lid; w < WORDS - 2u; w += ${threads}u) {
     var word = 0u;
     for (var e = 0u; e < min(${per}u, ${headDim}u - w * ${per}u); e++) {
-      word |= u32(codeOf(x[begin + w * ${per}u + e], grid, TOP)) << (e * ${bits}u);
+      word |= u32(codeOf(element(begin + w * ${per}u + e), grid, TOP)) << (e * ${bits}u);
     }
     cache[home + 2u + w] = word;
   }
   if (lid == 0u) {
     cache[home] = bitcast<u32>(grid.x);
     cache[home + 1u] = bitcast<u32>(grid.y);
+  }
+}`,
+  });
+});
+
+/**
+ * Keys or values of a cache of integers as f16 [batch · kvHeads, reach, headDim], for kernels that read many of them many times;
+ * headDim a multiple of 8. Bytes per token and head: {@link gridCacheWords} words in, 2 · headDim out.
+ */
+export const unpackGridKernel = variants((headDim: number, bits: 4 | 8, f16: boolean) => {
+  const lanes = headDim / 8;
+  return defineKernel({
+    name: `cacheUnpack.${headDim}.int${bits}`,
+    features: f16 ? ['f16'] : [],
+    buffers: { cache: read('u32'), out: write('vec4<u32>') },
+    params: { count: 'u32', reach: 'u32', capacity: 'u32' },
+    body: /* wgsl */ `
+${narrowWgsl({ f16 })}
+const WORDS = ${gridCacheWords(headDim, bits)}u;
+@compute @workgroup_size(256)
+fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+  let stride = groups.x * 256u;
+  for (var i = id.x; i < params.count; i += stride) {
+    let run = i / ${lanes}u;
+    let home = (run / params.reach * params.capacity + run % params.reach) * WORDS;
+    let low = bitcast<f32>(cache[home]);
+    let scale = bitcast<f32>(cache[home + 1u]);
+${
+  bits === 8
+    ? `    let at = home + 2u + 2u * (i % ${lanes}u);
+    let a = fma(vec4<f32>(unpack4xU8(cache[at])), vec4(scale), vec4(low));
+    let b = fma(vec4<f32>(unpack4xU8(cache[at + 1u])), vec4(scale), vec4(low));`
+    : `    let word = cache[home + 2u + i % ${lanes}u];
+    let a = fma(vec4<f32>((vec4(word) >> vec4(0u, 4u, 8u, 12u)) & vec4(15u)), vec4(scale), vec4(low));
+    let b = fma(vec4<f32>((vec4(word) >> vec4(16u, 20u, 24u, 28u)) & vec4(15u)), vec4(scale), vec4(low));`
+}
+    out[i] = vec4(narrow(a.xy), narrow(a.zw), narrow(b.xy), narrow(b.zw));
   }
 }`,
   });
