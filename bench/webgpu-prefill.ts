@@ -6,8 +6,9 @@ import { matrixChecks, prefillChecks } from '../test/conformance/prefill-checks.
 import { openWebGpuBackend } from '../src/backends/webgpu/index.js';
 import { flashKernel, flashRows } from '../src/backends/webgpu/fast/flash.js';
 import type { Decoder } from '../src/models/decoder.js';
-import { f16BitsToF32, f32ToF16Bits } from '../src/core/dtype.js';
+import { f32ToF16Bits } from '../src/core/dtype.js';
 import { createRng } from '../src/core/rng.js';
+import { attentionRow, randomHalves, widen } from './support/attention-oracle.js';
 import { copyBandwidth, randomBuffer, timeDispatches, type GpuCandidate } from './support/gpu.js';
 import { randomDecoder, type DecoderKind } from './support/random-decoder.js';
 import { SHAPES } from './support/random-plan.js';
@@ -53,81 +54,136 @@ for (const end = performance.now() + 1000; performance.now() < end;) await copyB
 const bandwidth = await copyBandwidth(gpu);
 console.log(`${backend.info.description}, copy ${(bandwidth / 1e9).toFixed(0)} GB/s`);
 
-/** Attention of the last `tokens` of a context at Llama-3.1-8B's heads, sampled rows against float64. */
-async function attention(tokens: number, context: number): Promise<void> {
+/** A long attention at Llama-3.1-8B's heads. */
+interface LongAttention {
+  readonly name: string;
+  /** The last `tokens` of a context. */
+  readonly tokens: number;
+  readonly context: number;
+  readonly source: 'cache' | 'rows';
+  readonly window?: number;
+  /** Factor on the queries: large ones leave few keys with weight. */
+  readonly sharp?: number;
+  /** Query positions that are checked, each in {@link HEADS_CHECKED} heads. */
+  readonly positions: number;
+}
+
+const LONG_ATTENTION: readonly LongAttention[] = [
+  { name: 'one pass of 2k', tokens: 2048, context: 2048, source: 'cache', positions: 40 },
+  { name: 'the last pass of 32k', tokens: 2048, context: 32768, source: 'cache', positions: 24 },
+  { name: 'the last pass of 32k, sharp', tokens: 2048, context: 32768, source: 'cache', sharp: 8, positions: 16 },
+  { name: '32k at once', tokens: 32768, context: 32768, source: 'rows', positions: 48 },
+  { name: '32k at once, window of 4096', tokens: 32768, context: 32768, source: 'rows', window: 4096, positions: 64 },
+];
+
+/** Query heads that are checked: of the first, a middle and the last key head, at both ends of their groups. */
+const HEADS_CHECKED = [0, 3, 17, 31];
+
+/** Times one attention and checks sampled rows against float64. */
+async function attention(test: LongAttention): Promise<void> {
+  const { name, tokens, context, source, window, sharp = 1, positions } = test;
   const [heads, kvHeads, headDim] = [32, 8, 128];
   const rng = createRng(2);
   const share = heads / kvHeads;
-  const pair = (): number => f32ToF16Bits(rng.normal()) | (f32ToF16Bits(rng.normal()) << 16);
+  // Keys and values that don't repeat: equal weights would have equal rounding errors, which add up.
+  const upload = (halves: Uint16Array): GPUBuffer => {
+    const buffer = gpu.buffer(halves.byteLength);
+    gpu.upload(buffer, halves);
+    return buffer;
+  };
+  const pair = (): number => f32ToF16Bits(sharp * rng.normal()) | (f32ToF16Bits(sharp * rng.normal()) << 16);
   const q = randomBuffer(gpu, tokens * heads * headDim * 2, pair);
-  const k = randomBuffer(gpu, context * kvHeads * headDim * 2, pair);
-  const v = randomBuffer(gpu, context * kvHeads * headDim * 2, pair);
+  const k = upload(randomHalves(context * kvHeads * headDim, rng.int(1, 2 ** 30)));
+  const v = upload(randomHalves(context * kvHeads * headDim, rng.int(1, 2 ** 30)));
   const out = gpu.buffer(tokens * heads * headDim * 2);
-  const halves = async (buffer: GPUBuffer, at: number, n: number): Promise<Float32Array> =>
-    Float32Array.from(new Uint16Array(await gpu.read(buffer, at * 2, n * 2)), f16BitsToF32);
+  const read = async (buffer: GPUBuffer, at: number, n: number): Promise<Float32Array> =>
+    widen(new Uint16Array(await gpu.read(buffer, at * 2, n * 2)));
   const start = context - tokens;
-  const list: (GpuCandidate & { error: number })[] = [];
   const scale = headDim ** -0.5;
+  const [allKeys, allValues] = [
+    await read(k, 0, context * kvHeads * headDim),
+    await read(v, 0, context * kvHeads * headDim),
+  ];
+  // Both ends of the rows, the edges of their tiles and the window's, and places between at random.
+  const places = new Set([0, tokens - 1, 15, 16, 63, 64].filter((at) => at < tokens));
+  if (window) for (const at of [window - 1, window, window + 1]) if (at < tokens) places.add(at);
+  while (places.size < positions) places.add(rng.int(0, tokens));
+  const rows = [...places].flatMap((token) =>
+    HEADS_CHECKED.map((head) => {
+      const kvHead = Math.floor(head / share);
+      const [first, stride] =
+        source === 'cache' ? [kvHead * context * headDim, headDim] : [kvHead * headDim, kvHeads * headDim];
+      return { token, head, first, stride };
+    }),
+  );
+  const oracle = await Promise.all(
+    rows.map(async ({ token, head, first, stride }) => {
+      const end = start + token + 1;
+      const query = await read(q, (token * heads + head) * headDim, headDim);
+      const begin = Math.max(0, end - (window ?? end));
+      return attentionRow({
+        query,
+        keys: { data: allKeys, first, stride },
+        values: { data: allValues, first, stride },
+        begin,
+        end,
+        scale,
+      });
+    }),
+  );
+  const list: (GpuCandidate & { error: number; ofTolerance: number; relative: number })[] = [];
   for (const warps of [4, 8]) {
-    const kernel = flashKernel({ headDim, source: 'cache', warps });
+    const kernel = flashKernel({ headDim, source, warps });
     const groups = [Math.ceil((tokens * share) / flashRows({ warps })), 1, kvHeads] as const;
-    const params = { tokens, heads, kvHeads, start, ragged: 0, window: 0x7fffffff, stride: context, scale };
+    const params = { tokens, heads, kvHeads, start, ragged: 0, window: window ?? 0x7fffffff, stride: context, scale };
     const dispatch = gpu.prepare(kernel, { q, k, v, starts: q, out }, params, groups);
     gpu.run([dispatch]);
-    let error = 0;
-    for (const [token, head] of [
-      [0, 0],
-      [tokens - 1, heads - 1],
-      [77, 5],
-      [tokens - 100, 18],
-    ]) {
-      const query = await halves(q, (token * heads + head) * headDim, headDim);
-      const count = start + token + 1;
-      const at = Math.floor(head / share) * context * headDim;
-      const [keys, vals] = [await halves(k, at, count * headDim), await halves(v, at, count * headDim)];
-      const logits = Float64Array.from({ length: count }, (_, p) => {
-        let sum = 0;
-        for (let d = 0; d < headDim; d++) sum += query[d] * keys[p * headDim + d];
-        return sum * scale;
-      });
-      const top = logits.reduce((a, b) => Math.max(a, b));
-      const weights = logits.map((x) => Math.exp(x - top));
-      const total = weights.reduce((a, b) => a + b);
-      const got = await halves(out, (token * heads + head) * headDim, headDim);
+    let [error, ofTolerance, relative] = [0, 0, 0];
+    for (const [i, { token, head }] of rows.entries()) {
+      const { expected, tolerance } = oracle[i];
+      const got = await read(out, (token * heads + head) * headDim, headDim);
       let [difference, size] = [0, 0];
       for (let d = 0; d < headDim; d++) {
-        let want = 0;
-        for (let p = 0; p < count; p++) want += weights[p] * vals[p * headDim + d];
-        want /= total;
-        difference += (got[d] - want) ** 2;
-        size += want ** 2;
+        const off = Math.abs(got[d] - expected[d]);
+        // What is not a number must not pass for no error.
+        error = off <= error ? error : off;
+        ofTolerance = off / tolerance[d] <= ofTolerance ? ofTolerance : off / tolerance[d];
+        difference += off ** 2;
+        size += expected[d] ** 2;
       }
-      error = Math.max(error, Math.sqrt(difference / size));
+      relative = Math.max(relative, Math.sqrt(difference / size));
     }
-    list.push({ name: kernel.name, dispatches: [dispatch], error });
+    if (!(ofTolerance <= 1)) process.exitCode = 1;
+    list.push({ name: kernel.name, dispatches: [dispatch], error, ofTolerance, relative });
   }
   const times = await timeDispatches(gpu, list, { rounds: 3 });
-  const flops = 4 * heads * headDim * (tokens * start + (tokens * (tokens + 1)) / 2);
-  for (const { name, error } of list) {
-    const seconds = times.get(name) ?? NaN;
+  // Keys that each query sees, summed.
+  let seen = 0;
+  for (let token = 0; token < tokens; token++) seen += Math.min(start + token + 1, window ?? Infinity);
+  const flops = 4 * heads * headDim * seen;
+  for (const { name: kernel, error, ofTolerance, relative } of list) {
+    const seconds = times.get(kernel) ?? NaN;
     results.push({
-      attention: name,
+      attention: kernel,
+      case: name,
       tokens,
       context,
+      ...(window && { window }),
+      ...(sharp !== 1 && { sharp }),
       microseconds: round(seconds * 1e6),
       teraflops: round(flops / seconds / 1e12),
-      relativeError: error,
+      rowsChecked: rows.length,
+      maxError: round(error),
+      relativeError: round(relative),
+      ofTolerance: round(ofTolerance),
     });
     console.log(
-      `attention ${tokens} of ${context}: ${name.padEnd(28)} ${(seconds * 1e6).toFixed(0).padStart(7)} us ${(flops / seconds / 1e12).toFixed(1)} TFLOP/s, error ${error.toExponential(1)}`,
+      `${ofTolerance <= 1 ? 'ok    ' : 'FAILED'} attention, ${name}: ${kernel.padEnd(24)} ${(seconds * 1e6).toFixed(0).padStart(7)} us ${(flops / seconds / 1e12).toFixed(1)} TFLOP/s; ${rows.length} rows, worst error ${error.toExponential(1)} (${ofTolerance.toFixed(3)} of the tolerance), ${relative.toExponential(1)} of a row`,
     );
   }
   for (const buffer of [q, k, v, out]) gpu.release(buffer);
 }
-if (all || values.attention) {
-  await attention(2048, 2048);
-  await attention(2048, 32768);
-}
+if (all || values.attention) for (const test of LONG_ATTENTION) await attention(test);
 
 /** What is timed: 4-bit weights with 16-bit activations, and SmoothRot with 8-bit activations and caches. */
 const KINDS: readonly DecoderKind[] = ['awq', 'paroquant', 'f16', 'smoothrot', 'smoothrot-a8', 'smoothrot-a8-kv8'];

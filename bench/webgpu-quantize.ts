@@ -201,12 +201,18 @@ async function llama(): Promise<void> {
   const name: ShapeName = 'llama-3.1-8b';
   const tokens = randomTokens(4096, LARGE_CALIBRATION_SEQUENCES);
   const runs: Run[] = [];
+  const record = (more: object = {}): void => {
+    result.llama = { runs, ...more };
+    // After each run: what follows may be cut short.
+    writeResult(options.name, result);
+  };
   for (const layers of [1, 2]) {
     const model = path.join(scratch, `llama-${layers}`);
     await makeRandomCheckpoint(model, name, layers);
     const run = await quantize(model, path.join(scratch, `llama-${layers}-out`), tokens);
     show(`${layers} Llama-3.1-8B-shaped block${layers > 1 ? 's' : ''}`, run);
     runs.push(run);
+    record();
     rmSync(path.join(scratch, `llama-${layers}-out`), { recursive: true });
   }
   const perBlock = runs[1].seconds - runs[0].seconds;
@@ -214,8 +220,10 @@ async function llama(): Promise<void> {
   console.log(
     `  ${perBlock.toFixed(2)} s per further block, the model projected at ${(projected / 60).toFixed(1)} min`,
   );
+  const whole = { perBlock: round(perBlock), projectedMinutes: round(projected / 60) };
+  record(whole);
   const profile = await maybeProfile(path.join(scratch, 'llama-1'), path.join(scratch, 'llama-3-out'), tokens);
-  result.llama = { runs, perBlock: round(perBlock), projectedMinutes: round(projected / 60), ...profile };
+  record({ ...whole, ...profile });
 }
 
 /** The large kernels alone, at a Llama-3.1-8B block's shapes. */

@@ -2,7 +2,7 @@
 import type { BufferSlice, GpuDevice } from '../../src/backends/webgpu/device.js';
 import { signsOf } from '../../src/backends/webgpu/fast/hadamard.js';
 import { rotationTable } from '../../src/backends/webgpu/fast/activations.js';
-import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan.js';
+import type { PlanGroup, PlanModel, PlanWeight } from '../../src/backends/webgpu/fast/plan-model.js';
 import { gridCacheWords } from '../../src/backends/webgpu/kernels/activation-grid.js';
 import { f32ToF16Bits } from '../../src/core/dtype.js';
 import { createRng } from '../../src/core/rng.js';
@@ -97,8 +97,10 @@ export class RandomDecoder {
   readonly #weights: Readonly<Record<'q' | 'k' | 'v' | 'qkv' | 'o' | 'gate' | 'up' | 'gateUp' | 'down', PlanWeight>>[] =
     [];
   readonly #common: Pick<PlanModel, 'rope' | 'embedding' | 'head' | 'finalNorm'>;
-  readonly #norm: GPUBuffer;
+  readonly #norms: GPUBuffer;
   readonly #ones = new Map<number, GPUBuffer>();
+  /** All but the caches. */
+  readonly #buffers: GPUBuffer[] = [];
   readonly #tables = new Map<number, Uint32Array>();
 
   constructor(gpu: GpuDevice, shape: DecoderShape, positions: number) {
@@ -107,11 +109,11 @@ export class RandomDecoder {
     const { hidden, heads, kvHeads, headDim, intermediate, vocab, layers } = shape;
     const half = (): number =>
       f32ToF16Bits(this.#rng.normal() * 0.02) | (f32ToF16Bits(this.#rng.normal() * 0.02) << 16);
-    const table = randomBuffer(gpu, vocab * hidden * 2, half);
+    const table = this.#own(randomBuffer(gpu, vocab * hidden * 2, half));
     const rope = new Float32Array(positions * headDim).map((_, i) => (i % 2 === 0 ? Math.cos(i) : Math.sin(i - 1)));
-    const ropeBuffer = gpu.buffer(rope.byteLength);
+    const ropeBuffer = this.#own(gpu.buffer(rope.byteLength));
     gpu.upload(ropeBuffer, rope);
-    this.#norm = this.#full(headDim, 1);
+    this.#norms = this.#full(2 * headDim, 1);
     this.#common = {
       rope: ropeBuffer,
       embedding: { table, type: 'f16' },
@@ -166,7 +168,7 @@ export class RandomDecoder {
         o: this.#group(kind, [w.o], false, { inner: headDim }),
         gateUp: this.#group(kind, split ? [w.gate, w.up] : [w.gateUp], true),
         down: this.#group(kind, [w.down], false, {}),
-        ...(qkNorm && { qNorm: this.#norm, kNorm: this.#norm }),
+        ...(qkNorm && { headNorms: this.#norms }),
         keys: this.#gpu.buffer(bytes),
         values: this.#gpu.buffer(bytes),
         grid,
@@ -184,8 +186,18 @@ export class RandomDecoder {
     }
   }
 
+  /** Frees everything else; plans of its models can't run after. */
+  release(): void {
+    for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
+  }
+
+  #own(buffer: GPUBuffer): GPUBuffer {
+    this.#buffers.push(buffer);
+    return buffer;
+  }
+
   #full(count: number, value: number): GPUBuffer {
-    const buffer = this.#gpu.buffer(count * 4);
+    const buffer = this.#own(this.#gpu.buffer(count * 4));
     this.#gpu.upload(buffer, new Float32Array(count).fill(value));
     return buffer;
   }
@@ -193,16 +205,29 @@ export class RandomDecoder {
   #weight(outFeatures: number, inFeatures: number): PlanWeight {
     const groupSize = 128;
     const rng = this.#rng;
+    // Billions of them: xorshift, and grids from a table.
+    let state = rng.int(1, 2 ** 31);
+    const codes = (): number => {
+      state ^= state << 13;
+      state ^= state >>> 17;
+      return (state ^= state << 5);
+    };
+    const grids = Uint32Array.from(
+      { length: 1024 },
+      () => f32ToF16Bits(0.004 + 0.004 * rng.uniform()) | (rng.int(5, 11) << 16),
+    );
     return {
       kind: 'int4',
       outFeatures,
       inFeatures,
       groupSize,
-      codes: randomBuffer(this.#gpu, (outFeatures * inFeatures) / 2, () => (rng.uniform() * 2 ** 32) >>> 0),
-      grid: randomBuffer(
-        this.#gpu,
-        (outFeatures * inFeatures * 4) / groupSize,
-        () => f32ToF16Bits(0.004 + 0.004 * rng.uniform()) | (rng.int(5, 11) << 16),
+      codes: this.#own(randomBuffer(this.#gpu, (outFeatures * inFeatures) / 2, codes)),
+      grid: this.#own(
+        randomBuffer(
+          this.#gpu,
+          (outFeatures * inFeatures * 4) / groupSize,
+          (i) => grids[(i ^ codes()) & (grids.length - 1)],
+        ),
       ),
     };
   }
@@ -229,14 +254,15 @@ export class RandomDecoder {
       };
     }
     const count = channels * weights.length;
-    // Norms have weights of their own in every model; elsewhere AWQ multiplies by nothing.
-    const own = norm || kind !== 'awq';
-    let gain = own ? undefined : this.#ones.get(count);
-    if (!gain) {
-      gain = this.#full(count, 1);
-      if (!own) this.#ones.set(count, gain);
+    if (kind === 'awq') {
+      // Norms have weights of their own in every model; elsewhere AWQ multiplies by nothing.
+      let gain = norm ? undefined : this.#ones.get(count);
+      if (!gain) {
+        gain = this.#full(count, 1);
+        if (!norm) this.#ones.set(count, gain);
+      }
+      return { weights, krot: 0, gain };
     }
-    if (kind === 'awq') return { weights, krot: 0, gain };
     // Every group has a table of its own, as in a checkpoint, or the cache would serve them all.
     const krot = 8;
     let words = this.#tables.get(count);
@@ -253,9 +279,9 @@ export class RandomDecoder {
       for (const i of weights.keys()) words.set(one, i * one.length);
       this.#tables.set(count, words);
     }
-    const table = this.#gpu.buffer(words.byteLength);
+    const table = this.#own(this.#gpu.buffer(words.byteLength));
     this.#gpu.upload(table, words);
-    return { weights, krot, gain, table };
+    return { weights, krot, table };
   }
 }
 

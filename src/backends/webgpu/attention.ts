@@ -16,7 +16,7 @@ import { gridRun } from './activation-grid.js';
 import { hasMatrixUnits } from './capabilities.js';
 import { attentionByProducts } from './attention-products.js';
 import type { GpuDevice } from './device.js';
-import { flashKernel, flashRows, flashTakes } from './fast/flash.js';
+import { flashKernel, flashRows, flashTakes, flashWarps } from './fast/flash.js';
 import { applyHadamard, GpuHadamard, hadamardHalf } from './hadamard.js';
 import { appendGridKernel, gridCacheWords, unpackGridKernel } from './kernels/activation-grid.js';
 import {
@@ -45,12 +45,12 @@ import {
   type GpuTensor,
 } from './tensor.js';
 
-/** RoPE tables [positions, rotaryDim / 2]. */
+/** RoPE tables. */
 export class GpuRope implements RopeHandle {
   readonly positions: number;
   readonly rotaryDim: number;
-  readonly cos: GPUBuffer;
-  readonly sin: GPUBuffer;
+  /** [positions, rotaryDim / 2] (cos, sin). */
+  readonly turns: GPUBuffer;
 
   constructor(gpu: GpuDevice, cos: Float32Array, sin: Float32Array, rotaryDim: number) {
     this.positions = cos.length / (rotaryDim / 2);
@@ -60,15 +60,14 @@ export class GpuRope implements RopeHandle {
       'tensor-shape',
       () => `RoPE tables of ${cos.length} and ${sin.length} values are not [positions, ${rotaryDim} / 2]`,
     );
-    this.cos = gpu.buffer(cos.byteLength, 'RoPE tables');
-    this.sin = gpu.buffer(sin.byteLength, 'RoPE tables');
-    gpu.upload(this.cos, cos);
-    gpu.upload(this.sin, sin);
+    const turns = new Float32Array(2 * cos.length);
+    for (let i = 0; i < cos.length; i++) [turns[2 * i], turns[2 * i + 1]] = [cos[i], sin[i]];
+    this.turns = gpu.buffer(turns.byteLength, 'RoPE tables');
+    gpu.upload(this.turns, turns);
   }
 
   free(gpu: GpuDevice): void {
-    gpu.release(this.cos);
-    gpu.release(this.sin);
+    gpu.release(this.turns);
   }
 }
 
@@ -296,12 +295,11 @@ export function splitHeads(
     }),
     {
       qkv,
-      cosines: rope.cos,
-      sines: rope.sin,
+      turns: rope.turns,
       // Kernels do not read what is absent; something must be bound.
-      qWeight: qNorm ? own(qNorm) : rope.cos,
-      kWeight: kNorm ? own(kNorm) : rope.cos,
-      starts: buffer ?? rope.cos,
+      qWeight: qNorm ? own(qNorm) : rope.turns,
+      kWeight: kNorm ? own(kNorm) : rope.turns,
+      starts: buffer ?? rope.turns,
       q,
       k,
       v,
@@ -371,7 +369,7 @@ export function attention(gpu: GpuDevice, query: Tensor, k: Tensor, v: Tensor, o
     rowCount >= FLASH_ROWS
   ) {
     const out = makeHalf(gpu, rows, cols);
-    const warps = 4;
+    const warps = flashWarps(rowCount, batch * kvHeads, headDim, gpu.limits);
     const unpacked = cache && unpackGrid(gpu, cache as GpuKvCache, longest + tokens);
     const source =
       unpacked ??

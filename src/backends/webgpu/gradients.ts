@@ -167,39 +167,34 @@ export class WebGpuGradients implements GradientOps {
       () => `positions up to ${start + tokens} asked of RoPE tables for ${rope.positions}`,
     );
     const out = makeTensor(gpu, qkv.shape);
-    const items = rows * (heads + 2 * kvHeads);
-    // Eight heads to a workgroup at least: its sums are worth as much as a head.
-    const workgroups = Math.min(4096, Math.max(1, Math.ceil(items / 8)));
-    const parts = gpu.buffer(8 * workgroups * headDim, 'partial sums');
-    gpu.dispatch(
-      splitHeadsGradientKernel({ headDim, rotaryDim: rope.rotaryDim, qNorm: !!qNorm, kNorm: !!kNorm }),
-      {
-        qkv: input,
-        cosines: rope.cos,
-        sines: rope.sin,
-        // Kernels do not read what is absent; something must be bound.
-        qWeight: qNorm ? own(qNorm) : rope.cos,
-        kWeight: kNorm ? own(kNorm) : rope.cos,
-        dq,
-        dk,
-        dv,
-        out,
-        parts,
-      },
-      { items, heads, kvHeads, tokens, start, eps },
-      [workgroups],
-    );
-    const weightOf = (first: number): Tensor => {
+    const gradient = (
+      dy: GpuTensor,
+      first: number,
+      count: number,
+      turned: boolean,
+      norm?: Tensor,
+    ): Tensor | undefined => {
+      const items = rows * count;
+      // Eight heads to a workgroup at least: its sums are worth as much as a head.
+      const workgroups = Math.min(4096, Math.max(1, Math.ceil(items / 8)));
+      const parts = norm && gpu.buffer(4 * workgroups * headDim, 'partial sums');
+      gpu.dispatch(
+        splitHeadsGradientKernel({ headDim, rotaryDim: turned ? rope.rotaryDim : 0, norm: norm !== undefined }),
+        // What a variant does without is not bound.
+        { qkv: input, turns: rope.turns, weight: norm ? own(norm) : input, dy, out, parts: parts ?? out },
+        { items, heads: count, first, width: heads + 2 * kvHeads, tokens, start, eps },
+        [workgroups],
+      );
+      if (!parts) return undefined;
       const weight = makeTensor(gpu, [headDim]);
-      this.#sumColumns(parts, workgroups, headDim, weight, first);
+      this.#sumColumns(parts, workgroups, headDim, weight);
+      gpu.release(parts);
       return weight;
     };
-    const norms = {
-      ...(qNorm && { qNorm: weightOf(0) }),
-      ...(kNorm && { kNorm: weightOf(workgroups * headDim) }),
-    };
-    gpu.release(parts);
-    return { qkv: out, ...norms };
+    const dqNorm = gradient(dq, 0, heads, true, qNorm);
+    const dkNorm = gradient(dk, heads, kvHeads, true, kNorm);
+    gradient(dv, heads + kvHeads, kvHeads, false);
+    return { qkv: out, ...(dqNorm && { qNorm: dqNorm }), ...(dkNorm && { kNorm: dkNorm }) };
   }
 
   attentionGradient(

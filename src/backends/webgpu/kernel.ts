@@ -52,21 +52,58 @@ export function defineKernel<const B extends string, const P extends string = ne
   definition: KernelDefinition<B, P>,
 ): Kernel<B, P> {
   const params = definition.params ?? ({} as Record<P, ParamType>);
-  const fields = Object.entries<ParamType>(params).map(([name, type]) => `  ${name}: ${type},`);
-  const lines = (definition.features ?? []).map((f) => ENABLE[f]);
-  let binding = 0;
-  if (fields.length > 0) {
-    lines.push(`struct Params {\n${fields.join('\n')}\n}`, `@group(0) @binding(0) var<uniform> params: Params;`);
-    binding = 1;
-  }
-  for (const [name, spec] of Object.entries<BufferSpec>(definition.buffers))
-    lines.push(`@group(0) @binding(${binding++}) var<storage, ${spec.access}> ${name}: ${spec.type};`);
-  return {
-    name: definition.name,
-    buffers: definition.buffers,
-    params,
-    code: `${lines.join('\n')}\n${definition.body}`,
+  const declared = Object.keys(params).length > 0;
+  const { name, buffers } = definition;
+  const code = moduleCode(
+    definition,
+    declared ? [`@group(0) @binding(0) var<uniform> params: Params;`] : [],
+    declared ? 1 : 0,
+  );
+  const kernel = { name, buffers, params, code };
+  definitions.set(kernel, definition);
+  return kernel;
+}
+
+const definitions = new WeakMap<Kernel, KernelDefinition<string, string>>();
+
+/**
+ * `kernel` with its parameters as constants in the code, for dispatches that run again and again with the same ones: a uniform that
+ * is read once per step comes from memory, and no address is known before. Each set of values is a pipeline of its own, and loops
+ * whose bounds become constants may be unrolled.
+ */
+export function withConstants<B extends string, P extends string>(
+  kernel: Kernel<B, P>,
+  values: Readonly<Record<NoInfer<P>, number>>,
+): Kernel<B> {
+  const definition = definitions.get(kernel);
+  const types = Object.entries<ParamType>(kernel.params);
+  if (!definition || types.length === 0) return kernel;
+  const literals = types.map(([name, type]) => {
+    const value = values[name as P];
+    return type === 'f32' ? `f32(${value})` : `${value}${type === 'u32' ? 'u' : 'i'}`;
+  });
+  const made: Kernel<B> = {
+    name: kernel.name,
+    buffers: kernel.buffers,
+    params: {},
+    code: moduleCode(definition, [`const params = Params(${literals.join(', ')});`], 0),
   };
+  return made;
+}
+
+/** The module: features, parameters with what declares `params`, buffers from binding `first` on, the body. */
+function moduleCode(
+  { features = [], buffers, params = {}, body }: KernelDefinition<string, string>,
+  declaration: readonly string[],
+  first: number,
+): string {
+  const fields = Object.entries<ParamType>(params).map(([name, type]) => `  ${name}: ${type},`);
+  const lines = features.map((f) => ENABLE[f]);
+  if (fields.length > 0) lines.push(`struct Params {\n${fields.join('\n')}\n}`, ...declaration);
+  let binding = first;
+  for (const [name, spec] of Object.entries<BufferSpec>(buffers))
+    lines.push(`@group(0) @binding(${binding++}) var<storage, ${spec.access}> ${name}: ${spec.type};`);
+  return `${lines.join('\n')}\n${body}`;
 }
 
 /** Remembers the kernels that `make` returns, by the JSON of its arguments. */

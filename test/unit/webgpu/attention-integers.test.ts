@@ -89,16 +89,15 @@ describe.skipIf(webgpuMissing)('attention over caches of integers', () => {
       decodeAttentionKernel(variant),
       {
         qkv: input,
-        qNorm: input,
-        kNorm: input,
+        norms: input,
         rope: toGpu(Float32Array.from([...angles].flatMap((angle) => [Math.cos(angle), Math.sin(angle)]))),
-        positions: toGpu(new Uint32Array(batch).fill(position)),
+        positions: toGpu(Uint32Array.of(...new Uint32Array(batch).fill(position), capacity)),
         keys: fused.keys,
         values: fused.values,
         out,
         stats,
       },
-      { capacity, scale, eps },
+      { scale, eps },
       attentionGroups(variant, batch),
     );
     const parts = new Float32Array(await gpu.read(out, 0, 4 * batch * heads * splits * headDim));

@@ -1,4 +1,5 @@
-// The fused decode kernels against plain float64 arithmetic, every variant that runs here (SwiftShader: no f16, subgroups of 4).
+// The fused decode kernels against plain float64 arithmetic, every variant that runs here (SwiftShader: no f16), each with shuffles, which are
+// emulated where subgroups have fewer than 32 lanes, and without.
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
 import { f16BitsToF32, f32ToF16Bits, roundToF16 } from '../../../src/core/dtype.js';
@@ -23,6 +24,8 @@ import {
 import { ownLinear } from '../../../src/backends/webgpu/linear.js';
 import type { PairwiseTransform, QuantizedWeight } from '../../../src/ops/backend.js';
 import { randomPairs } from '../../../src/transforms/index.js';
+import type { Kernel } from '../../../src/backends/webgpu/kernel.js';
+import { emulatedSubgroups } from '../../support/emulated-subgroups.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
 
 interface ActivationCase {
@@ -37,17 +40,21 @@ interface ActivationCase {
 /** Unit roundoff of f16, in which activations and cached keys are stored. */
 const F16 = 2 ** -11;
 
-describe.skipIf(webgpuMissing)('decode kernels', () => {
+describe.skipIf(webgpuMissing).each([{ shuffle: false }, { shuffle: true }])('decode kernels %o', ({ shuffle }) => {
   let backend: WebGpuBackend;
   let f16: boolean;
-  let shuffle: boolean;
+  let emulated: boolean;
   beforeAll(async () => {
     backend = await openTestWebGpu();
     const { capabilities } = backend.gpu;
     f16 = capabilities.f16;
-    shuffle = (capabilities.subgroups?.min ?? 0) >= 32;
+    emulated = shuffle && (capabilities.subgroups?.min ?? 0) < 32;
   });
   afterAll(() => backend.dispose());
+
+  /** The kernel as it is, or with its shuffles replaced where this GPU's subgroups are too small. */
+  const runnable = <B extends string, P extends string>(kernel: Kernel<B, P>): Kernel<B, P> =>
+    emulated ? emulatedSubgroups(kernel, 32, { oa: 'vec4<f32>', ob: 'vec4<f32>', word: 'u32' }) : kernel;
 
   const rng = createRng(7);
   const normals = (n: number, scale = 1): Float32Array => Float32Array.from({ length: n }, () => rng.normal() * scale);
@@ -117,7 +124,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       // As the backend packs it.
       const linear = ownLinear(await backend.loadLinear({ kind: 'quantized', weight }));
       const variant = { ...v, f16, shuffle };
-      const kernel = gemvKernel(variant);
+      const kernel = runnable(gemvKernel(variant));
       const y = backend.gpu.buffer(v.batch * v.out * 4);
       const optional = { ...(v.residual && { residual: toGpu(residual) }), ...(v.bias && { bias: toGpu(bias) }) };
       backend.gpu.dispatch(
@@ -173,7 +180,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
       ]),
     );
     backend.gpu.dispatch(
-      gemvKernel(variant),
+      runnable(gemvKernel(variant)),
       {
         ...buffers,
         x: toGpu(Uint16Array.from(inputs.flatMap((x) => [...x.x]))),
@@ -218,7 +225,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     const variant = { f16, shuffle, rows: 4, teams: 2, batch, weights: 'f16' as const };
     const y = backend.gpu.buffer(batch * out * 4);
     backend.gpu.dispatch(
-      denseGemvKernel(variant),
+      runnable(denseGemvKernel(variant)),
       { w: toGpu(Uint16Array.from(w, f32ToF16Bits)), x: toGpu(x.x), factors: toGpu(x.factors), y },
       { words: inFeatures / 8, outFeatures: out },
       [Math.ceil(out / denseRowsPerGroup(variant))],
@@ -286,7 +293,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           factors,
         };
         backend.gpu.dispatch(
-          activationKernel({ shuffle, source, stages: stagesOf(krot), threads, splits, headDim }),
+          runnable(activationKernel({ shuffle, source, stages: stagesOf(krot), threads, splits, headDim })),
           buffers as Record<keyof typeof buffers | 'stats', GPUBuffer>,
           { channels, eps },
           [activationGroups(channels), batch, count],
@@ -407,12 +414,12 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     const bits = (data: Float32Array): Uint16Array => Uint16Array.from(data, f32ToF16Bits);
     const buffers = {
       qkv: toGpu(qkv),
-      ...(v.qkNorm && { qNorm: toGpu(qNorm), kNorm: toGpu(kNorm) }),
+      ...(v.qkNorm && { norms: toGpu(Float32Array.from([...qNorm, ...kNorm])) }),
       rope: toGpu(rope),
-      positions: toGpu(positions),
+      positions: toGpu(Uint32Array.of(...positions, capacity)),
       keys: toGpu(bits(keys)),
       values: toGpu(bits(values)),
-    } as Record<'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values', GPUBuffer>;
+    } as Record<'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values', GPUBuffer>;
     const checkKeys = async (): Promise<void> => {
       const got = new Uint16Array(await backend.gpu.read(buffers.keys, 0, keys.length * 2));
       for (const [i, key] of newKeys.entries()) {
@@ -421,7 +428,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
           expect(Math.abs(f16BitsToF32(got[at + d]) - key[d])).toBeLessThan(2 * F16 * (1 + Math.abs(key[d])));
       }
     };
-    return { batch, capacity, eps, scale, want, buffers, checkKeys };
+    return { batch, eps, scale, want, buffers, checkKeys };
   }
 
   describe.each([
@@ -476,14 +483,14 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
   ])('attention %o', (v) => {
     it.each([0, 1, 7, 90])('after %i tokens', async (position) => {
       const { heads, headDim, splits } = v;
-      const { batch, capacity, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
+      const { batch, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
       const out = backend.gpu.buffer(batch * heads * splits * headDim * 4);
       const stats = backend.gpu.buffer(batch * heads * splits * 8);
       const variant = { ...v, shuffle };
       backend.gpu.dispatch(
-        decodeAttentionKernel(variant),
+        runnable(decodeAttentionKernel(variant)),
         { ...buffers, out, stats },
-        { capacity, scale, eps },
+        { scale, eps },
         attentionGroups(variant, batch),
       );
       const gotOut = await floats(out, batch * heads * splits * headDim);
@@ -512,16 +519,16 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
   ])('attention of whole heads %o', (v) => {
     it.each([0, 1, 31, 90])('after %i tokens', async (position) => {
       const { heads, headDim, krot } = v;
-      const { batch, capacity, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
+      const { batch, eps, scale, want, buffers, checkKeys } = attentionCase(v, position);
       const channels = heads * headDim;
       const [transform] = transforms(channels, 64, krot, 1);
       const x = backend.gpu.buffer(batch * channels * 2);
       const factors = backend.gpu.buffer((batch * channels) / 4);
       const table = toGpu(rotationTable(transform));
       backend.gpu.dispatch(
-        wholeAttentionKernel({ ...v, shuffle, stages: stagesOf(krot) }),
+        runnable(wholeAttentionKernel({ ...v, shuffle, stages: stagesOf(krot) })),
         { ...buffers, gain: toGpu(transform.channelScales), table, x, factors },
-        { capacity, channels, scale, eps },
+        { channels, scale, eps },
         [heads, batch],
       );
       const gotX = new Uint16Array(await backend.gpu.read(x, 0, batch * channels * 2));
@@ -541,7 +548,7 @@ describe.skipIf(webgpuMissing)('decode kernels', () => {
     });
   });
 
-  describe('choosing tokens', () => {
+  describe.skipIf(shuffle)('choosing tokens', () => {
     const vocab = 5000;
     /** One draw per sequence and position from the same row of logits. */
     async function draws(

@@ -4,6 +4,7 @@ import { activationKernel } from '../../../src/backends/webgpu/fast/activations.
 import { decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
 import { wholeAttentionKernel } from '../../../src/backends/webgpu/fast/attention-whole.js';
 import { batchGemmKernel } from '../../../src/backends/webgpu/fast/batch-gemm.js';
+import { BATCH_GEMM_SHAPES } from '../../../src/backends/webgpu/fast/batch-products.js';
 import { batchTiledKernel } from '../../../src/backends/webgpu/fast/batch-tiled.js';
 import { flashKernel } from '../../../src/backends/webgpu/fast/flash.js';
 import { GEMM_TILES, gemmKernel, scaledGemmKernel } from '../../../src/backends/webgpu/fast/gemm.js';
@@ -12,6 +13,7 @@ import { denseGemvKernel } from '../../../src/backends/webgpu/fast/gemv-dense.js
 import { rotateRowsKernel } from '../../../src/backends/webgpu/fast/rotate-rows.js';
 import { rotateDenseKernel } from '../../../src/backends/webgpu/fast/rotate-dense.js';
 import { embedTokensKernel, samplePickKernel, sampleSpansKernel } from '../../../src/backends/webgpu/fast/sample.js';
+import { splitHeadsGradientKernel } from '../../../src/backends/webgpu/kernels/backward.js';
 import { narrowKernel } from '../../../src/backends/webgpu/kernels/convert.js';
 import { packColumnsKernel, packRowsKernel } from '../../../src/backends/webgpu/kernels/half-operands.js';
 import { rmsNormHalfKernel } from '../../../src/backends/webgpu/kernels/norm.js';
@@ -115,20 +117,9 @@ const kernels: Kernel[] = [
     ]),
   ),
   ...(['int4', 'f16', 'bf16'] as const).flatMap((weights) => [
-    ...[1, 2].flatMap((depth) =>
-      [16, 32].map((columns) =>
-        batchGemmKernel({
-          rows: 32,
-          warps: 8,
-          warpsM: 2,
-          tileK: 256,
-          depth,
-          columns,
-          weights,
-          groupSize: 128,
-          residual: true,
-          bias: true,
-        }),
+    ...[...BATCH_GEMM_SHAPES, { rows: 32, warps: 8, warpsM: 2, tileK: 256, depth: 1 }].flatMap((shape) =>
+      ([16, 32] as const).map((columns) =>
+        batchGemmKernel({ ...shape, columns, weights, groupSize: 128, residual: true, bias: true }),
       ),
     ),
     ...bools.map((f16) => batchTiledKernel({ f16, columns: 24, weights, groupSize: 64, residual: true, bias: true })),
@@ -188,6 +179,7 @@ const kernels: Kernel[] = [
     siluMulHalfKernel({ f16 }),
     narrowKernel(f16),
     splitHeadsKernel({ headDim: 128, rotaryDim: 64, qNorm: true, kNorm: false, half: { f16 } }),
+    splitHeadsGradientKernel({ headDim: 80, rotaryDim: 32, norm: f16 }),
   ]),
   ...[16, 32, 64].map((tile) => rotateDenseKernel({ rows: 256, tile })),
   ...GEMM_TILES.flatMap((tile) =>
@@ -230,6 +222,14 @@ describe.skipIf(missing)(`WGSL${missing ? `: skipped, ${missing}` : ''}`, () => 
     const error = await device.popErrorScope();
     expect(error?.message).toBeUndefined();
   });
+
+  // Plans ask what a device allows before they take the others.
+  it.each(kernels.filter(({ name }) => !/^(gemv|attention\.whole)/.test(name)).map((k) => [k.name, k] as const))(
+    '%s binds no more buffers than every GPU allows',
+    (_, kernel) => {
+      expect(Object.keys(kernel.buffers).length).toBeLessThanOrEqual(8);
+    },
+  );
 
   afterAll(() => device.destroy());
 

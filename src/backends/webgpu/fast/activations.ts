@@ -6,8 +6,9 @@
 // multiply-adds and one exchange through workgroup memory each, half the exchanges that rotations one by one need, and
 // exchanges are what takes the time (latency: a step's rotations are a few thousand operations). The table holds the four
 // factors as f32 whose seven lowest bits are the channel to multiply: nothing to decode, at 16 bytes per channel and stage,
-// factors good to 2⁻¹⁷. A norm's sum of squares runs beside the first stage: rotations are linear, so that its factor may come
-// last. Bytes per row: the source once (RMSNorm: once more per workgroup), the tables, 2 out.
+// factors good to 2⁻¹⁷. The gain is in the first stage's factors, so that values change hands while the table is on its way from
+// memory. A norm's sum of squares runs beside the first stage: rotations are linear, so that its factor may come last. Bytes per
+// row: the source once (RMSNorm: once more per workgroup), the tables, 2 out.
 import type { PairwiseTransform } from '../../../ops/backend.js';
 import { defineKernel, read, write, type BufferSpec, type Kernel } from '../kernel.js';
 import { CHUNK } from './gemv.js';
@@ -18,7 +19,7 @@ const TEAM = 32;
 
 /** Where the values come from. */
 export type ActivationSource =
-  /** RMSNorm of source [batch, channels]; `gain` holds weight · a. */
+  /** RMSNorm of source [batch, channels]; the gain is weight · a. */
   | 'norm'
   /** silu(source[b, c]) · source[b, channels + c]; source [batch, 2·channels]. */
   | 'silu'
@@ -56,8 +57,8 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
 const LOADS = 8;
 
 /**
- * Dispatch: x = {@link activationGroups}, y = batch, z = transforms. Buffers: gain [transforms, channels] f32; table [transforms, stages,
- * channels] of {@link rotationTable}; x [transforms, batch, channels] f16; factors [transforms, batch, channels/32].
+ * Dispatch: x = {@link activationGroups}, y = batch, z = transforms. Buffers: table [transforms, stages, channels] of {@link rotationTable}
+ * or, without stages, gain [transforms, channels] f32; x [transforms, batch, channels] f16; factors [transforms, batch, channels/32].
  */
 export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channels' | 'eps'> {
   const { stages, threads, shuffle } = v;
@@ -66,8 +67,7 @@ export function activationKernel(v: ActivationVariant): Kernel<Buffers, 'channel
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
     source: read(wide ? 'vec4<f32>' : 'f32'),
     ...(v.source === 'attention' ? { stats: read('vec2<f32>') } : {}),
-    gain: read('f32'),
-    ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
+    ...(stages > 0 ? { table: read('vec4<u32>') } : { gain: read('f32') }),
     x: write('u32'),
     factors: write('vec2<f32>'),
   };
@@ -97,9 +97,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) count: ve
   let inside = ${threads > SLICE ? `local < ${SLICE}u && ` : ''}first + lane < params.channels;
   let at = select(0u, first + lane, inside);
 ${entries(v, 'wg.z')}
-  let own = gain[wg.z * params.channels + at];
+${stages > 0 ? '' : '  let own = gain[wg.z * params.channels + at];'}
 ${v.source === 'norm' ? squares(v) : ''}
-  var v = own * (${own[v.source]});
+  var v = ${stages > 0 ? '' : 'own * '}(${own[v.source]});
 ${turns(v)}
 ${
   v.source === 'norm'
@@ -233,9 +233,15 @@ ${
 ${shuffle ? '  let other = subgroupShuffleXor(n, 1u);' : `${share('n')}\n  let other = shared_r[lane ^ 1u];`}
   // The lower channel of two lies in the lower half; both lanes hold the same word but for the order.
   let word = pack2x16float(vec2(n, other));
-  // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others: a bit
-  // that they can't know to be 0 stops them.
-  let pair = unpack2x16float(word | (params.channels >> 31u));
+  // The sum is of the rounded values. Some drivers take packing and unpacking for nothing at all and would sum the others, but not of
+  // what another thread has packed: the same two.
+${
+  shuffle
+    ? '  let theirs = subgroupShuffleXor(word, 1u);'
+    : `${share('bitcast<f32>(word)')}
+  let theirs = bitcast<u32>(shared_r[lane ^ 1u]);`
+}
+  let pair = unpack2x16float(theirs);
   var sum = pair.x + pair.y;
 ${
   shuffle
@@ -260,14 +266,14 @@ function tagged(value: number, index: number): number {
   return (sign | (Math.max(0, magnitude - index + 64) & ~127) | index) >>> 0;
 }
 
-/** Rotations two at a time [stages, channels, 4]: factors, each with the channel of its slice that it multiplies. */
-export function rotationTable({
-  channels,
-  groupSize,
-  krot,
-  pairs,
-  theta,
-}: PairwiseTransform): Uint32Array<ArrayBuffer> {
+/**
+ * A transform of x ⊙ `weight` (default: of x), scales included: rotations two at a time [stages, channels, 4], factors, each with the channel of
+ * its slice that it multiplies. At least one rotation.
+ */
+export function rotationTable(
+  { channels, groupSize, krot, pairs, theta, channelScales }: PairwiseTransform,
+  weight?: Float32Array,
+): Uint32Array<ArrayBuffer> {
   const stages = stagesOf(krot);
   const table = new Uint32Array(stages * channels * 4);
   /** Of rotation k: each channel's cosine, signed sine, and partner. Rotation krot, if krot is odd, leaves all as it is. */
@@ -299,8 +305,10 @@ export function rotationTable({
         [b.sin[c] * a.cos[d], d],
         [b.sin[c] * a.sin[d], a.partner[d]],
       ];
-      for (const [i, [factor, channel]] of terms.entries())
-        table[(s * channels + c) * 4 + i] = tagged(factor, channel % SLICE);
+      for (const [i, [factor, channel]] of terms.entries()) {
+        const gain = s === 0 ? channelScales[channel] * (weight?.[channel] ?? 1) : 1;
+        table[(s * channels + c) * 4 + i] = tagged(factor * gain, channel % SLICE);
+      }
     }
   }
   return table;

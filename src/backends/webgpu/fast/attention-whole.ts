@@ -35,8 +35,7 @@ export interface WholeAttentionVariant {
   readonly stages: number;
 }
 
-type Buffers =
-  'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
+type Buffers = 'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'gain' | 'table' | 'x' | 'factors';
 
 /** Results that meet in workgroup memory. */
 const slotsOf = ({ shuffle, teams }: WholeAttentionVariant): number => (shuffle ? teams : teams * PER_TEAM);
@@ -52,12 +51,10 @@ const list = (n: number, f: (i: number) => string, separator = '\n'): string =>
   Array.from({ length: n }, (_, i) => f(i)).join(separator);
 
 /**
- * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: gain [channels], table [stages, channels], x
+ * Dispatch: x = heads, y = batch. Buffers as of decodeAttentionKernel and activationKernel: table [stages, channels] or gain [channels], x
  * [batch, channels] f16, factors [batch, channels/32], channels = heads · 128.
  */
-export function wholeAttentionKernel(
-  v: WholeAttentionVariant,
-): Kernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'> {
+export function wholeAttentionKernel(v: WholeAttentionVariant): Kernel<Buffers, 'channels' | 'scale' | 'eps'> {
   const { shuffle, rotaryDim, teams, unroll, stages } = v;
   const threads = teams * TEAM;
   const slots = slotsOf(v);
@@ -65,13 +62,12 @@ export function wholeAttentionKernel(
   const slice = { shuffle, stages, threads };
   const buffers: Partial<Record<Buffers, BufferSpec>> = {
     qkv: read('f32'),
-    ...(v.qkNorm ? { qNorm: read('f32'), kNorm: read('f32') } : {}),
+    ...(v.qkNorm ? { norms: read('f32') } : {}),
     rope: read('vec2<f32>'),
     positions: read('u32'),
     keys: write('vec4<u32>'),
     values: write('vec4<u32>'),
-    gain: read('f32'),
-    ...(stages > 0 ? { table: read('vec4<u32>') } : {}),
+    ...(stages > 0 ? { table: read('vec4<u32>') } : { gain: read('f32') }),
     x: write('u32'),
     factors: write('vec2<f32>'),
   };
@@ -81,11 +77,11 @@ export function wholeAttentionKernel(
     masks: readonly number[],
     combine = (a: string, b: string): string => `${a} + ${b}`,
   ): string => masks.map((m) => `${name} = ${combine(name, `subgroupShuffleXor(${name}, ${m}u)`)};`).join(' ');
-  return defineKernel<Buffers, 'capacity' | 'channels' | 'scale' | 'eps'>({
+  return defineKernel<Buffers, 'channels' | 'scale' | 'eps'>({
     name: `attention.whole.t${teams}.u${unroll}.s${stages}${v.qkNorm ? '.norm' : ''}`,
     features: shuffle ? ['subgroups'] : [],
     buffers: buffers as Record<Buffers, BufferSpec>,
-    params: { capacity: 'u32', channels: 'u32', scale: 'f32', eps: 'f32' },
+    params: { channels: 'u32', scale: 'f32', eps: 'f32' },
     body: /* wgsl */ `
 const D = ${D}u;
 const LANES = ${LANES}u;
@@ -111,7 +107,8 @@ fn packed(at: u32) -> vec4<u32> {
 }
 
 @compute @workgroup_size(${threads})
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) local: u32) {
   let b = wg.y;
   let kv = wg.x / (HEADS / KV);
   let lane = local & ${SLICE - 1}u;
@@ -124,14 +121,14 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let newV = qkv[b * WIDTH + (HEADS + KV + kv) * D + lane];
   let position = positions[b];
   let begin = ${v.window > 0 ? `select(0u, position + 1u - ${v.window}u, position + 1u > ${v.window}u)` : '0u'};
-  let cache = (b * KV + kv) * params.capacity;
+  let cache = (b * KV + kv) * positions[groups.y];
   let slot = local / LANES;
   let part = local % LANES;
 ${list(unroll, (u) => `  var kw${u}: vec4<u32>; var vw${u}: vec4<u32>;\n  { let i = (cache + min(begin + slot + ${u * teams * PER_TEAM}u, position)) * LANES + part; kw${u} = keys[i]; vw${u} = values[i]; }`)}
   let angle = rope[position * ${rotaryDim / 2}u + lane % ${rotaryDim / 2}u];
-${v.qkNorm ? '  let norm = select(qNorm[lane], kNorm[lane], mineK);' : ''}
+${v.qkNorm ? '  let norm = norms[select(0u, D, mineK) + lane];' : ''}
 ${entries(slice, '0u')}
-  let own = gain[at];
+${stages > 0 ? '' : '  let own = gain[at];'}
 ${
   v.qkNorm
     ? shuffle
@@ -212,7 +209,7 @@ ${
   if (inside) {
     var total = 0.0;
     for (var i = 0u; i < ${slots}u; i++) { total += totals[i]; v += parts[i * ${D / 4}u + lane / 4u][lane & 3u]; }
-    v *= own / total;
+    v *= ${stages > 0 ? '1.0' : 'own'} / total;
   }
 ${turns(slice)}
 ${pack(slice, 'b * params.channels + at')}

@@ -36,7 +36,7 @@ export interface AttentionVariant {
   readonly turn?: boolean;
 }
 
-type Buffers = 'qkv' | 'qNorm' | 'kNorm' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
+type Buffers = 'qkv' | 'norms' | 'rope' | 'positions' | 'keys' | 'values' | 'out' | 'stats';
 
 /** Workgroups: x = head blocks, y = splits, z = batch. */
 export const attentionGroups = (v: AttentionVariant, batch: number): [number, number, number] => [
@@ -46,12 +46,12 @@ export const attentionGroups = (v: AttentionVariant, batch: number): [number, nu
 ];
 
 /**
- * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; qNorm, kNorm [headDim]; rope [positions, rotaryDim/2] (cos, sin);
- * positions [batch]: tokens already in each cache; keys, values [batch, kvHeads, capacity, headDim] f16, or codes with their low and
- * scale; out [batch, heads,
- * splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of exponentials).
+ * Buffers: qkv [batch, (heads + 2·kvHeads)·headDim] f32; norms [2, headDim] of q and k; rope [positions, rotaryDim/2] (cos, sin);
+ * positions [batch + 1]: tokens already in each cache, then how many the caches hold; keys, values [batch, kvHeads, capacity, headDim] f16, or
+ * codes with their low and scale; out [batch, heads, splits, headDim] f32, to be weighted; stats [batch, heads, splits] (maximum, sum of
+ * exponentials).
  */
-export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'capacity' | 'scale' | 'eps'> {
+export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'scale' | 'eps'> {
   const { headDim, rotaryDim, splits, together: q, teams: TEAMS, unroll: UNROLL, grid, turn = false } = v;
   const threads = TEAM * TEAMS;
   const entry = cacheEntry(headDim, { key: `${q}u * D`, value: `${q + 1}u * D`, threads, grid });
@@ -60,11 +60,11 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
   const each = (n: number, f: (i: number) => string, sep = '\n'): string =>
     Array.from({ length: n }, (_, i) => f(i)).join(sep);
   const masks = [16, 8, 4, 2, 1].filter((m) => m < lanes);
-  const norms: Partial<Record<Buffers, BufferSpec>> = v.qkNorm ? { qNorm: read('f32'), kNorm: read('f32') } : {};
+  const norms: Partial<Record<Buffers, BufferSpec>> = v.qkNorm ? { norms: read('f32') } : {};
   const group = TEAMS * perTeam * UNROLL;
   // A thread's frequencies are all the same one: its angle is asked for before anything else.
   const steady = (TEAM * TEAMS) % (rotaryDim / 2) === 0;
-  return defineKernel<Buffers, 'capacity' | 'scale' | 'eps'>({
+  return defineKernel<Buffers, 'scale' | 'eps'>({
     name: `attention.decode.d${headDim}.q${q}.t${TEAMS}.u${UNROLL}.s${splits}${grid ? `.int${grid.bits}` : ''}${turn ? '.turn' : ''}`,
     features: v.shuffle ? ['subgroups'] : [],
     buffers: {
@@ -77,7 +77,7 @@ export function decodeAttentionKernel(v: AttentionVariant): Kernel<Buffers, 'cap
       out: write('f32'),
       stats: write('vec2<f32>'),
     } as Record<Buffers, BufferSpec>,
-    params: { capacity: 'u32', scale: 'f32', eps: 'f32' },
+    params: { scale: 'f32', eps: 'f32' },
     body: /* wgsl */ `
 const D = ${headDim}u;
 const LANES = ${lanes}u;
@@ -95,7 +95,8 @@ ${v.shuffle ? '' : `var<workgroup> dots: array<f32, ${TEAM * TEAMS}>;`}
 ${entry.declarations}
 
 @compute @workgroup_size(${TEAM * TEAMS})
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) local: u32) {
   let b = wg.z;
   let firstHead = wg.x * ${q}u;
   let kv = firstHead / (HEADS / KV);
@@ -113,7 +114,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     return;
   }
 
-  let cache = (b * KV + kv) * params.capacity;
+  let cache = (b * KV + kv) * positions[groups.z];
   // The first keys and values are on their way while the new heads are prepared.
   let slot = local / LANES;
   let part = local % LANES;
@@ -137,7 +138,7 @@ ${squaresOfHeads(v)}
   workgroupBarrier();
   for (var i = local; i < ${(q + 1) * headDim}u; i += ${TEAM * TEAMS}u) {
     let h = i / D;
-    head[i / 4u][i & 3u] *= squares[h] * select(kNorm[i % D], qNorm[i % D], h < ${q}u);
+    head[i / 4u][i & 3u] *= squares[h] * norms[select(D, 0u, h < ${q}u) + i % D];
   }
   workgroupBarrier();`
     : ''

@@ -26,7 +26,7 @@ export interface BatchGemmVariant {
   /** Steps whose loads are under way. */
   readonly depth: number;
   /** Sequences as the units see them: 16 or 32. */
-  readonly columns: number;
+  readonly columns: 16 | 32;
   readonly weights: 'int4' | 'f16' | 'bf16';
   /** For int4: channels per grid group, a multiple of 32. */
   readonly groupSize: number;

@@ -1,8 +1,9 @@
 // Which kernel multiplies by a weight when a plan decodes several sequences, and in what shape.
 import type { BufferSlice, GpuDevice, PreparedDispatch, Workgroups } from '../device.js';
-import { BATCH_GEMM_MAX, batchGemmKernel, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
+import { BATCH_GEMM_MAX, batchGemmKernel, batchGemmMemory, hasBatchGemm, type BatchGemmVariant } from './batch-gemm.js';
 import { variants } from '../kernel.js';
 import { BATCH_TILED_ROWS, batchTiledKernel } from './batch-tiled.js';
+import { CHUNK } from './gemv.js';
 
 /** Most sequences of one step. */
 export const MOST_SEQUENCES = 256;
@@ -40,14 +41,59 @@ const tiledKernel = variants(batchTiledKernel);
 
 type Shape = Pick<BatchGemmVariant, 'rows' | 'warps' | 'warpsM' | 'tileK' | 'depth'>;
 
-/** Enough workgroups to fill the GPU first, then as many rows in each as X is worth. */
-export function batchGemmShape(outFeatures: number, inFeatures: number): Shape {
-  const common = { warpsM: 1, depth: 2 };
-  if (outFeatures >= 64 * 256) return { ...common, rows: 64, warps: 8, warpsM: 2, tileK: 128 };
-  if (outFeatures < 32 * 128) return { ...common, rows: 16, warps: 8, tileK: 256 };
-  return inFeatures >= 8192
-    ? { ...common, rows: 32, warps: 8, tileK: 256 }
-    : { ...common, rows: 32, warps: 4, tileK: 128 };
+/** Which products a shape is for: up to `columns` sequences, from `outs` outputs and `ins` inputs on; all weights unless named. */
+interface ShapeRule {
+  readonly columns?: 16 | 32;
+  readonly weights?: 'int4';
+  readonly outs: number;
+  readonly ins?: number;
+  readonly shape: Shape;
+}
+
+const shape = (rows: number, warps: number, warpsM: number, tileK: number, depth: number): Shape => ({
+  rows,
+  warps,
+  warpsM,
+  tileK,
+  depth,
+});
+
+/**
+ * The first rule that fits counts. From whole steps of Llama-3.1-8B's shapes with one product's shape exchanged at a time, on an H200 with
+ * warm clocks (docs/log-kernels.md): enough workgroups to fill the GPU first, then as many rows in each as X is worth.
+ */
+const SHAPES: readonly ShapeRule[] = [
+  // Four subgroups with rows of their own need no sums of theirs added, and steps of 64 channels leave memory for three on their way.
+  { weights: 'int4', outs: 64 * 256, shape: shape(64, 4, 4, 64, 3) },
+  { columns: 16, outs: 64 * 256, shape: shape(64, 8, 4, 128, 2) },
+  { columns: 32, outs: 64 * 256, shape: shape(32, 8, 2, 128, 2) },
+  { outs: 32 * 128, ins: 8192, shape: shape(32, 8, 1, 256, 2) },
+  { columns: 16, outs: 32 * 160, shape: shape(32, 4, 2, 128, 2) },
+  { columns: 32, outs: 32 * 160, shape: shape(32, 4, 1, 128, 2) },
+  { outs: 32 * 128, shape: shape(32, 8, 1, 256, 2) },
+  { outs: 0, shape: shape(16, 8, 1, 256, 2) },
+];
+
+/** Every shape of the table. */
+export const BATCH_GEMM_SHAPES: readonly Shape[] = SHAPES.map((rule) => rule.shape);
+
+/** The shape of a product on a GPU with so many bytes of workgroup memory. */
+export function batchGemmShape(
+  variant: Pick<BatchGemmVariant, 'weights' | 'columns' | 'groupSize' | 'residual' | 'bias'>,
+  outFeatures: number,
+  inFeatures: number,
+  memory: number,
+): Shape {
+  const { weights, columns } = variant;
+  const rule = SHAPES.find(
+    (r) =>
+      batchGemmMemory({ ...variant, ...r.shape }) <= memory &&
+      (r.weights === undefined || r.weights === weights) &&
+      (r.columns === undefined || r.columns === columns) &&
+      outFeatures >= r.outs &&
+      inFeatures >= (r.ins ?? 0),
+  );
+  return rule?.shape ?? SHAPES[SHAPES.length - 1].shape;
 }
 
 /** A product of all sequences, its buffers and parameters as batchGemmKernel's. */
@@ -105,9 +151,11 @@ function prepareProduct(gpu: GpuDevice, kind: BatchProductKind, product: BatchPr
     const kernel = tiledKernel({ ...variant, columns: roundUp(batch, 8), f16: gpu.capabilities.f16 });
     return gpu.prepare(kernel, buffers, uniforms, spread(params.outFeatures / BATCH_TILED_ROWS));
   }
-  const shape = batchGemmShape(params.outFeatures, params.chunks * 32);
-  const kernel = gemmKernel({ ...variant, columns: roundUp(batch, 16), ...shape });
-  return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / shape.rows));
+  const columns = batch <= 16 ? 16 : 32;
+  const memory = gpu.limits.maxComputeWorkgroupStorageSize;
+  const chosen = batchGemmShape({ ...variant, columns }, params.outFeatures, params.chunks * CHUNK, memory);
+  const kernel = gemmKernel({ ...variant, columns, ...chosen });
+  return gpu.prepare(kernel, buffers, { ...uniforms, shift: SHIFT[source] }, spread(params.outFeatures / chosen.rows));
 }
 
 const roundUp = (n: number, step: number): number => Math.ceil(n / step) * step;

@@ -36,6 +36,27 @@ const KEYS = 32;
 /** Words of 16 bytes in a row of scores, and one against bank conflicts. */
 const ROW = KEYS / 4 + 1;
 
+/** Workgroups of eight subgroups from which they are quicker than twice as many of four: the fewest that were measured. */
+const BUSY_GROUPS = 512;
+
+/**
+ * Subgroups per workgroup for so many rows of each of `keyHeads` key heads. Eight serve twice the rows with each load of keys: a
+ * third faster on an H200 from 2048 tokens on (bench/webgpu-prefill.ts --attention), but they need 36 KiB of workgroup memory.
+ */
+export function flashWarps(rows: number, keyHeads: number, headDim: number, limits: GPUSupportedLimits): 4 | 8 {
+  const eight = { headDim, source: 'rows', warps: 8 } as const;
+  const fits =
+    32 * eight.warps <= limits.maxComputeInvocationsPerWorkgroup &&
+    flashMemory(eight) <= limits.maxComputeWorkgroupStorageSize;
+  return fits && Math.ceil(rows / flashRows(eight)) * keyHeads >= BUSY_GROUPS ? 8 : 4;
+}
+
+/** Bytes of workgroup memory. */
+const flashMemory = ({ headDim, warps }: FlashVariant): number => {
+  const stride = headDim / 8 + 1;
+  return 16 * (Math.max(KEYS * stride, warps * 64) + KEYS * stride + warps * 16 * ROW) + 4 * 16 * warps + 4;
+};
+
 /**
  * Workgroups: tiles of rows, 1, batch · kvHeads. Buffers: q and out [batch·tokens, heads·headDim]; k, v rows
  * [batch·stride, kvHeads·headDim] or caches [batch, kvHeads, stride, headDim]; starts [batch] when `ragged`. A forest is one

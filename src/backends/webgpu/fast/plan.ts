@@ -2,109 +2,18 @@
 // token. Nine dispatches per block (design §6): norm + rotate | qkv | attention with RoPE and cache | combine + rotate | o + residual |
 // norm + rotate | gate and up | SiLU·mul + rotate | down + residual. While the context is short, attention and what follows are one.
 import { ensure } from '../../../core/errors.js';
-import type { KvGrid } from '../../../ops/backend.js';
 import type { DecodePlace, DecodeProgram, TokenChoice } from '../../../ops/decode.js';
 import { checkBufferSize } from '../capabilities.js';
-import type { BufferSlice, GpuDevice, PreparedDispatch } from '../device.js';
+import type { GpuDevice, PreparedDispatch } from '../device.js';
+import { withConstants } from '../kernel.js';
 import { activationGroups, activationKernel, stagesOf, type ActivationSource } from './activations.js';
-import { WHOLE_HEAD, wholeAttentionKernel, wholeMemory, type WholeAttentionVariant } from './attention-whole.js';
-import { attentionGroups, decodeAttentionKernel } from './attention.js';
-import {
-  MOST_SEQUENCES,
-  batchProductKind,
-  batchProducts,
-  denseProductKind,
-  type BatchProduct,
-} from './batch-products.js';
-import { CHUNK, MAX_PRODUCTS, gemvBuffers, gemvGroups, gemvKernel } from './gemv.js';
-import { denseGemvKernel, denseRowsPerGroup } from './gemv-dense.js';
-import { prepareRow, type RowVariant } from './row.js';
+import { MOST_SEQUENCES } from './batch-products.js';
+import { WHOLE_KEYS, planAttention, splitsFor } from './plan-attention.js';
+import { inputTables, type PlanGroup, type PlanModel, type PlanWeight } from './plan-model.js';
+import { arithmetic, planHead, planProducts } from './plan-products.js';
+import { prepareRow } from './row.js';
 import { RowSlices } from './row-slices.js';
-import {
-  NO_TOKEN,
-  SAMPLE_SPAN,
-  embedTokensKernel,
-  samplePickKernel,
-  sampleSpansKernel,
-  type EmbeddingType,
-} from './sample.js';
-
-/** A weight in GPU memory: int4 as gemv.ts lays it out, or [out, in] in 16 bits. */
-export interface PlanWeight {
-  readonly kind: 'int4' | 'f16' | 'bf16';
-  readonly inFeatures: number;
-  readonly outFeatures: number;
-  /** Of int4's grid; the input's chunk otherwise. */
-  readonly groupSize: number;
-  readonly codes: GPUBuffer | BufferSlice;
-  /** Of int4; any buffer otherwise. */
-  readonly grid: GPUBuffer | BufferSlice;
-  readonly bias?: GPUBuffer;
-  /** Its input comes as signed bytes; see PlanRow. */
-  readonly integers?: boolean;
-}
-
-/** What happens to a group's input as a whole row, in place of rotations inside groups of channels. */
-export interface PlanRow {
-  readonly hadamard?: RowVariant['hadamard'];
-  /** Rounds the row onto a symmetric grid; its weights are `integers`. */
-  readonly grid?: { readonly top: number; readonly clip: number };
-}
-
-/** The products of one linear group and the transforms of their input. */
-export interface PlanGroup {
-  /** One per distinct transform, in the order of their output columns. */
-  readonly weights: readonly PlanWeight[];
-  /** Rotations; 0 for none. */
-  readonly krot: number;
-  /** [weights, channels] f32: what multiplies the input (norm weight × channel scales). */
-  readonly gain: GPUBuffer;
-  /** Instead of rotations, for a single weight. */
-  readonly row?: PlanRow;
-  /** Tables of all weights' transforms, see rotationTable. Undefined without rotations. */
-  readonly table?: GPUBuffer;
-}
-
-/** One block's weights and cache. */
-export interface PlanBlock {
-  readonly qkv: PlanGroup;
-  readonly o: PlanGroup;
-  readonly gateUp: PlanGroup;
-  readonly down: PlanGroup;
-  /** [headDim] f32. */
-  readonly qNorm?: GPUBuffer;
-  readonly kNorm?: GPUBuffer;
-  /** [batch, kvHeads, capacity, headDim] f16, or codes on `grid`. */
-  readonly keys: GPUBuffer;
-  readonly values: GPUBuffer;
-  readonly grid?: KvGrid | undefined;
-  /** Hadamard transform of the heads of q and k after RoPE. */
-  readonly turn?: boolean;
-  /** Keys seen, 0 for all. */
-  readonly window: number;
-}
-
-/** A whole decoder in GPU memory. */
-export interface PlanModel {
-  readonly hidden: number;
-  readonly intermediate: number;
-  readonly heads: number;
-  readonly kvHeads: number;
-  readonly headDim: number;
-  readonly rotaryDim: number;
-  readonly vocab: number;
-  readonly eps: number;
-  /** [positions, rotaryDim/2] (cos, sin) f32. */
-  readonly rope: GPUBuffer;
-  readonly embedding: { readonly table: GPUBuffer; readonly type: EmbeddingType };
-  /** [vocab, hidden] f16, or int4. */
-  readonly head:
-    | { readonly kind: 'f16' | 'bf16'; readonly weight: GPUBuffer }
-    | { readonly kind: 'int4'; readonly weight: PlanWeight };
-  /** [hidden] f32. */
-  readonly finalNorm: GPUBuffer;
-  readonly blocks: readonly PlanBlock[];
-}
+import { NO_TOKEN, SAMPLE_SPAN, embedTokensKernel, samplePickKernel, sampleSpansKernel } from './sample.js';
 
 /** Options of {@link DecodePlan}. */
 export interface PlanOptions {
@@ -136,11 +45,6 @@ const settingsOf = ({ temperature, topP = 1, topK = 0 }: PlanSampling, last: num
   topK,
   last,
 ];
-
-/** Channels per grid or rotation group that the kernels take. */
-export const PLAN_GROUPS: readonly number[] = [32, 64, 128];
-/** Channels per head that the attention kernel takes. */
-export const PLAN_HEADS: readonly number[] = [16, 32, 64, 128, 256];
 
 /** A decoder's step, ready to run. */
 export class DecodePlan implements DecodeProgram {
@@ -180,9 +84,7 @@ export class DecodePlan implements DecodeProgram {
     this.#ends = new Array<number>(batch).fill(0);
     this.#vocab = model.vocab;
     const { hidden, intermediate, heads, kvHeads, headDim, vocab } = model;
-    const { capabilities } = gpu;
-    const f16 = capabilities.f16;
-    const shuffle = (capabilities.subgroups?.min ?? 0) >= 32;
+    const { shuffle } = arithmetic(gpu);
     const make = (bytes: number): GPUBuffer => {
       const buffer = gpu.buffer(bytes, 'the decode plan');
       this.#buffers.push(buffer);
@@ -197,7 +99,6 @@ export class DecodePlan implements DecodeProgram {
       ),
       hidden,
     );
-    const several = batchProductKind(gpu, batch);
     const splits = splitsFor(capacity, kvHeads * batch, batch >= 16 ? 512 : 256);
     // The largest of the buffers below, before any is made.
     for (const [what, bytes] of Object.entries({
@@ -207,7 +108,8 @@ export class DecodePlan implements DecodeProgram {
     }))
       checkBufferSize(gpu.limits, bytes, `the ${what} of ${batch} sequences`);
     this.#tokens = make(batch * 4);
-    this.#positions = make(batch * 4);
+    this.#positions = make(batch * 4 + 4);
+    gpu.upload(this.#positions, Uint32Array.of(capacity), batch * 4);
     this.#settings = make(batch * 16);
     this.#seeds = make(batch * 4);
     const [x, middle] = [make(batch * hidden * 4), make(batch * hidden * 4)];
@@ -235,8 +137,8 @@ export class DecodePlan implements DecodeProgram {
       count: number,
     ): void => {
       if (group.row) {
-        const { row, gain } = group;
-        const buffers = { source: input, stats, gain, x: halves, factors };
+        const { row } = group;
+        const buffers = { source: input, stats, gain: inputTables(group).gain, x: halves, factors };
         const sliced = slices.prepare({ source, channels, row, batch, splits, eps: model.eps, buffers });
         if (sliced) return push(...sliced);
         push(prepareRow(gpu, { source, channels, row, batch, splits, headDim, eps: model.eps, buffers }));
@@ -245,63 +147,17 @@ export class DecodePlan implements DecodeProgram {
       // A whole row's sum, and the parts of 128 channels, are work for more threads than channels.
       const threads = source === 'attention' ? 256 : 128;
       const kernel = activationKernel({ shuffle, source, stages: stagesOf(group.krot), threads, splits, headDim });
-      const buffers = { source: input, stats, gain: group.gain, table: group.table ?? group.gain, x: halves, factors };
-      push(gpu.prepare(kernel, buffers, { channels, eps: model.eps }, [activationGroups(channels), batch, count]));
+      const buffers = { source: input, stats, ...inputTables(group), x: halves, factors };
+      const constant = withConstants(kernel, { channels, eps: model.eps });
+      push(gpu.prepare(constant, buffers, {}, [activationGroups(channels), batch, count]));
     };
     const multiply = (
       weights: readonly PlanWeight[],
-      source: BatchProduct['source'],
+      source: Exclude<ActivationSource, 'plain'>,
       y: GPUBuffer,
       residual?: GPUBuffer,
     ): void => {
-      const stride = weights.reduce((sum, w) => sum + w.outFeatures, 0);
-      const [{ kind, inFeatures, integers = false }] = weights;
-      const chunks = inFeatures / CHUNK;
-      const batched = kind === 'int4' && !batches(weights[0]) ? undefined : several;
-      // 16-bit weights have no GEMV with a residual or bias: a product of several rows reads them as fast.
-      const product = batched ?? (kind === 'int4' ? undefined : denseProductKind(gpu));
-      const most = product ? 1 : MAX_PRODUCTS;
-      let [column, done] = [0, 0];
-      for (const run of runsOf(weights, residual !== undefined, most, gpu.limits.maxStorageBuffersPerShaderStage)) {
-        const [{ outFeatures, groupSize, codes, grid, bias }] = run;
-        const outs = run.map((w) => w.outFeatures);
-        const rows = outs.reduce((sum, out) => sum + out, 0);
-        const variant = {
-          f16,
-          shuffle,
-          batch,
-          groupSize,
-          residual: residual !== undefined,
-          bias: bias !== undefined,
-          integers,
-          products: run.length,
-          ...gemvShape(rows, inFeatures, batch),
-        };
-        const buffers = {
-          w: codes,
-          grid,
-          x: halves,
-          factors,
-          y,
-          residual: residual ?? grid,
-          bias: bias ?? grid,
-        };
-        const params = { chunks, outFeatures, stride, column, first: done * batch * chunks };
-        column += rows;
-        done += run.length;
-        if (product) {
-          push(...batchProducts(gpu, product, { ...variant, weights: kind, source, buffers, params }));
-          continue;
-        }
-        const named = {
-          ...buffers,
-          ...numbered('w', run, (w) => w.codes),
-          ...numbered('grid', run, (w) => w.grid),
-          ...numbered('bias', run, (w) => w.bias ?? w.grid),
-        };
-        const sizes = { ...params, ...numbered('outFeatures', run, (w) => w.outFeatures) };
-        push(gpu.prepare(gemvKernel(variant), named, sizes, groupsOf(gemvGroups(variant, outs))));
-      }
+      push(...planProducts(gpu, weights, source, batch, { x: halves, factors, y, residual }));
     };
 
     push(
@@ -315,53 +171,13 @@ export class DecodePlan implements DecodeProgram {
     for (const block of model.blocks) {
       activate('norm', x, block.qkv, hidden, block.qkv.weights.length);
       multiply(block.qkv.weights, 'norm', qkv);
-      const cached = {
-        qkv,
-        qNorm: block.qNorm ?? x,
-        kNorm: block.kNorm ?? x,
-        rope: model.rope,
-        positions: this.#positions,
-        keys: block.keys,
-        values: block.values,
-      };
-      const scale = headDim ** -0.5;
-      const attention = {
-        shuffle,
-        heads,
-        kvHeads,
-        headDim,
-        rotaryDim: model.rotaryDim,
-        qkNorm: block.qNorm !== undefined,
-        window: block.window,
-      };
-      // That kernel ends with o's rotations inside a head.
-      const { grid, turn } = block;
-      const whole =
-        block.o.row || grid || turn
-          ? undefined
-          : wholeVariant({ ...attention, stages: stagesOf(block.o.krot) }, batch, gpu.limits);
+      const buffers = { qkv, positions: this.#positions, parts, stats, x: halves, factors };
+      const { whole, ranged } = planAttention(gpu, model, block, { batch, splits }, buffers);
       if (whole) {
-        steps = [this.#short];
-        const table = block.o.table ?? block.o.gain;
-        push(
-          gpu.prepare(
-            wholeAttentionKernel(whole),
-            { ...cached, gain: block.o.gain, table, x: halves, factors },
-            { capacity, channels: attended, scale, eps: model.eps },
-            [heads, batch],
-          ),
-        );
+        this.#short.push(whole);
         steps = [this.#long];
       }
-      const ranged = { ...attention, splits, grid, turn, ...attentionShape(heads / kvHeads) };
-      push(
-        gpu.prepare(
-          decodeAttentionKernel(ranged),
-          { ...cached, out: parts, stats },
-          { capacity, scale, eps: model.eps },
-          attentionGroups(ranged, batch),
-        ),
-      );
+      push(ranged);
       activate('attention', parts, block.o, attended, block.o.weights.length);
       steps = [this.#short, this.#long];
       multiply(block.o.weights, 'attention', middle, x);
@@ -371,34 +187,7 @@ export class DecodePlan implements DecodeProgram {
       multiply(block.down.weights, 'silu', x, middle);
     }
     activate('norm', x, { krot: 0, gain: model.finalNorm }, hidden, 1);
-    if (model.head.kind === 'int4') {
-      multiply([model.head.weight], 'norm', this.#logits);
-    } else if (several) {
-      const { kind: weights, weight } = model.head;
-      const unused = { grid: weight, residual: weight, bias: weight };
-      push(
-        ...batchProducts(gpu, several, {
-          batch,
-          weights,
-          groupSize: CHUNK,
-          residual: false,
-          bias: false,
-          source: 'norm',
-          buffers: { w: weight, x: halves, factors, y: this.#logits, ...unused },
-          params: { chunks: hidden / CHUNK, outFeatures: vocab, stride: vocab, column: 0, first: 0 },
-        }),
-      );
-    } else {
-      const variant = { f16, shuffle, rows: 4, teams: 4, batch, weights: model.head.kind };
-      push(
-        gpu.prepare(
-          denseGemvKernel(variant),
-          { w: model.head.weight, x: halves, factors, y: this.#logits },
-          { words: hidden / 8, outFeatures: vocab },
-          groupsOf(Math.ceil(vocab / denseRowsPerGroup(variant))),
-        ),
-      );
-    }
+    push(...planHead(gpu, model, batch, { x: halves, factors, y: this.#logits }));
     push(
       gpu.prepare(sampleSpansKernel, { logits: this.#logits, settings: this.#settings, spans }, { vocab }, [
         spanCount,
@@ -515,98 +304,4 @@ export class DecodePlan implements DecodeProgram {
   release(): void {
     for (const buffer of this.#buffers.splice(0)) this.#gpu.release(buffer);
   }
-}
-
-/** Most sequences where products take them one by one. */
-export const FEW_SEQUENCES = 8;
-
-/** Whether kernels for several sequences at once take a weight: neither codes of activations nor one grid per output. */
-export const batches = ({ integers, groupSize }: Pick<PlanWeight, 'integers' | 'groupSize'>): boolean =>
-  !integers && PLAN_GROUPS.includes(groupSize);
-
-/** Values of a dispatch's products by the names of its buffers or parameters: `w`, `w1`, `w2`. */
-function numbered<N extends string, T>(
-  name: N,
-  run: readonly PlanWeight[],
-  value: (weight: PlanWeight) => T,
-): Record<N, T> {
-  return Object.fromEntries(run.map((weight, i) => [i === 0 ? name : `${name}${i}`, value(weight)])) as Record<N, T>;
-}
-
-/** Weights of one input by dispatch: up to `most` together that have bindings enough, and are alike. */
-function runsOf(weights: readonly PlanWeight[], residual: boolean, most: number, bindings: number): PlanWeight[][] {
-  const runs: PlanWeight[][] = [];
-  for (const weight of weights) {
-    const last = runs.at(-1);
-    const bias = weight.bias !== undefined;
-    const fits =
-      last &&
-      last.length < most &&
-      gemvBuffers({ bias, residual, products: last.length + 1 }) <= bindings &&
-      last[0].kind === weight.kind &&
-      last[0].groupSize === weight.groupSize &&
-      (last[0].bias !== undefined) === bias;
-    if (fits) last.push(weight);
-    else runs.push([weight]);
-  }
-  return runs;
-}
-
-/** Workgroups over x and y. */
-function groupsOf(count: number): [number, number] {
-  const y = Math.ceil(count / 65535);
-  return [Math.ceil(count / y), y];
-}
-
-/** Keys up to which a head's attention in one workgroup is quicker than many, and their combination. */
-const WHOLE_KEYS = 1024;
-
-/** Workgroups of wholeAttentionKernel up to which they run at once on a large GPU. */
-const WHOLE_GROUPS = 128;
-
-/** The variant of wholeAttentionKernel for a model's attention, where the kernel takes it and the device has room for it. */
-function wholeVariant(
-  shape: Omit<WholeAttentionVariant, 'teams' | 'unroll'> & { readonly headDim: number },
-  batch: number,
-  limits: GPUSupportedLimits,
-): WholeAttentionVariant | undefined {
-  if (shape.headDim !== WHOLE_HEAD || shape.heads * batch > WHOLE_GROUPS) return undefined;
-  for (const teams of [16, 8]) {
-    const variant = { ...shape, teams, unroll: 4 };
-    if (
-      teams * 32 <= limits.maxComputeInvocationsPerWorkgroup &&
-      wholeMemory(variant) <= limits.maxComputeWorkgroupStorageSize
-    )
-      return variant;
-  }
-  return undefined;
-}
-
-/** How attention shares its work: up to four query heads per workgroup, as many as keep the accumulators in registers. */
-export function attentionShape(group: number): { together: number; teams: number; unroll: number } {
-  return { together: [4, 3, 2].find((n) => group % n === 0) ?? 1, teams: 4, unroll: 4 };
-}
-
-/** Ranges of keys: enough workgroups for short contexts to be quick, ranges of at least 64 keys. */
-export function splitsFor(capacity: number, workgroups: number, fill = 256): number {
-  const wanted = Math.ceil(fill / workgroups);
-  return Math.max(1, Math.min(wanted, Math.ceil(capacity / 64), 48));
-}
-
-/** Rows per team and teams per row, from timing (bench/webgpu-kernels.ts): enough teams to fill the GPU, then fewer, busier ones. */
-export function gemvShape(
-  outFeatures: number,
-  inFeatures: number,
-  batch: number,
-): { rows: number; teams: number; split: number } {
-  if (batch > 1) {
-    const rows = batch <= 2 ? 4 : 2;
-    return { rows, teams: 4, split: outFeatures / rows >= 3000 ? 1 : 2 };
-  }
-  if (outFeatures >= 16384) return { rows: 8, teams: 4, split: 1 };
-  const rows = 4;
-  const most = Math.max(1, inFeatures / CHUNK / 32);
-  let split = 1;
-  while (split < 4 && split * 2 <= most && (outFeatures / rows) * split < 3000) split *= 2;
-  return { rows, teams: 4, split };
 }

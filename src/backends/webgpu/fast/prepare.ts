@@ -12,19 +12,19 @@ import { rotationTable, type ActivationSource } from './activations.js';
 import { CHUNK } from './gemv.js';
 import { signsOf } from './hadamard.js';
 import { rowTakes } from './row.js';
+import { DecodePlan } from './plan.js';
 import { sliceTakes } from './row-slices.js';
 import {
-  batches,
-  DecodePlan,
-  FEW_SEQUENCES,
   PLAN_GROUPS,
   PLAN_HEADS,
+  batches,
   type PlanBlock,
   type PlanGroup,
   type PlanModel,
   type PlanRow,
   type PlanWeight,
-} from './plan.js';
+} from './plan-model.js';
+import { FEW_SEQUENCES } from './plan-products.js';
 
 /** A decoder's blocks without their caches, and the buffers that were made for them. */
 interface Prepared {
@@ -49,29 +49,27 @@ export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<D
   const shared = prepared.get(key) ?? prepareBlocks(gpu, spec);
   prepared.set(key, shared);
   shared.users++;
-  let rope: GPUBuffer | undefined;
   let plan: DecodePlan | undefined;
   const release = (): void => {
     plan?.release();
-    if (rope) gpu.release(rope);
     if (--shared.users > 0) return;
     prepared.delete(key);
     for (const buffer of shared.buffers.splice(0)) gpu.release(buffer);
   };
   try {
-    rope = await interleavedRope(gpu, spec.rope as GpuRope, first.capacity);
     const blocks = (await shared.blocks).map((block, i) => {
       const { keys, values, grid } = caches[i] as GpuKvCache;
       return { ...block, keys, values, grid };
     });
     const [embedding, head] = [ownLinear(spec.embedding), ownLinear(spec.head)];
+    const { rotaryDim, turns: rope } = spec.rope as GpuRope;
     const model: PlanModel = {
       hidden: spec.hidden,
       intermediate: spec.intermediate,
       heads: spec.heads,
       kvHeads: spec.kvHeads,
       headDim: spec.headDim,
-      rotaryDim: (spec.rope as GpuRope).rotaryDim,
+      rotaryDim,
       vocab: spec.vocab,
       eps: spec.eps,
       rope,
@@ -97,20 +95,6 @@ export async function prepareDecode(gpu: GpuDevice, spec: DecodeSpec): Promise<D
   };
 }
 
-/** [positions, rotaryDim/2] (cos, sin) from tables apart. */
-async function interleavedRope(gpu: GpuDevice, rope: GpuRope, positions: number): Promise<GPUBuffer> {
-  const count = (positions * rope.rotaryDim) / 2;
-  const [cos, sin] = await Promise.all(
-    [rope.cos, rope.sin].map(async (buffer) => new Float32Array(await gpu.read(buffer, 0, count * 4))),
-  );
-  const buffer = gpu.buffer(8 * count, 'RoPE tables of the decode plan');
-  gpu.upload(
-    buffer,
-    Float32Array.from({ length: 2 * count }, (_, i) => (i % 2 === 0 ? cos : sin)[i >> 1]),
-  );
-  return buffer;
-}
-
 /** Gains and tables of every block. */
 function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
   const buffers: GPUBuffer[] = [];
@@ -130,28 +114,33 @@ function prepareBlocks(gpu: GpuDevice, spec: DecodeSpec): Prepared {
       return { weights, krot: 0, gain: upload(gain), row };
     }
     const transforms = products.map(({ transform }) => (transform as GpuTransform | undefined)?.source);
-    const gain = new Float32Array(products.length * channels);
-    for (const [i, transform] of transforms.entries())
-      for (let c = 0; c < channels; c++)
-        gain[i * channels + c] = (normWeight?.[c] ?? 1) * (transform?.channelScales[c] ?? 1);
     const [transform] = transforms;
-    if (!transform || transform.krot === 0) return { weights, krot: 0, gain: upload(gain) };
-    const tables = transforms.flatMap((t) => (t ? [rotationTable(t)] : []));
-    return { weights, krot: transform.krot, gain: upload(gain), table: upload(concat(tables)) };
+    if (!transform || transform.krot === 0) {
+      const gain = new Float32Array(products.length * channels);
+      for (const [i, own] of transforms.entries())
+        for (let c = 0; c < channels; c++)
+          gain[i * channels + c] = (normWeight?.[c] ?? 1) * (own?.channelScales[c] ?? 1);
+      return { weights, krot: 0, gain: upload(gain) };
+    }
+    const tables = transforms.flatMap((t) => (t ? [rotationTable(t, normWeight)] : []));
+    return { weights, krot: transform.krot, table: upload(concat(tables)) };
   };
   const make = async (): Promise<Omit<PlanBlock, 'keys' | 'values'>[]> => {
     const blocks: Omit<PlanBlock, 'keys' | 'values'>[] = [];
-    for (const block of spec.blocks)
+    for (const block of spec.blocks) {
+      const { qNorm, kNorm } = block;
+      const norms = qNorm && kNorm && (await Promise.all([qNorm, kNorm].map((norm) => downloadTensor(gpu, norm))));
+      const headNorms = norms && upload(Float32Array.from(norms.flatMap((norm) => [...norm])));
       blocks.push({
         qkv: await group(block.qkv, block.inputNorm),
         o: await group(block.o),
         gateUp: await group(block.gateUp, block.postAttentionNorm),
         down: await group(block.down),
-        ...(block.qNorm && { qNorm: own(block.qNorm).buffer }),
-        ...(block.kNorm && { kNorm: own(block.kNorm).buffer }),
+        ...(headNorms && { headNorms }),
         window: block.window ?? 0,
         turn: block.headTransform !== undefined,
       });
+    }
     return blocks;
   };
   const blocks = make();
@@ -245,6 +234,7 @@ function takes(gpu: GpuDevice, spec: DecodeSpec, caches: readonly KvCacheHandle[
     PLAN_HEADS.includes(spec.headDim) &&
     spec.hidden % 32 === 0 &&
     spec.rope instanceof GpuRope &&
+    caches.every((cache) => cache.capacity <= (spec.rope as GpuRope).positions) &&
     caches.every((cache) => cache instanceof GpuKvCache && cache.batch <= most) &&
     spec.blocks.every(({ headTransform }) => headTransform === undefined || takesHeads(headTransform, spec.headDim)) &&
     table.kind !== 'int' &&

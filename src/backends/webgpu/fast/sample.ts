@@ -1,5 +1,6 @@
 // The step around the blocks of a decode plan: embedding of the last token, and choosing the next one, on the GPU, so that the
-// host never has to read a token before it can submit the next step.
+// host never has to read a token before it can submit the next step. Bytes: a row of the table; 4 per logit for
+// the largest one; with a temperature the logits twice more, with top-k or top-p up to 32 times, from cache.
 import { defineKernel, read, write, type Kernel } from '../kernel.js';
 
 /** Element type of the embedding table. */
@@ -31,7 +32,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
 /** Chosen where a row of logits holds no finite maximum: for the host to refuse. */
 export const NO_TOKEN = 0xffffffff;
 
-/** Logits a workgroup of {@link sampleCandidatesKernel} looks at. */
+/** Logits a workgroup of {@link sampleSpansKernel} looks at. */
 export const SAMPLE_SPAN = 2048;
 const THREADS = 256;
 

@@ -3,7 +3,7 @@
 //
 // Sums over rows (∂ of norm weights) are kept per workgroup, in its own stretch of `parts` [workgroups, n], and added up by
 // `sumColumnsKernel`: nothing is exchanged, and results do not depend on the order workgroups run in.
-import { defineKernel, read, variants, write } from '../kernel.js';
+import { defineKernel, read, variants, write, type BufferSpec } from '../kernel.js';
 
 /** Workgroups whose partial sums {@link sumColumnsKernel} adds up. */
 export const PARTS = 256;
@@ -87,116 +87,93 @@ fn main(
 /** Options of {@link splitHeadsGradientKernel}. */
 export interface SplitHeadsGradientVariant {
   readonly headDim: number;
+  /** 0 for heads that don't turn: v's. */
   readonly rotaryDim: number;
-  readonly qNorm: boolean;
-  readonly kNorm: boolean;
+  readonly norm: boolean;
 }
 
 /**
- * Of splitHeads: ∂q, ∂k turned back by the angles of their positions, through the norms, into ∂qkv beside ∂v. `items` =
- * rows · (heads + 2·kvHeads), of which each workgroup of 64 threads takes every `workgroups`-th. `parts` [2, workgroups,
- * headDim]: sums for the weights of q's norm and of k's.
+ * Of splitHeads, for heads of one kind (q, k or v; all three at once would bind more buffers than GPUs must allow): their gradients dy
+ * [rows, heads·headDim] turned back by the angles of their positions and through the norm, into ∂qkv [rows, width·headDim] from head `first`
+ * on. `items` = rows · heads, of which each workgroup of 64 threads takes every `workgroups`-th. `parts` [workgroups, headDim]: sums
+ * for the norm's weight. Bytes: both gradients once, with a norm qkv twice (the second time from cache).
  */
-export const splitHeadsGradientKernel = variants(({ headDim, rotaryDim, qNorm, kNorm }: SplitHeadsGradientVariant) => {
+export const splitHeadsGradientKernel = variants(({ headDim, rotaryDim, norm }: SplitHeadsGradientVariant) => {
   const slots = Array.from({ length: Math.ceil(headDim / 64) }, (_, i) => i);
+  const inside = (s: number, body: string): string =>
+    (s + 1) * 64 <= headDim ? `    {\n      ${body}\n    }` : `    if (lid + ${s * 64}u < D) {\n      ${body}\n    }`;
   return defineKernel({
-    name: `splitHeadsGradient.${headDim}`,
+    name: `splitHeadsGradient.${headDim}${rotaryDim > 0 ? '' : '.still'}${norm ? '.norm' : ''}`,
     buffers: {
-      qkv: read('f32'),
-      cosines: read('f32'),
-      sines: read('f32'),
-      qWeight: read('f32'),
-      kWeight: read('f32'),
-      dq: read('f32'),
-      dk: read('f32'),
-      dv: read('f32'),
+      ...(norm ? { qkv: read('f32'), weight: read('f32'), parts: write('f32') } : {}),
+      ...(rotaryDim > 0 ? { turns: read('vec2<f32>') } : {}),
+      dy: read('f32'),
       out: write('f32'),
-      parts: write('f32'),
-    },
-    params: { items: 'u32', heads: 'u32', kvHeads: 'u32', tokens: 'u32', start: 'u32', eps: 'f32' },
+    } as Record<'qkv' | 'turns' | 'weight' | 'dy' | 'out' | 'parts', BufferSpec>,
+    params: { items: 'u32', heads: 'u32', first: 'u32', width: 'u32', tokens: 'u32', start: 'u32', eps: 'f32' },
     body: /* wgsl */ `
 const D = ${headDim}u;
 const HALF = ${rotaryDim / 2}u;
 var<workgroup> values: array<f32, D>;
-${sumOf(64)}
+${norm ? sumOf(64) : ''}
 @compute @workgroup_size(64)
 fn main(
   @builtin(local_invocation_index) lid: u32,
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  let perRow = params.heads + 2u * params.kvHeads;
-${slots.map((s) => `  var q${s} = 0.0;\n  var k${s} = 0.0;`).join('\n')}
+${slots.map((s) => `  var sum${s} = 0.0;`).join('\n')}
   for (var item = group.x; item < params.items; item += groups.x) {
-    let row = item / perRow;
-    let head = item % perRow;
-    let isQ = head < params.heads;
-    let isV = head >= params.heads + params.kvHeads;
+    let row = item / params.heads;
+    let at = (row * params.width + params.first + item % params.heads) * D;
     workgroupBarrier();
-    for (var i = lid; i < D; i += 64u) {
-      if (isQ) { values[i] = dq[(row * params.heads + head) * D + i]; }
-      else if (isV) { values[i] = dv[(row * params.kvHeads + head - params.heads - params.kvHeads) * D + i]; }
-      else { values[i] = dk[(row * params.kvHeads + head - params.heads) * D + i]; }
-    }
+    for (var i = lid; i < D; i += 64u) { values[i] = dy[item * D + i]; }
     workgroupBarrier();
-    let angles = (params.start + row % params.tokens) * HALF;
-    // Each thread turns whole pairs: nobody else reads them in between.
-    if (!isV) {
-      for (var i = lid; i < HALF; i += 64u) {
-        let c = cosines[angles + i];
-        let s = sines[angles + i];
-        let a = values[i];
-        let b = values[i + HALF];
-        values[i] = a * c + b * s;
-        values[i + HALF] = b * c - a * s;
-      }
-    }
-    workgroupBarrier();
-    var factor = 1.0;
-    var share = 0.0;
-    let normed = (isQ && ${qNorm}) || (!isQ && !isV && ${kNorm});
 ${
-  qNorm || kNorm
-    ? `    if (normed) {
-      var sums = vec2<f32>();
-      for (var i = lid; i < D; i += 64u) {
-        let x = qkv[item * D + i];
-        var w = qWeight[i];
-        if (!isQ) { w = kWeight[i]; }
-        sums += vec2(x, w * values[i]) * x;
-      }
-      sums = sumOf(lid, sums);
-      let mean = sums.x / f32(D) + params.eps;
-      factor = inverseSqrt(mean);
-      share = sums.y / (f32(D) * mean);
-    }`
+  rotaryDim > 0
+    ? `    let angles = (params.start + row % params.tokens) * HALF;
+    // Each thread turns whole pairs: nobody else reads them in between.
+    for (var i = lid; i < HALF; i += 64u) {
+      let turn = turns[angles + i];
+      let a = values[i];
+      let b = values[i + HALF];
+      values[i] = a * turn.x + b * turn.y;
+      values[i + HALF] = b * turn.x - a * turn.y;
+    }
+    workgroupBarrier();`
+    : ''
+}
+${
+  norm
+    ? `    var sums = vec2<f32>();
+    for (var i = lid; i < D; i += 64u) {
+      let x = qkv[at + i];
+      sums += vec2(x, weight[i] * values[i]) * x;
+    }
+    sums = sumOf(lid, sums);
+    let mean = sums.x / f32(D) + params.eps;
+    let factor = inverseSqrt(mean);
+    let share = sums.y / (f32(D) * mean);`
     : ''
 }
 ${slots
-  .map((s) => {
-    const body = `let i = lid + ${s * 64}u;
+  .map((s) =>
+    inside(
+      s,
+      `let i = lid + ${s * 64}u;
       let g = values[i];
-      var y = g;
-      if (normed) {
-        let x = qkv[item * D + i];
-        if (isQ) { y = (qWeight[i] * g - x * share) * factor; q${s} += g * x * factor; }
-        else { y = (kWeight[i] * g - x * share) * factor; k${s} += g * x * factor; }
-      }
-      out[item * D + i] = y;`;
-    return (s + 1) * 64 <= headDim
-      ? `    {\n      ${body}\n    }`
-      : `    if (lid + ${s * 64}u < D) {\n      ${body}\n    }`;
-  })
-  .join('\n')}
-  }
-${slots
-  .map(
-    (s) => `  if (lid + ${s * 64}u < D) {
-    parts[group.x * D + lid + ${s * 64}u] = q${s};
-    parts[(groups.x + group.x) * D + lid + ${s * 64}u] = k${s};
-  }`,
+${
+  norm
+    ? `      let x = qkv[at + i];
+      out[at + i] = (weight[i] * g - x * share) * factor;
+      sum${s} += g * x * factor;`
+    : '      out[at + i] = g;'
+}`,
+    ),
   )
   .join('\n')}
+  }
+${norm ? slots.map((s) => inside(s, `parts[group.x * D + lid + ${s * 64}u] = sum${s};`)).join('\n') : ''}
 }`,
   });
 });

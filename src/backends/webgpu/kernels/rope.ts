@@ -1,5 +1,5 @@
 // Splits merged projections into heads, with their norms and RoPE. One workgroup of 64 threads per row and head: the head
-// is read once into workgroup memory and written once.
+// is read once into workgroup memory and written once. Bytes: 4 in and 4 or 2 out per channel.
 import { halfFeatures, narrowWgsl, type Arithmetic } from '../fast/half.js';
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { LINEAR_GROUP } from '../tensor.js';
@@ -24,8 +24,7 @@ export const splitHeadsKernel = variants(({ headDim, rotaryDim, qNorm, kNorm, ha
     features: half ? halfFeatures(half) : [],
     buffers: {
       qkv: read('f32'),
-      cosines: read('f32'),
-      sines: read('f32'),
+      turns: read('vec2<f32>'),
       qWeight: read('f32'),
       kWeight: read('f32'),
       starts: read('u32'),
@@ -48,7 +47,8 @@ fn turned(i: u32, angles: u32, isV: bool) -> f32 {
   let first = i < HALF;
   let angle = angles + select(i - HALF, i, first);
   let partner = values[select(i - HALF, i + HALF, first)];
-  return fma(value, cosines[angle], select(partner, -partner, first) * sines[angle]);
+  let turn = turns[angle];
+  return fma(value, turn.x, select(partner, -partner, first) * turn.y);
 }
 @compute @workgroup_size(64)
 fn main(
