@@ -7,6 +7,7 @@ import { writeCalibrationText } from '../calibration-text.node.js';
 import { GyreError } from '../core/errors.js';
 import { writeFileAtomic } from '../formats/atomic.node.js';
 import { groupModules, type ModelSource } from '../models/load.js';
+import { findBrowser, writePictures, type Drawing } from '../pictures.node.js';
 import { profileActivations, type ActivationProfile } from '../quant/activation-profile.js';
 import { sortedChannelsFigure, surfaceFigure } from '../report/activation-figures.js';
 import { loadTokenizer } from '../tokenizer/index.js';
@@ -16,13 +17,18 @@ import type { CommandContext } from './context.js';
 /** Text the model writes to be measured on. */
 const SHAPE = { sequences: 8, length: 256 };
 
-/** Measures and draws the inputs of the linears that `matches`. Returns the profiles without their surfaces. */
+/**
+ * Measures and draws the inputs of the linears that `matches`, as SVG and with `png` as PNG too. Returns the profiles without
+ * their surfaces. @throws GyreError `not-found` for `png` without a browser.
+ */
 export async function writeActivationReport(
   context: CommandContext,
   source: ModelSource,
   folder: string,
   matches: (module: string) => boolean,
+  png: boolean,
 ): Promise<Omit<ActivationProfile, 'surface' | 'peaks'>[]> {
+  const browser = png ? await findBrowser() : undefined;
   const tokenizer = await loadTokenizer(source.files);
   const threads = availableParallelism();
   const onProgress = context.progress.listener;
@@ -41,12 +47,15 @@ export async function writeActivationReport(
     if (profiles.length === 0) throw new GyreError('usage', '--layers: no linear matches', { remedy: 'try down_proj' });
     await mkdir(folder, { recursive: true });
     const places = new Map(profiles.map((p) => [`block-${p.layer}-${p.group}`, p]));
+    const figures: { name: string; svg: string }[] = [];
     for (const [name, { layer, group }] of places) {
       const own = profiles.filter((p) => p.layer === layer && p.group === group);
       const title = `Inputs of ${group} in block ${layer}`;
-      await writeFileAtomic(path.join(folder, `${name}-surface.svg`), surfaceFigure(title, own));
-      await writeFileAtomic(path.join(folder, `${name}-channels.svg`), sortedChannelsFigure(title, own));
+      figures.push({ name: `${name}-surface`, svg: surfaceFigure(title, own) });
+      figures.push({ name: `${name}-channels`, svg: sortedChannelsFigure(title, own) });
     }
+    for (const { name, svg } of figures) await writeFileAtomic(path.join(folder, `${name}.svg`), svg);
+    if (browser) await writePictures(browser, figures.map(sized), folder);
     const record = { model: source.name, calibration: calibration.description, version: VERSION, profiles };
     await writeFileAtomic(path.join(folder, 'activations.json'), `${JSON.stringify(record)}\n`);
     context.progress.clear();
@@ -62,4 +71,10 @@ export async function writeActivationReport(
   } finally {
     await backend.dispose();
   }
+}
+
+/** With the size that the drawing gives itself. */
+function sized({ name, svg }: { name: string; svg: string }): Drawing {
+  const [, width, height] = /width="(\d+)" height="(\d+)"/.exec(svg) ?? [];
+  return { name, svg, width: Number(width), height: Number(height) };
 }

@@ -21,6 +21,7 @@ const schema = z.object({
   layers: z.string().optional(),
   statistics: z.boolean(),
   activations: z.string().min(1).optional(),
+  png: z.boolean().default(false),
 });
 
 /** The command. */
@@ -36,7 +37,8 @@ export function inspectCommand(context: CommandContext): Command {
     .option(
       '--activations <dir>',
       "run the model as it is, smoothed, rotated and smooth-rotated, and write figures (SVG) and numbers (JSON) of the linears' inputs",
-    );
+    )
+    .option('--png', 'the figures as PNG too; needs Chromium or Chrome (CHROMIUM_PATH)');
   for (const option of [...modelOptions(), jsonOption()]) command.addOption(option);
   return command
     .addHelpText(
@@ -45,7 +47,7 @@ export function inspectCommand(context: CommandContext): Command {
 Examples:
   $ gyre inspect models/gyre-14m
   $ gyre inspect Qwen/Qwen3-0.6B --layers 0,27
-  $ gyre inspect models/gyre-14m --layers 7 --activations figures
+  $ gyre inspect models/gyre-14m --layers 7 --activations figures --png
   $ gyre inspect out/demo/paroquant --layers down_proj --json
 
 max/median compares the input channels' largest weights: near 1 no channel stands out. Kurtosis is 3 for a normal
@@ -53,6 +55,8 @@ distribution. Quantized linears are measured as stored: with ParoQuant, in the r
     )
     .action(async (model: string, raw: unknown) => {
       const options = parseOptions(schema, raw);
+      if (options.png && options.activations === undefined)
+        throw new GyreError('usage', '--png draws the figures of --activations', { remedy: 'add --activations <dir>' });
       await withModel(context, model, options, async (source) => {
         const matches = layerFilter(options.layers, source.config.layers);
         const summary = summarizeModel(source);
@@ -84,7 +88,7 @@ distribution. Quantized linears are measured as stored: with ParoQuant, in the r
         const activations =
           options.activations === undefined
             ? undefined
-            : await writeActivationReport(context, source, options.activations, matches);
+            : await writeActivationReport(context, source, options.activations, matches, options.png);
         if (activations)
           context.print(`\n${activationTable(activations)}\n\nFigures and numbers: ${options.activations}`);
         context.result({
