@@ -11,7 +11,7 @@ import type {
   SplitHeadsGradientOptions,
 } from '../../ops/gradients.js';
 import { attentionGradient } from './attention-products.js';
-import { GpuRope } from './attention.js';
+import { GpuRope } from './kv-cache.js';
 import type { GpuDevice } from './device.js';
 import {
   PARTS,

@@ -18,7 +18,8 @@ import type {
   TransformHandle,
 } from '../../ops/backend.js';
 import { quantizeRows } from './activation-grid.js';
-import { attention, copySequences, GpuKvCache, GpuRope, splitHeads } from './attention.js';
+import { attention, splitHeads } from './attention.js';
+import { copySequences, GpuKvCache, GpuRope } from './kv-cache.js';
 import type { GpuDevice } from './device.js';
 import { GpuHadamard, hadamardHalf } from './hadamard.js';
 import { placeColumnsKernel } from './kernels/columns.js';

@@ -1,7 +1,7 @@
 // Attention of the decode plan over caches of integers, heads turned after RoPE, against the float64 oracle op by op, and what it
 // writes into the cache against what the op writes.
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { GpuKvCache } from '../../../src/backends/webgpu/attention.js';
+import { GpuKvCache } from '../../../src/backends/webgpu/kv-cache.js';
 import { attentionGroups, decodeAttentionKernel } from '../../../src/backends/webgpu/fast/attention.js';
 import type { WebGpuBackend } from '../../../src/backends/webgpu/index.js';
 import { unpackGridKernel } from '../../../src/backends/webgpu/kernels/activation-grid.js';

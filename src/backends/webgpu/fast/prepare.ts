@@ -2,7 +2,7 @@
 // weights, which stay where they are.
 import type { KvCacheHandle, Tensor, TransformHandle } from '../../../ops/backend.js';
 import type { DecodeProduct, DecodeProgram, DecodeSpec } from '../../../ops/decode.js';
-import { GpuKvCache, GpuRope } from '../attention.js';
+import { GpuKvCache, GpuRope } from '../kv-cache.js';
 import type { GpuDevice } from '../device.js';
 import { GpuHadamard } from '../hadamard.js';
 import { ownLinear, type GpuLinear } from '../linear.js';
