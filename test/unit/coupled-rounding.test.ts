@@ -7,6 +7,9 @@ import type { Backend, RoundedWeight } from '../../src/ops/backend.js';
 import { createReferenceBackend } from '../../src/ops/reference/backend.js';
 import { roundCompensated } from '../../src/quant/recipes/compensated.js';
 import { roundCoupled } from '../../src/quant/recipes/coupled.js';
+import { paroquant } from '../../src/quant/recipes/paroquant.js';
+import { noFold } from '../../src/quant/folding.js';
+import type { GroupTask } from '../../src/quant/types.js';
 
 const CHANNELS = 64;
 const OUTPUTS = 48;
@@ -81,5 +84,55 @@ describe('roundCoupled', () => {
     const nothing = hostTensor('f32', [OUTPUTS, OUTPUTS], new Float32Array(OUTPUTS ** 2));
     const coupled = await roundCoupled(backend, weight, gram, nothing, GRID);
     expect(coupled.codes).toEqual((await roundCompensated(backend, weight, gram, GRID)).codes);
+  });
+
+  it('couples the outputs of each projection where each has a transform of its own', async () => {
+    const backend = await openBackend('cpu');
+    const { w, g, gram } = await problem(backend);
+    // Outputs by rows, as checkpoints have them: the first 16 and the other 32.
+    const rows = Float32Array.from(w, (_, at) => w[(at % CHANNELS) * OUTPUTS + Math.floor(at / CHANNELS)]);
+    const sizes = [16, 32];
+    const weights = [rows.slice(0, 16 * CHANNELS), rows.slice(16 * CHANNELS)];
+    const part = (begin: number, size: number) =>
+      hostTensor(
+        'f32',
+        [size, size],
+        Float32Array.from(
+          { length: size * size },
+          (_, at) => g[(begin + Math.floor(at / size)) * OUTPUTS + begin + (at % size)],
+        ),
+      );
+    const task = (names: string[], which: number[], outputs: GroupTask['outputs']): GroupTask => ({
+      layer: 0,
+      group: 'gateUp',
+      names,
+      weights: which.map((i) => weights[i]),
+      inFeatures: CHANNELS,
+      outFeatures: which.map((i) => sizes[i]),
+      grid: GRID,
+      gram,
+      outputs,
+      fold: noFold(CHANNELS),
+      settings: {
+        method: 'paroquant',
+        rounding: undefined,
+        bits: 3,
+        groupSize: 32,
+        krot: 2,
+        scales: true,
+        share: false,
+        steps: 4,
+        seed: 0,
+      },
+    });
+    const both = await paroquant.quantizeGroup(
+      backend,
+      task(['a', 'b'], [0, 1], hostTensor('f32', [OUTPUTS, OUTPUTS], g)),
+    );
+    const second = await paroquant.quantizeGroup(backend, task(['b'], [1], part(16, 32)));
+    const uncoupled = await paroquant.quantizeGroup(backend, task(['b'], [1], undefined));
+    expect(both.parts[1].weight.codes).toEqual(second.parts[0].weight.codes);
+    expect(both.parts[1].weight.codes).not.toEqual(uncoupled.parts[0].weight.codes);
+    await backend.dispose();
   });
 });

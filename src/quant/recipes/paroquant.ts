@@ -1,11 +1,12 @@
 // ParoQuant with the full-batch layer objective (design §4.3): learned pairwise rotations and channel scales, one
 // transform per linear group, least-squares target against the reference path, GPTQ in the transformed space.
 import { createRng } from '../../core/rng.js';
+import { floats, hostTensor, type HostTensor } from '../../core/tensor.js';
 import type { Backend, PairwiseTransform, RoundedWeight, Tensor } from '../../ops/backend.js';
 import { xorPairs } from '../../transforms/index.js';
 import { learnTransform } from '../objectives/layer.js';
 import { quadraticError, quadraticForm, requireGram } from '../objectives/error.js';
-import type { GroupResult, GroupTask, QuantizedPart, Recipe } from '../types.js';
+import type { GroupRecipe, GroupResult, GroupTask, QuantizedPart } from '../types.js';
 import { channelMajor, splitRounded } from '../weights.js';
 import { roundCompensated } from './compensated.js';
 import { roundCoupled } from './coupled.js';
@@ -17,7 +18,7 @@ const LEARNING_RATE = 0.3;
 /** Damping µ of the least-squares target W* = (P + µW)(H + µI)⁻¹, share of the mean diagonal of H. */
 const TARGET_DAMP = 0.01;
 
-export const paroquant: Recipe = {
+export const paroquant: GroupRecipe = {
   name: 'paroquant',
   summary: 'learned pairwise rotations and channel scales, error-compensated rounding (ParoQuant)',
   needs: 'cross-gram',
@@ -28,14 +29,17 @@ export const paroquant: Recipe = {
     const parts: QuantizedPart[] = [];
     const stats: Record<string, number> = {};
     let curve: readonly number[] | undefined;
+    let begin = 0;
     for (const [i, name] of task.names.entries()) {
+      const end = begin + task.outFeatures[i];
       const alone = {
         ...task,
         names: [name],
         weights: [task.weights[i]],
         outFeatures: [task.outFeatures[i]],
-        outputs: undefined,
+        outputs: task.outputs && diagonalBlock(task.outputs, begin, end),
       };
+      begin = end;
       const result = await quantizeTogether(backend, alone);
       parts.push(...result.parts);
       curve ??= result.curve;
@@ -44,6 +48,19 @@ export const paroquant: Recipe = {
     return { parts, stats, curve };
   },
 };
+
+/** Rows and columns `begin` to `end` of a square matrix. */
+function diagonalBlock(matrix: HostTensor, begin: number, end: number): HostTensor {
+  const [columns] = matrix.shape;
+  const values = floats(matrix);
+  const size = end - begin;
+  const block = new Float32Array(size * size);
+  for (let row = 0; row < size; row++) {
+    const from = (begin + row) * columns;
+    block.set(values.subarray(from + begin, from + end), row * size);
+  }
+  return hostTensor('f32', [size, size], block);
+}
 
 async function quantizeTogether(backend: Backend, task: GroupTask): Promise<GroupResult> {
   const { inFeatures, grid } = task;
