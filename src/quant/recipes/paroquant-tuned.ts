@@ -19,7 +19,7 @@ import {
   type BlockResult,
   type BlockSettings,
   type BlockTask,
-  type GroupRecipe,
+  type 
   type QuantizedPart,
 } from '../types.js';
 import { channelMajor } from '../weights.js';
@@ -117,7 +117,7 @@ class BlockTuner {
         const statistics = new InputStatistics(backend);
         await this.#eachInput(group, loaded, (x) => statistics.add(x, {}));
         const { gram, cross } = await statistics.finish(`${group} of block ${layer}`);
-        const layerRecipe = paroquant as GroupRecipe;
+        const layerRecipe = paroquant;
         const result = await layerRecipe.quantizeGroup(backend, {
           layer,
           group,
