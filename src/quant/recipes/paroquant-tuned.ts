@@ -19,7 +19,6 @@ import {
   type BlockResult,
   type BlockSettings,
   type BlockTask,
-  type 
   type QuantizedPart,
 } from '../types.js';
 import { channelMajor } from '../weights.js';
