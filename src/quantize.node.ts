@@ -11,6 +11,7 @@ import { writeCalibrationText } from './calibration-text.node.js';
 import { checkTensors, openModel } from './models/load.js';
 import { requireGradients } from './ops/gradients.js';
 import { calibrationSequences, sampleWindows } from './quant/calibration/tokens.js';
+import { sensitivityBytes } from './quant/kept-sensitivity.js';
 import { groupRecord, quantizeModel } from './quant/pipeline.js';
 import { planQuantization } from './quant/plan.js';
 import { prepareModel, type PreparedModel } from './quant/prepare.js';
@@ -115,7 +116,8 @@ export async function quantizeCheckpoint(options: QuantizeOptions): Promise<Quan
       ...parts,
     });
     if (state === 'finished' || options.dryRun) return report({ skipped: true });
-    await checkDisk(options.out, plan);
+    const temporary = settings.sensitivity ? sensitivityBytes(source.config, shape.sequences * shape.length) : 0;
+    await checkDisk(options.out, plan, temporary);
 
     const threads = options.threads ?? availableParallelism();
     const backend = options.backend ?? (await openBackend(device, { threads }));

@@ -11,7 +11,7 @@ import { LinearGroup, type LinearPart } from '../models/linear-group.js';
 import { groupModules, groupShape, readLinear } from '../models/load.js';
 import { NO_ONLINE, type Online } from '../models/online.js';
 import type { Backend, RopeHandle, Tensor, TransformHandle } from '../ops/backend.js';
-import type { GroupSensitivity } from './objectives/sensitivity.js';
+import type { BlockSensitivity } from './objectives/sensitivity.js';
 import { InputSample } from './calibration/sample.js';
 import { foldIntoNorm, foldIntoRows, noFold, normFold, rowFold } from './folding.js';
 import { copyEntry, type Chunk, type GroupReport, type PipelineReport, type QuantizeRun } from './run.js';
@@ -36,7 +36,7 @@ export class BlockQuantizer {
   readonly #chunks: Chunk[];
   readonly #rope: RopeHandle | undefined;
   readonly #hooks: BlockHooks;
-  readonly #sensitivity: Readonly<Record<GroupName, GroupSensitivity>> | undefined;
+  readonly #sensitivity: BlockSensitivity | undefined;
   /** Tensors of the shard, by module or tensor name; folding replaces earlier ones. */
   readonly #parts = new Map<string, QuantizedPart>();
   readonly #biases = new Map<string, Float32Array>();
@@ -48,7 +48,7 @@ export class BlockQuantizer {
     chunks: Chunk[],
     rope: RopeHandle | undefined,
     hooks: BlockHooks,
-    sensitivity?: Readonly<Record<GroupName, GroupSensitivity>>,
+    sensitivity?: BlockSensitivity,
   ) {
     this.#sensitivity = sensitivity;
     this.#run = run;

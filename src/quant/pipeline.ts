@@ -22,7 +22,8 @@ import {
   type QuantizeRun,
 } from './run.js';
 import { createRng } from '../core/rng.js';
-import { measureSensitivity, type Sensitivity } from './objectives/sensitivity.js';
+import { keepSensitivity, keptSensitivity } from './kept-sensitivity.js';
+import { measureSensitivity } from './objectives/sensitivity.js';
 import { RunMonitor } from './monitor.js';
 import { blockShard, REST_SHARD } from './sink.js';
 import { isBlockRecipe } from './types.js';
@@ -40,7 +41,6 @@ class Pipeline {
   readonly #run: QuantizeRun;
   readonly #monitor: RunMonitor;
   readonly #groups: GroupReport[] = [];
-  #sensitivity: Sensitivity | undefined;
 
   constructor(run: QuantizeRun) {
     this.#run = run;
@@ -57,7 +57,8 @@ class Pipeline {
     }
     const chunks = calibration && first < layers ? await this.#embed(calibration) : [];
     const rope = calibration && (await this.#rope(calibration.length));
-    if (calibration && first < layers && this.#run.settings.sensitivity) await this.#measureSensitivity(calibration);
+    if (calibration && first < layers && this.#run.settings.sensitivity)
+      await this.#measureSensitivity(calibration, first);
     for (let layer = 0; layer < layers; layer++) {
       this.#monitor.checkAborted();
       if (layer < first) {
@@ -84,18 +85,33 @@ class Pipeline {
     if (records.success) this.#groups.push(...records.data.map((record) => ({ ...record, seconds: 0 })));
   }
 
-  async #measureSensitivity({ ids, sequences }: CalibrationTokens): Promise<void> {
-    const { backend, source, settings } = this.#run;
-    this.#sensitivity = await this.#monitor.timed('statistics', () =>
+  /** Measures what the predictions feel of errors in block `first` and those behind, unless an earlier run kept it all. */
+  async #measureSensitivity({ ids, sequences }: CalibrationTokens, first: number): Promise<void> {
+    const { backend, source, settings, sink } = this.#run;
+    const { config } = source;
+    let kept = config.layers;
+    // The last block's is kept first.
+    while (kept > first && (await this.#hasSensitivity(kept - 1))) kept--;
+    if (kept === first) return;
+    await this.#monitor.timed('statistics', () =>
       measureSensitivity(backend, source, ids, {
         sequences,
         rng: createRng(settings.seed).fork('sensitivity'),
         onBlock: (done, total) => {
           this.#monitor.checkAborted();
-          this.#monitor.tell(0, `sensitivity ${done + 1}/${total}`);
+          this.#monitor.tell(first, `sensitivity ${done + 1}/${total}`);
+        },
+        onMeasured: async (layer, sensitivity) => {
+          if (layer >= first) await keepSensitivity(sink, layer, sensitivity, config);
         },
       }),
     );
+  }
+
+  async #hasSensitivity(layer: number): Promise<boolean> {
+    const file = await this.#run.sink.keptStage(blockShard(layer));
+    await file?.close();
+    return file !== undefined;
   }
 
   async #embed(calibration: CalibrationTokens): Promise<Chunk[]> {
@@ -168,7 +184,8 @@ class Pipeline {
         if (!inputs.includes(tensor)) backend.free(tensor);
       },
     };
-    const block = new BlockQuantizer(this.#run, frame, chunks, rope, hooks, this.#sensitivity?.[layer]);
+    const sensitivity = this.#run.settings.sensitivity ? await keptSensitivity(sink, layer) : undefined;
+    const block = new BlockQuantizer(this.#run, frame, chunks, rope, hooks, sensitivity);
     const entries = await block.run();
     await this.#checkFinite(`the output of block ${layer}`, chunks);
     await this.#monitor.timed('write', async () => {

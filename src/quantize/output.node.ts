@@ -90,9 +90,10 @@ export async function fingerprintOf(
   return hash.digest('hex');
 }
 
-export async function checkDisk(out: string, plan: QuantizePlan): Promise<void> {
+/** @throws `disk-full` unless there is room for the result and `temporary` bytes of what is kept until it is whole. */
+export async function checkDisk(out: string, plan: QuantizePlan, temporary: number): Promise<void> {
   const free = await freeBytes(out);
-  const needed = Math.max(0, plan.outputBytes * 1.05 - (await bytesIn(partialFolder(out))));
+  const needed = Math.max(0, plan.outputBytes * 1.05 + temporary - (await bytesIn(partialFolder(out))));
   ensure(
     free >= needed,
     'disk-full',

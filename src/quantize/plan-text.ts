@@ -1,6 +1,7 @@
 // The plan in words.
 import type { ModelSource } from '../models/load.js';
 import type { CalibrationText } from '../quant/calibration/tokens.js';
+import { sensitivityBytes } from '../quant/kept-sensitivity.js';
 import type { QuantizePlan } from '../quant/plan.js';
 import type { QuantizeSettings, Recipe } from '../quant/types.js';
 import { needsCalibration, lowPrecision } from './settings.js';
@@ -28,6 +29,11 @@ export function describePlan(
     `weights      ${settings.bits} bits, ${grid} (${plan.bitsPerWeight.toFixed(2)} bits per weight), ${plan.layout} layout`,
     ...lowPrecision(settings),
     `calibration  ${calibration}`,
+    ...(settings.sensitivity
+      ? [
+          `sensitivity  measured first, forth and back through the model; ${megabytes(sensitivityBytes(config, shape.sequences * shape.length))} on disk until the end`,
+        ]
+      : []),
     `cost         about ${(plan.floatingPointOperations / 1e12).toFixed(2)} TFLOP, ${megabytes(plan.memoryBytes)} of memory, ${megabytes(plan.outputBytes)} on disk`,
     ...plan.notes.map((note) => `note         ${note}`),
   ];

@@ -8,6 +8,11 @@ import { RunFolder } from '../../src/formats/run-folder.node.js';
 import { folderFiles } from '../../src/formats/source.node.js';
 import { loadDecoder, openModel, type ModelSource } from '../../src/models/load.js';
 import type { Backend } from '../../src/ops/backend.js';
+import {
+  measureSensitivity,
+  type BlockSensitivity,
+  type SensitivityOptions,
+} from '../../src/quant/objectives/sensitivity.js';
 import { prepareModel } from '../../src/quant/prepare.js';
 import { quantizeModel } from '../../src/quant/pipeline.js';
 import { planQuantization } from '../../src/quant/plan.js';
@@ -115,4 +120,21 @@ export function relativeError(a: Float32Array, b: Float32Array): number {
     norm += b[i] ** 2;
   }
   return Math.sqrt(difference / norm);
+}
+
+/** What {@link measureSensitivity} measured, by block. */
+export async function sensitivityOf(
+  backend: Backend,
+  source: ModelSource,
+  ids: Int32Array,
+  options: Omit<SensitivityOptions, 'onMeasured'>,
+): Promise<BlockSensitivity[]> {
+  const found: BlockSensitivity[] = [];
+  await measureSensitivity(backend, source, ids, {
+    ...options,
+    onMeasured: (layer, sensitivity) => {
+      found[layer] = sensitivity;
+    },
+  });
+  return found;
 }

@@ -8,8 +8,7 @@ import { GROUP_NAMES } from '../../src/models/block.js';
 import { openModel } from '../../src/models/load.js';
 import { createReferenceBackend } from '../../src/ops/reference/backend.js';
 import { openBackend } from '../../src/backends/registry.js';
-import { measureSensitivity } from '../../src/quant/objectives/sensitivity.js';
-import { FIXTURES, randomTokens } from '../support/pipeline.js';
+import { FIXTURES, randomTokens, sensitivityOf } from '../support/pipeline.js';
 
 describe('measureSensitivity', () => {
   it.each(['qwen3', 'qwen2'])('agrees between backends and with itself in other passes: %s', async (fixture) => {
@@ -18,7 +17,7 @@ describe('measureSensitivity', () => {
     const ids = randomTokens(source, 3, 12);
     const backend = await openBackend('cpu');
     const measure = (on: typeof backend, rows: number) =>
-      measureSensitivity(on, source, ids, { sequences: 3, rows, rng: createRng(4) });
+      sensitivityOf(on, source, ids, { sequences: 3, rows, rng: createRng(4) });
     const [exact, whole, split] = [
       await measure(createReferenceBackend(), 36),
       await measure(backend, 36),
@@ -46,6 +45,33 @@ describe('measureSensitivity', () => {
           expect(value).toBeCloseTo(moment[(at % n) * n + Math.floor(at / n)], 5);
         }
         if (group === 'qkv') expect(moment[config.headDim]).toBe(0);
+      }
+    }
+    await source.checkpoint.close();
+  });
+
+  it('measures tokens in rounds when inputs of all do not fit, outputs in the last of them', async () => {
+    const source = await openModel(await folderFiles(path.join(FIXTURES, 'qwen3')));
+    const { config } = source;
+    const ids = randomTokens(source, 5, 8);
+    const backend = createReferenceBackend();
+    // Labels of last tokens are drawn by sequence, whoever else is in the round.
+    const options = { sequences: 5, rng: createRng(4) };
+    const whole = await sensitivityOf(backend, source, ids, options);
+    const pair = 2 * 8 * config.hiddenSize * config.layers * 4;
+    const rounds = await sensitivityOf(backend, source, ids, { ...options, keptBytes: pair });
+    for (const [layer, groups] of rounds.entries()) {
+      for (const group of GROUP_NAMES) {
+        const { tokens, outputs } = groups[group];
+        for (const [at, w] of tokens.entries()) expect(w / whole[layer][group].tokens[at]).toBeCloseTo(1, 5);
+        if (!outputs) continue;
+        // Σ over outputs of the last pair's squares, against the tokens' own.
+        const n = outputs.shape[0];
+        const trace = Array.from({ length: n }, (_, i) => floats(outputs)[i * (n + 1)]).reduce((a, b) => a + b, 0);
+        const all = floats(whole[layer][group].outputs ?? outputs);
+        const wholeTrace = Array.from({ length: n }, (_, i) => all[i * (n + 1)]).reduce((a, b) => a + b, 0);
+        const last = tokens.subarray(3 * 8).reduce((a, b) => a + b, 0) / 16;
+        expect(trace / wholeTrace / last).toBeCloseTo(1, 4);
       }
     }
     await source.checkpoint.close();

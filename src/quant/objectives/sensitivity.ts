@@ -7,12 +7,12 @@
 // labels. On a text by others they make it the empirical Fisher information.
 //
 // Block by block, forth and back: one block's weights are on the backend, and the inputs of all blocks for as many
-// sequences at a time as a bound on their bytes allows.
+// sequences at a time as a bound on their bytes allows. What is found of a block is given away as soon as it is whole.
 import { constant, Tape, Variable } from '../../autograd/index.js';
 import { GyreError } from '../../core/errors.js';
 import type { Rng } from '../../core/rng.js';
 import { floats, type HostTensor, hostTensor } from '../../core/tensor.js';
-import { GROUP_NAMES, type GroupName } from '../../models/block.js';
+import type { GroupName } from '../../models/block.js';
 import { TENSOR_NAMES } from '../../models/families/names.js';
 import {
   embedFromFile,
@@ -24,7 +24,7 @@ import {
   type ModelSource,
 } from '../../models/load.js';
 import { ropeTable } from '../../models/rope.js';
-import type { Backend, RopeHandle, Tensor } from '../../ops/backend.js';
+import type { Awaitable, Backend, RopeHandle, Tensor } from '../../ops/backend.js';
 import { channelMajor } from '../weights.js';
 import { blockForward, byWeights, perGroup, type BlockWeights, type FixedBlock } from './block.js';
 
@@ -39,8 +39,8 @@ export interface GroupSensitivity {
   readonly outputs?: HostTensor;
 }
 
-/** By block, then by group. */
-export type Sensitivity = readonly Readonly<Record<GroupName, GroupSensitivity>>[];
+/** What was measured of one block. */
+export type BlockSensitivity = Readonly<Record<GroupName, GroupSensitivity>>;
 
 /** Options of {@link measureSensitivity}. */
 export interface SensitivityOptions {
@@ -48,8 +48,12 @@ export interface SensitivityOptions {
   readonly sequences: number;
   /** Rows of a pass, in whole sequences; default what the backend asks for, or 2048. Logits of a whole pass are held. */
   readonly rows?: number;
+  /** Bytes of block inputs kept at a time on the way forth: what bounds how many sequences go through the model together. */
+  readonly keptBytes?: number;
   /** Draws the label of each sequence's last token. */
   readonly rng: Rng;
+  /** Takes what was measured of a block, the last block first. */
+  readonly onMeasured: (layer: number, sensitivity: BlockSensitivity) => Promise<void> | void;
   /** Called before each block, forth and back. @throws to stop. */
   readonly onBlock?: (done: number, total: number) => void;
 }
@@ -58,7 +62,7 @@ export interface SensitivityOptions {
 const PASS_ROWS = 2048;
 /** Bytes of logits of a pass, gradient not counted. */
 const LOGITS_BYTES = 512 * 2 ** 20;
-/** Bytes of block inputs kept on the way forth, in memory of the processor and of a GPU. */
+/** Bytes of block inputs kept on the way forth unless asked otherwise, in memory of the processor and of a GPU. */
 const KEPT_BYTES = { cpu: 512e6, gpu: 4e9 } as const;
 
 /** Sequences that pass through the model together. */
@@ -67,13 +71,16 @@ interface Batch {
   readonly count: number;
 }
 
-/** Measures a model on token ids [sequences × length]. @throws GyreError `unsupported` without gradient ops, `non-finite`. */
+/**
+ * Measures a model on token ids [sequences × length]: every token's weight, and the outputs' second moments over as many
+ * sequences as go through the model together. @throws GyreError `unsupported` without gradient ops, `non-finite`.
+ */
 export async function measureSensitivity(
   backend: Backend,
   source: ModelSource,
   ids: Int32Array,
   options: SensitivityOptions,
-): Promise<Sensitivity> {
+): Promise<void> {
   return new Measurement(backend, source, ids, options).run();
 }
 
@@ -84,8 +91,6 @@ class Measurement {
   readonly #options: SensitivityOptions;
   readonly #length: number;
   readonly #tokens: Record<GroupName, Float32Array>[];
-  /** Σ gᵀg, on the host: one block's at a time is on the backend. */
-  readonly #outputs: Partial<Record<GroupName, Float32Array>>[];
 
   constructor(backend: Backend, source: ModelSource, ids: Int32Array, options: SensitivityOptions) {
     this.#backend = backend;
@@ -100,34 +105,28 @@ class Measurement {
       gateUp: new Float32Array(ids.length),
       down: new Float32Array(ids.length),
     }));
-    this.#outputs = Array.from({ length: layers }, () => ({}));
   }
 
-  async run(): Promise<Sensitivity> {
+  async run(): Promise<void> {
     const { config } = this.#source;
-    const { sequences, onBlock } = this.#options;
+    const { sequences, keptBytes, onBlock } = this.#options;
     const table = ropeTable(config, this.#length);
     const rope = await this.#backend.loadRope(table.cos, table.sin, table.rotaryDim);
     const inputBytes = this.#length * config.hiddenSize * config.layers * 4;
-    const kept = this.#backend.info.pass ? KEPT_BYTES.gpu : KEPT_BYTES.cpu;
+    const kept = keptBytes ?? (this.#backend.info.pass ? KEPT_BYTES.gpu : KEPT_BYTES.cpu);
     const together = Math.max(1, Math.min(sequences, Math.floor(kept / inputBytes)));
-    const total = Math.ceil(sequences / together) * config.layers * 2;
+    const rounds = Math.ceil(sequences / together);
     let done = 0;
+    const beforeBlock = () => onBlock?.(done++, rounds * config.layers * 2);
     try {
-      for (let first = 0; first < sequences; first += together) {
-        const batches = this.#batches(first, Math.min(sequences, first + together));
-        await this.#throughModel(batches, rope, () => onBlock?.(done++, total));
+      // The last round, which measures outputs too and completes each block, is a full one.
+      for (let round = 1, end = sequences - (rounds - 1) * together; round <= rounds; round++, end += together) {
+        const batches = this.#batches(Math.max(0, end - together), end);
+        await this.#throughModel(batches, rope, { last: round === rounds, beforeBlock });
       }
     } finally {
       this.#backend.release(rope);
     }
-    return this.#tokens.map((tokens, layer) => {
-      const group = (name: GroupName): GroupSensitivity => ({
-        tokens: normalized(tokens[name], `${name} of block ${layer}`),
-        outputs: this.#secondMoment(layer, name),
-      });
-      return { qkv: group('qkv'), o: group('o'), gateUp: group('gateUp'), down: group('down') };
-    });
   }
 
   #batches(first: number, end: number): Batch[] {
@@ -141,7 +140,11 @@ class Measurement {
   }
 
   /** Forth through all blocks, keeping their inputs, and back. */
-  async #throughModel(batches: readonly Batch[], rope: RopeHandle, beforeBlock: () => void): Promise<void> {
+  async #throughModel(
+    batches: readonly Batch[],
+    rope: RopeHandle,
+    { last, beforeBlock }: { last: boolean; beforeBlock: () => void },
+  ): Promise<void> {
     const backend = this.#backend;
     const { layers } = this.#source.config;
     /** By batch: the inputs of the blocks so far, last the residual stream behind them. */
@@ -171,12 +174,20 @@ class Measurement {
       for (let layer = layers - 1; layer >= 0; layer--) {
         beforeBlock();
         const block = await this.#loadBlock(layer);
-        const sums = new OutputProducts(backend);
+        const sums = last ? new OutputProducts(backend) : undefined;
+        // Read when the block is through: waiting for each would leave a GPU without work.
+        const reads: Promise<void>[] = [];
         for (const [i, batch] of batches.entries()) {
           const input = take(streams[i]);
           const x = new Variable(input, true);
           const tape = new Tape(backend);
-          const see = (group: GroupName, gradient: Tensor) => this.#see(layer, group, batch, gradient, sums);
+          const see = async (group: GroupName, gradient: Tensor) => {
+            const read = this.#keepTokens(layer, group, batch, backend.rowSquares(gradient));
+            // It is awaited below, unless something else fails first.
+            read.catch(() => undefined);
+            reads.push(read);
+            if (group !== 'gateUp') await sums?.add(group, gradient);
+          };
           const context = { batch: batch.count, rope };
           const y = await blockForward(tape, x, block.fixed, byWeights(tape, block.weights), context, see);
           y.gradient = gradients[i];
@@ -186,10 +197,8 @@ class Measurement {
           tape.free();
           backend.free(input);
         }
-        for (const [group, sum] of await sums.finish()) {
-          const before = this.#outputs[layer][group];
-          this.#outputs[layer][group] = before ? before.map((value, at) => value + sum[at]) : sum;
-        }
+        await Promise.all(reads);
+        if (sums) await this.#options.onMeasured(layer, this.#measured(layer, batches, await sums.finish()));
         block.release();
       }
     } finally {
@@ -197,9 +206,23 @@ class Measurement {
     }
   }
 
-  async #see(layer: number, group: GroupName, { first }: Batch, gradient: Tensor, sums: OutputProducts): Promise<void> {
-    this.#tokens[layer][group].set(await this.#backend.rowSquares(gradient), first * this.#length);
-    if (group !== 'gateUp') await sums.add(group, gradient);
+  async #keepTokens(
+    layer: number,
+    group: GroupName,
+    { first }: Batch,
+    squares: Awaitable<Float32Array>,
+  ): Promise<void> {
+    this.#tokens[layer][group].set(await squares, first * this.#length);
+  }
+
+  #measured(layer: number, batches: readonly Batch[], sums: ReadonlyMap<GroupName, Float32Array>): BlockSensitivity {
+    const rows = batches.reduce((sum, { count }) => sum + count, 0) * this.#length;
+    const group = (name: GroupName): GroupSensitivity => {
+      const sum = sums.get(name);
+      const tokens = normalized(this.#tokens[layer][name], `${name} of block ${layer}`);
+      return sum ? { tokens, outputs: this.#secondMoment(name, sum, rows) } : { tokens };
+    };
+    return { qkv: group('qkv'), o: group('o'), gateUp: group('gateUp'), down: group('down') };
   }
 
   async #loadPredictions(): Promise<{ norm: Tensor; head: Tensor }> {
@@ -269,14 +292,11 @@ class Measurement {
     return { fixed: { frame, biases }, weights, release };
   }
 
-  #secondMoment(layer: number, group: GroupName): HostTensor | undefined {
-    const sum = this.#outputs[layer][group];
-    if (!sum) return undefined;
+  #secondMoment(group: GroupName, sum: Float32Array, rows: number): HostTensor {
     const n = Math.round(Math.sqrt(sum.length));
     const { headDim } = this.#source.config;
     const between =
       group === 'qkv' ? (a: number, b: number) => Math.floor(a / headDim) !== Math.floor(b / headDim) : undefined;
-    const rows = this.#ids.length;
     const mean = sum.map((value, at) => (between?.(Math.floor(at / n), at % n) ? 0 : value / rows));
     return hostTensor('f32', [n, n], mean);
   }
@@ -303,12 +323,10 @@ class OutputProducts {
   }
 
   /** The sums, on the host; frees them. */
-  async finish(): Promise<[GroupName, Float32Array][]> {
-    const found: [GroupName, Float32Array][] = [];
-    for (const group of GROUP_NAMES) {
-      const sum = this.#sums.get(group);
-      if (!sum) continue;
-      found.push([group, (await this.#backend.download(sum)).slice()]);
+  async finish(): Promise<Map<GroupName, Float32Array>> {
+    const found = new Map<GroupName, Float32Array>();
+    for (const [group, sum] of this.#sums) {
+      found.set(group, (await this.#backend.download(sum)).slice());
       this.#backend.free(sum);
     }
     return found;

@@ -8,9 +8,8 @@ import { GROUP_NAMES } from '../../../src/models/block.js';
 import { openModel } from '../../../src/models/load.js';
 import type { Backend } from '../../../src/ops/backend.js';
 import { createReferenceBackend } from '../../../src/ops/reference/backend.js';
-import { measureSensitivity } from '../../../src/quant/objectives/sensitivity.js';
 import { roundCoupled } from '../../../src/quant/recipes/coupled.js';
-import { FIXTURES, randomTokens } from '../../support/pipeline.js';
+import { FIXTURES, randomTokens, sensitivityOf } from '../../support/pipeline.js';
 import { openTestWebGpu, webgpuMissing } from '../../support/webgpu.js';
 
 describe.skipIf(webgpuMissing !== undefined)('sensitivity on WebGPU', () => {
@@ -23,7 +22,7 @@ describe.skipIf(webgpuMissing !== undefined)('sensitivity on WebGPU', () => {
   it('is what the oracle measures', async () => {
     const source = await openModel(await folderFiles(path.join(FIXTURES, 'qwen3')));
     const ids = randomTokens(source, 2, 8);
-    const measure = (on: Backend) => measureSensitivity(on, source, ids, { sequences: 2, rng: createRng(4) });
+    const measure = (on: Backend) => sensitivityOf(on, source, ids, { sequences: 2, rng: createRng(4) });
     const [found, exact] = [await measure(backend), await measure(createReferenceBackend())];
     for (const [layer, groups] of found.entries()) {
       for (const group of GROUP_NAMES) {
