@@ -169,18 +169,23 @@ function toSequence({ context, continuation }: LikelihoodRequest, index: number)
 
 /** Sums scores of rows, sequence by sequence. */
 function likelihoods(sequences: readonly ScoredSequence[], parts: readonly RowScores[], greedy: boolean): Likelihood[] {
-  const rows = parts.flatMap(({ nll, hit }) => Array.from(nll, (value, i) => ({ value, hit: hit[i] === 1 })));
-  let at = 0;
+  // Rows of a sequence may lie in two parts.
+  let [part, row] = [0, 0];
   return sequences.map(({ targets }) => {
-    const own = rows.slice(at, (at += targets.length));
-    const logLikelihood = own.reduce((sum, { value }) => sum - value, 0);
+    let logLikelihood = 0;
+    let likely = true;
+    for (let i = 0; i < targets.length; i++, row++) {
+      for (; row === parts[part].nll.length; row = 0) part++;
+      logLikelihood -= parts[part].nll[row];
+      likely &&= parts[part].hit[row] === 1;
+    }
     ensure(
       Number.isFinite(logLikelihood),
       'non-finite',
       'the logits of the model are not finite',
       'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
     );
-    return { logLikelihood, greedy: greedy ? own.every(({ hit }) => hit) : null };
+    return { logLikelihood, greedy: greedy ? likely : null };
   });
 }
 

@@ -5,11 +5,12 @@ import {
   checkBufferSize,
   probe,
   requiredFeatures,
-  requiredLimits,
+  readLimits,
   type FeatureChoice,
   type GpuCapabilities,
+  type GpuLimits,
 } from './capabilities.js';
-import { packParams, paramBytes, type Kernel } from './kernel.js';
+import { packParams, paramBytes, paramsOf, type Kernel, type Param } from './kernel.js';
 import { BufferPool, StagingPool, UploadPool } from './buffer-pool.js';
 import { Profile, type KernelTime } from './profile.js';
 import { webgpuEntry } from './provider.js';
@@ -21,6 +22,8 @@ export interface GpuDeviceOptions {
   /** Features to do without, for testing. */
   readonly features?: FeatureChoice;
   readonly powerPreference?: GPUPowerPreference;
+  /** WebGPU's entry point; default: this machine's. */
+  readonly entry?: GPU;
 }
 
 /** Part of a GPU buffer. `offset` is a multiple of 256. */
@@ -38,14 +41,28 @@ export interface PreparedDispatch {
   readonly name: string;
   readonly pipeline: GPUComputePipeline;
   readonly bindGroup: GPUBindGroup;
+  /** What it reads and writes. */
+  readonly buffers: readonly GPUBuffer[];
   readonly groups: Workgroups;
 }
+
+type Binding = Pick<PreparedDispatch, 'bindGroup' | 'buffers'>;
 
 interface Compiled {
   readonly pipeline: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
+  /** Names of its buffers in binding order, and its parameters. */
+  readonly names: readonly string[];
+  readonly params: readonly Param[];
+  readonly paramBytes: number;
   /** Bindings made so far, by {@link GpuDevice.#key} of their buffers. */
-  readonly bindings: Map<string, GPUBindGroup>;
+  readonly bindings: Map<string, Binding>;
+}
+
+/** Kernels compiled so far: by their code, and by themselves, which is quicker to look up. */
+class CompiledKernels {
+  readonly byCode = new Map<string, Compiled>();
+  readonly byKernel = new WeakMap<Kernel, Compiled>();
 }
 
 /** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops
@@ -66,12 +83,12 @@ const BATCH = 64;
 export class GpuDevice {
   readonly device: GPUDevice;
   readonly capabilities: GpuCapabilities;
-  readonly limits: GPUSupportedLimits;
+  readonly limits: GpuLimits;
   readonly #pool: BufferPool;
   readonly #staging: StagingPool;
   readonly #uploads: UploadPool;
   /** Kernels of dispatches, whose parameters lie anywhere in {@link GpuDevice.#uniforms}, and of prepared ones, which have their own. */
-  readonly #compiled = { dispatch: new Map<string, Compiled>(), prepare: new Map<string, Compiled>() };
+  readonly #compiled = { dispatch: new CompiledKernels(), prepare: new CompiledKernels() };
   /** Numbers of buffers, for the keys of bindings. */
   readonly #numbers = new WeakMap<GPUBuffer, number>();
   #lastNumber = 0;
@@ -79,6 +96,8 @@ export class GpuDevice {
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
   #slots = 0;
   #dispatches = 0;
+  /** Buffers of the commands that are recorded and not submitted. */
+  #recorded: (readonly GPUBuffer[])[] = [];
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   /** The pipeline the pass has set: every call into Dawn costs about as much as a small kernel. */
@@ -93,7 +112,7 @@ export class GpuDevice {
   private constructor(device: GPUDevice, capabilities: GpuCapabilities, options: GpuDeviceOptions) {
     this.device = device;
     this.capabilities = capabilities;
-    this.limits = device.limits;
+    this.limits = readLimits(device);
     this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
     this.#staging = new StagingPool(device);
     this.#uploads = new UploadPool(device);
@@ -117,7 +136,7 @@ export class GpuDevice {
 
   /** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
   static async open(options: GpuDeviceOptions = {}): Promise<GpuDevice> {
-    const gpu = await webgpuEntry();
+    const gpu = options.entry ?? (await webgpuEntry());
     const adapter = await gpu.requestAdapter({ powerPreference: options.powerPreference ?? 'high-performance' });
     if (!adapter)
       throw new GyreError('unsupported', 'WebGPU found no GPU on this machine', {
@@ -127,7 +146,7 @@ export class GpuDevice {
     const device = await adapter.requestDevice({
       label: 'gyre',
       requiredFeatures: requiredFeatures(capabilities),
-      requiredLimits: requiredLimits(adapter),
+      requiredLimits: readLimits(adapter),
     });
     return new GpuDevice(device, capabilities, options);
   }
@@ -158,7 +177,8 @@ export class GpuDevice {
       if (this.#uploads.filledBytes > MOST_STAGED_BYTES) this.flush();
       return;
     }
-    this.flush();
+    // Writes come before all that is not submitted yet, which only matters to commands with the same buffer.
+    if (this.#recorded.some((buffers) => buffers.includes(buffer))) this.flush();
     const whole = data.byteLength & ~3;
     const source = data.buffer as ArrayBuffer;
     if (whole > 0) this.device.queue.writeBuffer(buffer, offset, source, data.byteOffset, whole);
@@ -174,6 +194,7 @@ export class GpuDevice {
     this.#check();
     this.#endPass();
     this.#commands().copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
+    this.#recorded.push([from, to]);
     this.#dispatches++;
   }
 
@@ -204,26 +225,26 @@ export class GpuDevice {
     groups: Workgroups,
   ): void {
     this.#check();
-    if (groups.some((n) => n === 0)) return;
+    if (groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
     const compiled = this.#compile(kernel, 'dispatch');
     // Here, since parameters go with the submission that they are written for.
     if (this.#profile?.full) this.flush();
-    const size = paramBytes(kernel);
+    const { paramBytes: size } = compiled;
     let offset: number | undefined;
     if (size > 0) {
       if (this.#slots === UNIFORM_SLOTS) this.flush();
       offset = this.#slots++ * UNIFORM_STRIDE;
-      packParams(kernel, params, this.#uniformData, offset);
+      packParams(compiled.params, params, this.#uniformData, offset);
     }
     // Making a binding takes longer than all the rest of a dispatch.
-    const key = this.#key(kernel, buffers);
-    let bindGroup = compiled.bindings.get(key);
-    if (!bindGroup) {
+    const key = this.#key(compiled, buffers);
+    let binding = compiled.bindings.get(key);
+    if (!binding) {
       if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
-      bindGroup = this.#bind(kernel, compiled.layout, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
-      compiled.bindings.set(key, bindGroup);
+      binding = this.#bind(kernel, compiled, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
+      compiled.bindings.set(key, binding);
     }
-    this.#encode({ name: kernel.name, pipeline: compiled.pipeline, bindGroup, groups }, offset);
+    this.#encode(kernel.name, compiled.pipeline, binding, groups, offset);
     if (this.#dispatches >= BATCH) this.flush();
   }
 
@@ -238,8 +259,8 @@ export class GpuDevice {
     groups: Workgroups,
   ): PreparedDispatch {
     this.#check();
-    const { pipeline, layout } = this.#compile(kernel, 'prepare');
-    const size = paramBytes(kernel);
+    const compiled = this.#compile(kernel, 'prepare');
+    const { paramBytes: size } = compiled;
     let uniform: GPUBufferBinding | undefined;
     if (size > 0) {
       const buffer = this.device.createBuffer({
@@ -248,17 +269,22 @@ export class GpuDevice {
         usage: GPUBufferUsage.UNIFORM,
         mappedAtCreation: true,
       });
-      packParams(kernel, params, new DataView(buffer.getMappedRange()));
+      packParams(compiled.params, params, new DataView(buffer.getMappedRange()));
       buffer.unmap();
       uniform = { buffer };
     }
-    return { name: kernel.name, pipeline, bindGroup: this.#bind(kernel, layout, buffers, uniform), groups };
+    return {
+      name: kernel.name,
+      pipeline: compiled.pipeline,
+      ...this.#bind(kernel, compiled, buffers, uniform),
+      groups,
+    };
   }
 
   /** Records prepared dispatches in order. */
   run(dispatches: readonly PreparedDispatch[]): void {
     this.#check();
-    for (const dispatch of dispatches) this.#encode(dispatch);
+    for (const dispatch of dispatches) this.#encode(dispatch.name, dispatch.pipeline, dispatch, dispatch.groups);
   }
 
   /** Submits what is recorded; doesn't wait. */
@@ -271,6 +297,7 @@ export class GpuDevice {
       this.device.queue.writeBuffer(this.#uniforms, 0, this.#uniformData.buffer, 0, this.#slots * UNIFORM_STRIDE);
     this.device.queue.submit([encoder.finish()]);
     this.#encoder = undefined;
+    this.#recorded = [];
     this.#slots = 0;
     this.#dispatches = 0;
     this.#pool.submitted();
@@ -308,7 +335,7 @@ export class GpuDevice {
     this.#encoder = undefined;
     this.#pass = undefined;
     this.#profile?.dispose();
-    for (const kernels of Object.values(this.#compiled)) kernels.clear();
+    for (const { byCode } of Object.values(this.#compiled)) byCode.clear();
     this.#pool.dispose();
     this.#staging.dispose();
     this.#uploads.dispose();
@@ -327,33 +354,43 @@ export class GpuDevice {
   }
 
   /** `offset`: of the parameters, for what was compiled for dispatches. */
-  #encode({ name, pipeline, bindGroup, groups }: PreparedDispatch, offset?: number): void {
-    const encoder = this.#commands();
+  #encode(
+    name: string,
+    pipeline: GPUComputePipeline,
+    { bindGroup, buffers }: Binding,
+    groups: Workgroups,
+    offset?: number,
+  ): void {
     if (this.#profile) {
       this.#endPass();
-      if (this.#profile.full) {
-        this.flush();
-        this.#encode({ name, pipeline, bindGroup, groups }, offset);
-        return;
-      }
+      if (this.#profile.full) this.flush();
     }
+    const encoder = this.#commands();
     const profiled = this.#profile?.next(name);
-    if (!this.#pass) {
-      this.#pass = encoder.beginComputePass(profiled && { timestampWrites: profiled });
+    let pass = this.#pass;
+    if (!pass) {
+      pass = this.#pass = encoder.beginComputePass(profiled && { timestampWrites: profiled });
       this.#bound = undefined;
     }
-    if (this.#bound !== pipeline) this.#pass.setPipeline(pipeline);
+    if (this.#bound !== pipeline) pass.setPipeline(pipeline);
     this.#bound = pipeline;
-    if (offset === undefined) this.#pass.setBindGroup(0, bindGroup);
-    else this.#pass.setBindGroup(0, bindGroup, [offset]);
-    this.#pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
+    if (offset === undefined) pass.setBindGroup(0, bindGroup);
+    else pass.setBindGroup(0, bindGroup, [offset]);
+    pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
+    this.#recorded.push(buffers);
     this.#dispatches++;
     if (profiled) this.#endPass();
   }
 
   #compile(kernel: Kernel, use: 'dispatch' | 'prepare'): Compiled {
-    const known = this.#compiled[use].get(kernel.code);
+    const { byCode, byKernel } = this.#compiled[use];
+    let known = byKernel.get(kernel);
     if (known) return known;
+    known = byCode.get(kernel.code);
+    if (known) {
+      byKernel.set(kernel, known);
+      return known;
+    }
     const { device } = this;
     device.pushErrorScope('out-of-memory');
     device.pushErrorScope('internal');
@@ -364,7 +401,8 @@ export class GpuDevice {
       const buffer = { type, hasDynamicOffset };
       entries.push({ binding: entries.length, visibility: GPUShaderStage.COMPUTE, buffer });
     };
-    if (paramBytes(kernel) > 0) add('uniform', use === 'dispatch');
+    const params = paramsOf(kernel);
+    if (params.length > 0) add('uniform', use === 'dispatch');
     for (const { access } of Object.values(kernel.buffers)) add(access === 'read' ? 'read-only-storage' : 'storage');
     const layout = device.createBindGroupLayout({ label: kernel.name, entries });
     const pipeline = device.createComputePipeline({
@@ -373,15 +411,23 @@ export class GpuDevice {
       compute: { module, entryPoint: 'main' },
     });
     for (let i = 0; i < 3; i++) this.#watch(device.popErrorScope(), `kernel '${kernel.name}'`);
-    const compiled = { pipeline, layout, bindings: new Map<string, GPUBindGroup>() };
-    this.#compiled[use].set(kernel.code, compiled);
+    const compiled: Compiled = {
+      pipeline,
+      layout,
+      names: Object.keys(kernel.buffers),
+      params,
+      paramBytes: paramBytes(params),
+      bindings: new Map(),
+    };
+    byCode.set(kernel.code, compiled);
+    byKernel.set(kernel, compiled);
     return compiled;
   }
 
   /** What tells a kernel's bindings apart. */
-  #key(kernel: Kernel, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
+  #key({ names }: Compiled, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
     let key = '';
-    for (const name in kernel.buffers) {
+    for (const name of names) {
       const value = buffers[name];
       key +=
         'bytes' in value ? `${this.#number(value.buffer)}+${value.offset}:${value.bytes},` : `${this.#number(value)},`;
@@ -396,22 +442,22 @@ export class GpuDevice {
   }
 
   #bind(
-    kernel: Kernel,
-    layout: GPUBindGroupLayout,
+    { name }: Kernel,
+    { layout, names }: Compiled,
     buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
     uniform: GPUBufferBinding | undefined,
-  ): GPUBindGroup {
-    const entries: GPUBindGroupEntry[] = [];
-    if (uniform) entries.push({ binding: 0, resource: uniform });
-    for (const name in kernel.buffers) {
-      const value = buffers[name];
-      const resource =
-        'bytes' in value
-          ? { buffer: value.buffer, offset: value.offset, size: (value.bytes + 3) & ~3 }
-          : { buffer: value };
-      entries.push({ binding: entries.length, resource });
-    }
-    return this.device.createBindGroup({ label: kernel.name, layout, entries });
+  ): Binding {
+    const bound = names.map((own): GPUBufferBinding => {
+      const value = buffers[own];
+      return 'bytes' in value
+        ? { buffer: value.buffer, offset: value.offset, size: (value.bytes + 3) & ~3 }
+        : { buffer: value };
+    });
+    const entries = [...(uniform ? [uniform] : []), ...bound].map((resource, binding) => ({ binding, resource }));
+    return {
+      bindGroup: this.device.createBindGroup({ label: name, layout, entries }),
+      buffers: bound.map(({ buffer }) => buffer),
+    };
   }
 
   #allocate(bytes: number): GPUBuffer {
