@@ -6,6 +6,7 @@
 // What is read back is what was uploaded, or zeros. Neither needs the features that kernels ask for: those that the adapter lacks
 // are created with the same bindings and no body (on the null backend the ones for matrix units only).
 import { readFileSync } from 'node:fs';
+import type { GpuDevice } from '../../src/backends/webgpu/device.js';
 
 export const EMPTY_BACKENDS = ['null', 'vulkan'] as const;
 export type EmptyBackend = (typeof EMPTY_BACKENDS)[number];
@@ -83,6 +84,31 @@ function declared(code: string): string {
   const typed = bindings.map((line) => line.replace(/array<.*>/, 'array<u32>'));
   const uses = bindings.map((line) => `  _ = &${/> (\w+):/.exec(line)?.[1] ?? ''};`);
   return `${params}\n${typed.join('\n')}\n@compute @workgroup_size(1) fn main() {\n${uses.join('\n')}\n}`;
+}
+
+/**
+ * Buffers whose description begins with one of these are but beginnings: the null backend has 512 MB, and kernels never read them. For
+ * buffers that are bound whole and neither uploaded nor copied.
+ */
+export function sparing(gpu: GpuDevice, ...beginnings: readonly string[]): void {
+  const make = gpu.buffer.bind(gpu);
+  gpu.buffer = (bytes, what = '') =>
+    make(beginnings.some((one) => what.startsWith(one)) ? Math.min(bytes, 2 ** 16) : bytes, what);
+}
+
+/** `fill` writes over what is read back. */
+export function feigning(gpu: GpuDevice, fill: (bytes: ArrayBuffer) => void): void {
+  const read = gpu.read.bind(gpu);
+  gpu.read = async (...args) => {
+    const bytes = await read(...args);
+    fill(bytes);
+    return bytes;
+  };
+}
+
+/** Ones of f32. */
+export function ones(bytes: ArrayBuffer): void {
+  new Float32Array(bytes, 0, bytes.byteLength >> 2).fill(1);
 }
 
 /** What calls into Dawn come to. */
