@@ -26,7 +26,15 @@ import { evaluateText, scoreContinuations, type LikelihoodRequest } from '../src
 import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
 import { profileHost } from './support/host-profile.js';
-import { countCalls, EMPTY_BACKENDS, emptyGpu, feigning, ones, sparing, threadMilliseconds } from './support/empty-gpu.js';
+import {
+  countCalls,
+  EMPTY_BACKENDS,
+  emptyGpu,
+  feigning,
+  ones,
+  sparing,
+  threadMilliseconds,
+} from './support/empty-gpu.js';
 import { randomDecoder } from './support/random-decoder.js';
 import { SHAPES } from './support/random-plan.js';
 import { machine } from './support/results.js';

@@ -114,10 +114,14 @@ async function traced<T>(
 
 function watch(gpu: GpuDevice, trace: Trace): void {
   const { device } = gpu;
-  const [compile, flush, read] = [device.createComputePipeline.bind(device), gpu.flush.bind(gpu), gpu.read.bind(gpu)];
-  device.createComputePipeline = (descriptor) => {
+  const [compile, flush, read] = [
+    device.createComputePipelineAsync.bind(device),
+    gpu.flush.bind(gpu),
+    gpu.read.bind(gpu),
+  ];
+  device.createComputePipelineAsync = async (descriptor) => {
     const begun = performance.now();
-    const pipeline = compile(descriptor);
+    const pipeline = await compile(descriptor);
     trace.compiled.add(begun);
     return pipeline;
   };

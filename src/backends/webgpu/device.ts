@@ -10,8 +10,9 @@ import {
   type GpuCapabilities,
   type GpuLimits,
 } from './capabilities.js';
-import { packParams, paramBytes, paramsOf, type Kernel, type Param } from './kernel.js';
+import { packParams, type Kernel } from './kernel.js';
 import { BufferPool, StagingPool, UploadPool } from './buffer-pool.js';
+import { Pipelines, type Binding, type CompiledKernel } from './pipelines.js';
 import { Profile, type KernelTime } from './profile.js';
 import { webgpuEntry } from './provider.js';
 
@@ -37,32 +38,19 @@ export interface BufferSlice {
 export type Workgroups = readonly [number, number?, number?];
 
 /** A dispatch whose pipeline, bindings and parameters are fixed: made once, run many times. */
-export interface PreparedDispatch {
+export interface PreparedDispatch extends Binding {
   readonly name: string;
-  readonly pipeline: GPUComputePipeline;
-  readonly bindGroup: GPUBindGroup;
-  /** What it reads and writes. */
-  readonly buffers: readonly GPUBuffer[];
+  readonly kernel: CompiledKernel;
   readonly groups: Workgroups;
 }
 
-type Binding = Pick<PreparedDispatch, 'bindGroup' | 'buffers'>;
-
-interface Compiled {
-  readonly pipeline: GPUComputePipeline;
-  readonly layout: GPUBindGroupLayout;
-  /** Names of its buffers in binding order, and its parameters. */
-  readonly names: readonly string[];
-  readonly params: readonly Param[];
-  readonly paramBytes: number;
-  /** Bindings made so far, by {@link GpuDevice.#key} of their buffers. */
-  readonly bindings: Map<string, Binding>;
-}
-
-/** Kernels compiled so far: by their code, and by themselves, which is quicker to look up. */
-class CompiledKernels {
-  readonly byCode = new Map<string, Compiled>();
-  readonly byKernel = new WeakMap<Kernel, Compiled>();
+/** A command that comes after one whose kernel is being compiled. */
+interface Waiting {
+  /** Of a dispatch. */
+  readonly kernel?: CompiledKernel;
+  /** Whether somebody awaits it, who must be told in any case. */
+  readonly awaited?: boolean;
+  run(): void;
 }
 
 /** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops
@@ -87,8 +75,9 @@ export class GpuDevice {
   readonly #pool: BufferPool;
   readonly #staging: StagingPool;
   readonly #uploads: UploadPool;
-  /** Kernels of dispatches, whose parameters lie anywhere in {@link GpuDevice.#uniforms}, and of prepared ones, which have their own. */
-  readonly #compiled = { dispatch: new CompiledKernels(), prepare: new CompiledKernels() };
+  readonly #pipelines: Pipelines;
+  /** Everything since the first dispatch whose kernel is still being compiled, in order. */
+  readonly #waiting: Waiting[] = [];
   /** Numbers of buffers, for the keys of bindings. */
   readonly #numbers = new WeakMap<GPUBuffer, number>();
   #lastNumber = 0;
@@ -116,6 +105,11 @@ export class GpuDevice {
     this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
     this.#staging = new StagingPool(device);
     this.#uploads = new UploadPool(device);
+    this.#pipelines = new Pipelines(device, {
+      watch: (scope, what) => this.#watch(scope, what),
+      fail: (error, what) => this.#fail(describe(error, what)),
+      settled: () => this.#proceed(),
+    });
     this.#uniforms = device.createBuffer({
       label: 'uniforms',
       size: UNIFORM_STRIDE * UNIFORM_SLOTS,
@@ -177,25 +171,20 @@ export class GpuDevice {
       if (this.#uploads.filledBytes > MOST_STAGED_BYTES) this.flush();
       return;
     }
-    // Writes come before all that is not submitted yet, which only matters to commands with the same buffer.
-    if (this.#recorded.some((buffers) => buffers.includes(buffer))) this.flush();
-    const whole = data.byteLength & ~3;
-    const source = data.buffer as ArrayBuffer;
-    if (whole > 0) this.device.queue.writeBuffer(buffer, offset, source, data.byteOffset, whole);
-    if (whole === data.byteLength) return;
-    // Writes are in words: the last, partial one is padded with zeros.
-    const rest = new Uint8Array(4);
-    rest.set(new Uint8Array(source, data.byteOffset + whole, data.byteLength - whole));
-    this.device.queue.writeBuffer(buffer, offset + whole, rest);
+    this.#check();
+    if (this.#waiting.length > 0) {
+      // The caller's data may change before its turn comes.
+      const own = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength).slice();
+      this.#waiting.push({ run: () => this.#write(buffer, own, offset) });
+    } else this.#write(buffer, data, offset);
   }
 
   /** Copies between buffers on the GPU. Offsets and size are multiples of 4. */
   copy(from: GPUBuffer, fromOffset: number, to: GPUBuffer, toOffset: number, bytes: number): void {
     this.#check();
-    this.#endPass();
-    this.#commands().copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
-    this.#recorded.push([from, to]);
-    this.#dispatches++;
+    if (this.#waiting.length > 0)
+      this.#waiting.push({ run: () => this.#recordCopy(from, fromOffset, to, toOffset, bytes) });
+    else this.#recordCopy(from, fromOffset, to, toOffset, bytes);
   }
 
   /** Reads part of a buffer back, after all earlier commands. @throws GyreError what any earlier command failed with. */
@@ -206,6 +195,7 @@ export class GpuDevice {
     try {
       this.copy(buffer, offset, staging, 0, size);
       this.flush();
+      if (this.#waiting.length > 0) await this.#turn();
       await staging.mapAsync(GPUMapMode.READ, 0, size).catch((cause: unknown) => {
         this.#check();
         throw new GyreError('backend', 'reading GPU memory failed', { cause });
@@ -226,26 +216,13 @@ export class GpuDevice {
   ): void {
     this.#check();
     if (groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
-    const compiled = this.#compile(kernel, 'dispatch');
-    // Here, since parameters go with the submission that they are written for.
-    if (this.#profile?.full) this.flush();
-    const { paramBytes: size } = compiled;
-    let offset: number | undefined;
-    if (size > 0) {
-      if (this.#slots === UNIFORM_SLOTS) this.flush();
-      offset = this.#slots++ * UNIFORM_STRIDE;
-      packParams(compiled.params, params, this.#uniformData, offset);
-    }
-    // Making a binding takes longer than all the rest of a dispatch.
-    const key = this.#key(compiled, buffers);
-    let binding = compiled.bindings.get(key);
-    if (!binding) {
-      if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
-      binding = this.#bind(kernel, compiled, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
-      compiled.bindings.set(key, binding);
-    }
-    this.#encode(kernel.name, compiled.pipeline, binding, groups, offset);
-    if (this.#dispatches >= BATCH) this.flush();
+    const compiled = this.#pipelines.get(kernel, 'shared');
+    if (this.#waiting.length > 0 || !compiled.pipeline)
+      this.#waiting.push({
+        kernel: compiled,
+        run: () => this.#recordDispatch(kernel, compiled, buffers, params, groups),
+      });
+    else this.#recordDispatch(kernel, compiled, buffers, params, groups);
   }
 
   /**
@@ -259,7 +236,7 @@ export class GpuDevice {
     groups: Workgroups,
   ): PreparedDispatch {
     this.#check();
-    const compiled = this.#compile(kernel, 'prepare');
+    const compiled = this.#pipelines.get(kernel, 'own');
     const { paramBytes: size } = compiled;
     let uniform: GPUBufferBinding | undefined;
     if (size > 0) {
@@ -273,41 +250,30 @@ export class GpuDevice {
       buffer.unmap();
       uniform = { buffer };
     }
-    return {
-      name: kernel.name,
-      pipeline: compiled.pipeline,
-      ...this.#bind(kernel, compiled, buffers, uniform),
-      groups,
-    };
+    return { name: kernel.name, kernel: compiled, ...this.#bind(kernel, compiled, buffers, uniform), groups };
   }
 
   /** Records prepared dispatches in order. */
   run(dispatches: readonly PreparedDispatch[]): void {
     this.#check();
-    for (const dispatch of dispatches) this.#encode(dispatch.name, dispatch.pipeline, dispatch, dispatch.groups);
+    for (const dispatch of dispatches) {
+      const { name, kernel, groups } = dispatch;
+      if (this.#waiting.length > 0 || !kernel.pipeline)
+        this.#waiting.push({ kernel, run: () => this.#encode(name, kernel, dispatch, groups) });
+      else this.#encode(name, kernel, dispatch, groups);
+    }
   }
 
-  /** Submits what is recorded; doesn't wait. */
+  /** Submits what is recorded; doesn't wait. What waits for kernels that are being compiled follows by itself. */
   flush(): void {
-    const encoder = this.#encoder;
-    if (!encoder) return;
-    this.#endPass();
-    this.#profile?.resolve(encoder);
-    if (this.#slots > 0)
-      this.device.queue.writeBuffer(this.#uniforms, 0, this.#uniformData.buffer, 0, this.#slots * UNIFORM_STRIDE);
-    this.device.queue.submit([encoder.finish()]);
-    this.#encoder = undefined;
-    this.#recorded = [];
-    this.#slots = 0;
-    this.#dispatches = 0;
-    this.#pool.submitted();
-    this.#uploads.submitted();
-    this.#profile?.submitted();
+    if (this.#waiting.length > 0) this.#waiting.push({ run: () => this.#submit() });
+    else this.#submit();
   }
 
   /** Waits for everything submitted so far. @throws GyreError what any command failed with. */
   async sync(): Promise<void> {
     this.flush();
+    if (this.#waiting.length > 0) await this.#turn();
     await this.device.queue.onSubmittedWorkDone();
     await this.#settle();
   }
@@ -335,12 +301,99 @@ export class GpuDevice {
     this.#encoder = undefined;
     this.#pass = undefined;
     this.#profile?.dispose();
-    for (const { byCode } of Object.values(this.#compiled)) byCode.clear();
+    // Those who wait for their turn find the device gone.
+    for (const waiting of this.#waiting.splice(0)) if (waiting.awaited) waiting.run();
+    await this.#pipelines.dispose();
     this.#pool.dispose();
     this.#staging.dispose();
     this.#uploads.dispose();
     this.device.destroy();
     await this.device.lost;
+  }
+
+  /** When all commands so far are recorded. */
+  #turn(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#waiting.push({ awaited: true, run: resolve });
+    });
+  }
+
+  /** Records what waited, up to the next kernel that is still being compiled. */
+  #proceed(): void {
+    for (let next = this.#waiting[0]; this.#waiting.length > 0; next = this.#waiting[0]) {
+      if (next.kernel && !next.kernel.pipeline && !next.kernel.failed) return;
+      this.#waiting.shift();
+      // After a failure nothing is worth recording, and whoever waits is told of it.
+      if (this.#failure && next.kernel) continue;
+      next.run();
+    }
+  }
+
+  #recordDispatch(
+    kernel: Kernel,
+    compiled: CompiledKernel,
+    buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
+    params: Readonly<Record<string, number>>,
+    groups: Workgroups,
+  ): void {
+    // Here, since parameters go with the submission that they are written for.
+    if (this.#profile?.full) this.#submit();
+    const { paramBytes: size } = compiled;
+    let offset: number | undefined;
+    if (size > 0) {
+      if (this.#slots === UNIFORM_SLOTS) this.#submit();
+      offset = this.#slots++ * UNIFORM_STRIDE;
+      packParams(compiled.params, params, this.#uniformData, offset);
+    }
+    // Making a binding takes longer than all the rest of a dispatch.
+    const key = this.#key(compiled, buffers);
+    let binding = compiled.bindings.get(key);
+    if (!binding) {
+      if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
+      binding = this.#bind(kernel, compiled, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
+      compiled.bindings.set(key, binding);
+    }
+    this.#encode(kernel.name, compiled, binding, groups, offset);
+    if (this.#dispatches >= BATCH) this.#submit();
+  }
+
+  #recordCopy(from: GPUBuffer, fromOffset: number, to: GPUBuffer, toOffset: number, bytes: number): void {
+    this.#endPass();
+    this.#commands().copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
+    this.#recorded.push([from, to]);
+    this.#dispatches++;
+  }
+
+  #write(buffer: GPUBuffer, data: ArrayBufferView, offset: number): void {
+    // Writes come before all that is not submitted yet, which only matters to commands with the same buffer.
+    if (this.#recorded.some((buffers) => buffers.includes(buffer))) this.#submit();
+    const whole = data.byteLength & ~3;
+    const source = data.buffer as ArrayBuffer;
+    if (whole > 0) this.device.queue.writeBuffer(buffer, offset, source, data.byteOffset, whole);
+    if (whole === data.byteLength) return;
+    // Writes are in words: the last, partial one is padded with zeros.
+    const rest = new Uint8Array(4);
+    rest.set(new Uint8Array(source, data.byteOffset + whole, data.byteLength - whole));
+    this.device.queue.writeBuffer(buffer, offset + whole, rest);
+  }
+
+  #submit(): void {
+    const encoder = this.#encoder;
+    if (!encoder) return;
+    this.#endPass();
+    this.#profile?.resolve(encoder);
+    if (this.#slots > 0)
+      this.device.queue.writeBuffer(this.#uniforms, 0, this.#uniformData.buffer, 0, this.#slots * UNIFORM_STRIDE);
+    this.device.queue.submit([encoder.finish()]);
+    this.#encoder = undefined;
+    this.#recorded = [];
+    this.#slots = 0;
+    this.#dispatches = 0;
+    this.#profile?.submitted();
+    // Commands that still wait may use buffers that were given up or filled in the meantime.
+    if (this.#waiting.length > 0) return;
+    this.#pool.submitted();
+    this.#uploads.submitted();
   }
 
   #commands(): GPUCommandEncoder {
@@ -353,17 +406,18 @@ export class GpuDevice {
     this.#pass = undefined;
   }
 
-  /** `offset`: of the parameters, for what was compiled for dispatches. */
+  /** `offset`: of the parameters, where dispatches share a buffer for them. */
   #encode(
     name: string,
-    pipeline: GPUComputePipeline,
+    { pipeline }: CompiledKernel,
     { bindGroup, buffers }: Binding,
     groups: Workgroups,
     offset?: number,
   ): void {
+    if (!pipeline) return;
     if (this.#profile) {
       this.#endPass();
-      if (this.#profile.full) this.flush();
+      if (this.#profile.full) this.#submit();
     }
     const encoder = this.#commands();
     const profiled = this.#profile?.next(name);
@@ -382,50 +436,8 @@ export class GpuDevice {
     if (profiled) this.#endPass();
   }
 
-  #compile(kernel: Kernel, use: 'dispatch' | 'prepare'): Compiled {
-    const { byCode, byKernel } = this.#compiled[use];
-    let known = byKernel.get(kernel);
-    if (known) return known;
-    known = byCode.get(kernel.code);
-    if (known) {
-      byKernel.set(kernel, known);
-      return known;
-    }
-    const { device } = this;
-    device.pushErrorScope('out-of-memory');
-    device.pushErrorScope('internal');
-    device.pushErrorScope('validation');
-    const module = device.createShaderModule({ label: kernel.name, code: kernel.code });
-    const entries: GPUBindGroupLayoutEntry[] = [];
-    const add = (type: GPUBufferBindingType, hasDynamicOffset = false): void => {
-      const buffer = { type, hasDynamicOffset };
-      entries.push({ binding: entries.length, visibility: GPUShaderStage.COMPUTE, buffer });
-    };
-    const params = paramsOf(kernel);
-    if (params.length > 0) add('uniform', use === 'dispatch');
-    for (const { access } of Object.values(kernel.buffers)) add(access === 'read' ? 'read-only-storage' : 'storage');
-    const layout = device.createBindGroupLayout({ label: kernel.name, entries });
-    const pipeline = device.createComputePipeline({
-      label: kernel.name,
-      layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
-      compute: { module, entryPoint: 'main' },
-    });
-    for (let i = 0; i < 3; i++) this.#watch(device.popErrorScope(), `kernel '${kernel.name}'`);
-    const compiled: Compiled = {
-      pipeline,
-      layout,
-      names: Object.keys(kernel.buffers),
-      params,
-      paramBytes: paramBytes(params),
-      bindings: new Map(),
-    };
-    byCode.set(kernel.code, compiled);
-    byKernel.set(kernel, compiled);
-    return compiled;
-  }
-
   /** What tells a kernel's bindings apart. */
-  #key({ names }: Compiled, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
+  #key({ names }: CompiledKernel, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
     let key = '';
     for (const name of names) {
       const value = buffers[name];
@@ -443,7 +455,7 @@ export class GpuDevice {
 
   #bind(
     { name }: Kernel,
-    { layout, names }: Compiled,
+    { layout, names }: CompiledKernel,
     buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
     uniform: GPUBufferBinding | undefined,
   ): Binding {
@@ -497,11 +509,17 @@ export class GpuDevice {
   }
 }
 
-function describe(error: GPUError, what: string): GyreError {
+function describe(error: unknown, what: string): GyreError {
   if (error instanceof GPUOutOfMemoryError)
     return new GyreError('out-of-memory', `${what}: the GPU is out of memory (${error.message})`, {
       remedy: 'use a smaller batch, context or model, or --device cpu',
       cause: error,
     });
-  return new GyreError('backend', `${what} failed on the GPU: ${error.message}`, { cause: error });
+  return new GyreError(
+    'backend',
+    `${what} failed on the GPU: ${error instanceof Error || error instanceof GPUError ? error.message : String(error)}`,
+    {
+      cause: error,
+    },
+  );
 }
