@@ -1,6 +1,7 @@
-// Evaluation against bare forward passes: tokens per second of perplexity and of choices, as shares of the prefill rate.
+// Evaluation against bare forward passes: tokens per second of perplexity, of choices given as tokens and of questions given as text, as
+// shares of the prefill rate.
 // Run: npx tsx bench/eval-throughput.ts [--model FOLDER | --shape NAME] [--device cpu|webgpu]
-// [--precision auto|f32|f16] [--rounds N] [--seconds N] [--threads N] [--profile] [--host] [--out FILE]
+// [--precision auto|f32|f16] [--rounds N] [--seconds N] [--threads N] [--profile] [--host null|vulkan] [--out FILE]
 //
 // Prefill is what the model does with such tokens at best: hidden states and logits of full passes of 1024 rows, or
 // of as many as the backend asks for, submitted one after the other and waited for at the end. --shape takes a published model's
@@ -12,19 +13,23 @@
 // result is written after every round, of which there are --rounds or as many as begin within --seconds. On a GPU the host's
 // share is the time that went into submitting passes. --profile adds the GPU's time by kernel, once and after the rounds.
 //
-// --host leaves the GPU out: passes of --shape on Dawn's null backend, which validates everything and computes nothing, with the kernels
-// that a GPU with matrix units takes. What is left of a pass is what the main thread does for it, in milliseconds per pass of 2048
-// rows: that must stay well below what a GPU takes for the pass. --profile then tells the host's functions instead of kernels. The null
-// backend has 512 MB: nobody reads weights, so they are but beginnings; the vocabulary is cut to 4096, and logits come in as many parts
-// as the whole one's.
-import { writeFileSync } from 'node:fs';
+// --host null|vulkan leaves the GPU out: passes of --shape (default Qwen3-0.6B) on Dawn's null backend, which validates everything and computes
+// nothing, or on the machine's Vulkan driver with empty kernels, both with the kernels that a GPU with matrix units takes. What is left
+// is what the main thread does, in milliseconds on a processor per 2048 rows: it must stay well below what a GPU takes for them.
+// --profile then tells the host's functions instead of kernels. Least is what counts on a machine that others load; on `vulkan` medians hold the
+// main thread's polling, too. The null backend has 512 MB: nobody reads weights, so they are but beginnings; the vocabulary is cut to
+// 4096, logits come in as many parts as the whole one's. (Its choices and questions make buffers anew for that reason; a GPU does not.)
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { openBackend, PRECISIONS } from '../src/backends/registry.js';
 import { openWebGpuBackend, type WebGpuBackend } from '../src/backends/webgpu/index.js';
 import { createRng } from '../src/core/rng.js';
-import { evaluateText, scoreContinuations, type LikelihoodRequest } from '../src/evaluation/index.js';
+import { evaluateChoices } from '../src/evaluation/choices.js';
+import { evaluateText, scoreContinuations, type ChoiceItem, type LikelihoodRequest } from '../src/evaluation/index.js';
 import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
+import { loadTokenizer } from '../src/tokenizer/index.js';
 import { profileHost } from './support/host-profile.js';
 import {
   countCalls,
@@ -57,7 +62,11 @@ if (values.device !== 'cpu' && values.device !== 'webgpu') throw new Error('--de
 const empty = EMPTY_BACKENDS.find((name) => name === values.host);
 if (values.host !== empty) throw new Error(`--host is ${EMPTY_BACKENDS.join(' or ')}`);
 const backend = empty
-  ? await openWebGpuBackend({ entry: await emptyGpu(empty), precision: 'auto' })
+  ? await openWebGpuBackend({
+      entry: await emptyGpu(empty),
+      precision: 'auto',
+      ...(empty === 'null' && { memoryBytes: 440 * 2 ** 20 }),
+    })
   : await openBackend(values.device, {
       threads: values.threads === undefined ? undefined : Number(values.threads),
       precision: PRECISIONS.find((name) => name === values.precision),
@@ -90,6 +99,30 @@ const requests: LikelihoodRequest[] = Array.from({ length: large ? 1000 : 40 }, 
   (context) => Array.from({ length: 4 }, () => ({ context, continuation: draw(rng.int(2, 13)) })),
 );
 
+// Such questions as text, to be encoded, hashed and judged: runs of words of the prose beside the bundled model, by its tokenizer, whose
+// ids every model has.
+const BUNDLED = 'models/gyre-14m';
+const tokenizer = await loadTokenizer(await folderFiles(source ? values.model : BUNDLED));
+const prose = path.join(BUNDLED, 'eval/prose');
+const vocabulary = readdirSync(prose).flatMap((file) => readFileSync(path.join(prose, file), 'utf8').split(/\s+/));
+const words = (count: number): string => {
+  const begin = rng.int(0, vocabulary.length - count);
+  return vocabulary.slice(begin, begin + count).join(' ');
+};
+const questions = Array.from({ length: requests.length / 4 }, (_, i): ChoiceItem => {
+  const context = `Question: ${words(rng.int(14, 43))}\nAnswer:`;
+  const continuations = Array.from({ length: 4 }, () => ` ${words(rng.int(1, 9))}`);
+  return {
+    id: String(i),
+    group: null,
+    contexts: continuations.map(() => context),
+    continuations,
+    bytes: continuations.map((text) => text.length - 1),
+    answer: 0,
+  };
+});
+const QUESTIONS = { type: 'choices', metrics: ['acc', 'acc_norm'] } as const;
+
 /** Full passes; the host waits for the last one. Tokens that went through. */
 async function prefill(): Promise<number> {
   for (let begin = 0; begin < text.length; begin += passRows) {
@@ -108,6 +141,7 @@ const ways: Readonly<Record<string, () => Promise<number>>> = {
     return text.length;
   },
   choices: async () => (await scoreContinuations(decoder, requests)).tokens,
+  questions: async () => (await evaluateChoices(decoder, tokenizer, QUESTIONS, questions)).throughput.promptTokens,
 };
 
 /** Milliseconds spent in the decoder's own calls, which wait for nothing on a GPU. */

@@ -1,8 +1,9 @@
-// Where the seconds of `gyre quantize --device webgpu` go, on the bundled model: opening GPUs, compiling kernels, waiting for results,
-// by phase of the run; then the same with every dispatch timed on the GPU.
-// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--length 512] [--rounds 2] [--kernels] [--epochs N]
+// Where the seconds of `gyre quantize --device webgpu` go, on the bundled model: opening GPUs, compiling kernels (until each was there, several
+// at a time), waiting for results, by phase of the run; then the same with every dispatch timed on the GPU.
+// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--length 512] [--rounds 2] [--kernels] [--epochs N] [--host null] [--profile]
 //
-// Host functions: the same under `node --cpu-prof`.
+// --host null leaves the GPU out, as in bench/eval-throughput.ts: what is read back is made up, so with few --samples (48 fit its 512 MB).
+// --profile tells the host's functions.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
@@ -208,4 +209,4 @@ if (profile) {
   for (const { name, calls, milliseconds } of kernels)
     console.log(`  ${name.padEnd(48)} ${String(calls).padStart(7)} ${milliseconds.toFixed(1).padStart(9)} ms`);
 }
-writeResult(options.name, { method: options.method, runs, ...(profile && { profile }) });
+if (!empty) writeResult(options.name, { method: options.method, runs, ...(profile && { profile }) });

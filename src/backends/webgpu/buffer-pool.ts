@@ -10,6 +10,7 @@ const IDLE_SHARE = 2;
 export class BufferPool {
   readonly #make: (bytes: number) => GPUBuffer;
   readonly #budget: number;
+  readonly #submit: () => void;
   readonly #idle = new Map<number, GPUBuffer[]>();
   /** Buffers in use with their bytes: asking a buffer itself is a call into the GPU's library. */
   readonly #live = new Map<GPUBuffer, number>();
@@ -18,9 +19,11 @@ export class BufferPool {
   #idleBytes = 0;
   allocatedBytes = 0;
 
-  constructor(make: (bytes: number) => GPUBuffer, budget: number) {
+  /** `submit`: submits what is recorded, so that idle buffers can be destroyed before others take their place. */
+  constructor(make: (bytes: number) => GPUBuffer, budget: number, submit: () => void) {
     this.#make = make;
     this.#budget = budget;
+    this.#submit = submit;
   }
 
   /** A buffer of at least `bytes`, contents undefined. @throws GyreError `out-of-memory` beyond the budget. */
@@ -30,7 +33,10 @@ export class BufferPool {
     if (buffer) {
       this.#idleBytes -= size;
     } else {
-      if (this.allocatedBytes + size > this.#budget) this.#drop();
+      if (this.allocatedBytes + size > this.#budget) {
+        this.#drop();
+        this.#submit();
+      }
       if (this.allocatedBytes + size > this.#budget)
         throw new GyreError(
           'out-of-memory',

@@ -53,9 +53,9 @@ interface Waiting {
   run(): void;
 }
 
-/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops
- * need few, and a pass through a large model one per layer and use. */
-const MOST_BINDINGS = 2048;
+/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops need few; passes of many sizes through a
+ * large model need some per layer, use and size. */
+const MOST_BINDINGS = 16384;
 
 /** Bytes between uniform blocks of dispatches in one submission. */
 const UNIFORM_STRIDE = 256;
@@ -102,7 +102,14 @@ export class GpuDevice {
     this.device = device;
     this.capabilities = capabilities;
     this.limits = readLimits(device);
-    this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
+    this.#pool = new BufferPool(
+      (bytes) => this.#allocate(bytes),
+      options.memoryBytes ?? Infinity,
+      () => {
+        this.flush();
+        if (this.#waiting.length === 0) this.#pool.submitted();
+      },
+    );
     this.#staging = new StagingPool(device);
     this.#uploads = new UploadPool(device);
     this.#pipelines = new Pipelines(device, {
