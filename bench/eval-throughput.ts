@@ -1,6 +1,7 @@
-// Evaluation against bare forward passes: tokens per second of perplexity and of choices, as shares of the prefill rate.
+// Evaluation against bare forward passes: tokens per second of perplexity, of choices given as tokens and of questions given as text, as
+// shares of the prefill rate.
 // Run: npx tsx bench/eval-throughput.ts [--model FOLDER | --shape NAME] [--device cpu|webgpu]
-// [--precision auto|f32|f16] [--rounds N] [--seconds N] [--threads N] [--profile] [--out FILE]
+// [--precision auto|f32|f16] [--rounds N] [--seconds N] [--threads N] [--profile] [--host null|vulkan] [--out FILE]
 //
 // Prefill is what the model does with such tokens at best: hidden states and logits of full passes of 1024 rows, or
 // of as many as the backend asks for, submitted one after the other and waited for at the end. --shape takes a published model's
@@ -11,16 +12,37 @@
 // meantime disturbs both sides of a ratio alike. Ratios are medians over rounds, with the 95% interval of the median; the
 // result is written after every round, of which there are --rounds or as many as begin within --seconds. On a GPU the host's
 // share is the time that went into submitting passes. --profile adds the GPU's time by kernel, once and after the rounds.
-import { writeFileSync } from 'node:fs';
+//
+// --host null|vulkan leaves the GPU out: passes of --shape (default Qwen3-0.6B) on Dawn's null backend, which validates everything and computes
+// nothing, or on the machine's Vulkan driver with empty kernels, both with the kernels that a GPU with matrix units takes. What is left
+// is what the main thread does, in milliseconds on a processor per 2048 rows: it must stay well below what a GPU takes for them.
+// --profile then tells the host's functions instead of kernels. Least is what counts on a machine that others load; on `vulkan` medians hold the
+// main thread's polling, too. The null backend has 512 MB: nobody reads weights, so they are but beginnings; the vocabulary is cut to
+// 4096, logits come in as many parts as the whole one's. (Its choices and questions make buffers anew for that reason; a GPU does not.)
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { openBackend, PRECISIONS } from '../src/backends/registry.js';
-import type { WebGpuBackend } from '../src/backends/webgpu/index.js';
+import { openWebGpuBackend, type WebGpuBackend } from '../src/backends/webgpu/index.js';
 import { createRng } from '../src/core/rng.js';
-import { evaluateText, scoreContinuations, type LikelihoodRequest } from '../src/evaluation/index.js';
+import { evaluateChoices } from '../src/evaluation/choices.js';
+import { evaluateText, scoreContinuations, type ChoiceItem, type LikelihoodRequest } from '../src/evaluation/index.js';
 import { folderFiles } from '../src/formats/source.node.js';
 import { loadDecoder, openModel } from '../src/models/load.js';
+import { loadTokenizer } from '../src/tokenizer/index.js';
+import { profileHost } from './support/host-profile.js';
+import {
+  countCalls,
+  EMPTY_BACKENDS,
+  emptyGpu,
+  feigning,
+  ones,
+  sparing,
+  threadMilliseconds,
+} from './support/empty-gpu.js';
 import { randomDecoder } from './support/random-decoder.js';
 import { SHAPES } from './support/random-plan.js';
+import { machine } from './support/results.js';
 
 const { values } = parseArgs({
   options: {
@@ -32,17 +54,34 @@ const { values } = parseArgs({
     seconds: { type: 'string', default: '600' },
     threads: { type: 'string' },
     profile: { type: 'boolean', default: false },
+    host: { type: 'string' },
     out: { type: 'string' },
   },
 });
 if (values.device !== 'cpu' && values.device !== 'webgpu') throw new Error('--device is cpu or webgpu');
-const backend = await openBackend(values.device, {
-  threads: values.threads === undefined ? undefined : Number(values.threads),
-  precision: PRECISIONS.find((name) => name === values.precision),
-});
-const shape = SHAPES.find(({ name }) => name === values.shape);
-if (values.shape !== undefined && (!shape || values.device !== 'webgpu'))
-  throw new Error(`--shape takes ${SHAPES.map(({ name }) => name).join(', ')}, with --device webgpu`);
+const empty = EMPTY_BACKENDS.find((name) => name === values.host);
+if (values.host !== empty) throw new Error(`--host is ${EMPTY_BACKENDS.join(' or ')}`);
+const backend = empty
+  ? await openWebGpuBackend({
+      entry: await emptyGpu(empty),
+      precision: 'auto',
+      ...(empty === 'null' && { memoryBytes: 440 * 2 ** 20 }),
+    })
+  : await openBackend(values.device, {
+      threads: values.threads === undefined ? undefined : Number(values.threads),
+      precision: PRECISIONS.find((name) => name === values.precision),
+    });
+const named = SHAPES.find(({ name }) => name === (values.shape ?? (empty ? 'Qwen3-0.6B' : undefined)));
+if (values.shape !== undefined && (!named || (values.device !== 'webgpu' && !empty)))
+  throw new Error(`--shape takes ${SHAPES.map(({ name }) => name).join(', ')}, with --device webgpu or --host`);
+const shape = named && empty ? { ...named, vocab: 4096 } : named;
+if (named && empty) {
+  const { pass } = backend.info;
+  if (!pass) throw new Error('this backend is not taken for a GPU with matrix units');
+  const logitsBytes = (pass.logitsBytes * 4096) / named.vocab;
+  Object.assign(backend, { info: { ...backend.info, pass: { ...pass, logitsBytes } } });
+  sparing((backend as WebGpuBackend).gpu, 'a weight of');
+}
 const source = shape ? undefined : await openModel(await folderFiles(values.model));
 const decoder = source
   ? await loadDecoder(backend, source)
@@ -59,6 +98,30 @@ const text = draw(large ? 8 * passRows : 4 * WINDOW);
 const requests: LikelihoodRequest[] = Array.from({ length: large ? 1000 : 40 }, () => draw(rng.int(20, 61))).flatMap(
   (context) => Array.from({ length: 4 }, () => ({ context, continuation: draw(rng.int(2, 13)) })),
 );
+
+// Such questions as text, to be encoded, hashed and judged: runs of words of the prose beside the bundled model, by its tokenizer, whose
+// ids every model has.
+const BUNDLED = 'models/gyre-14m';
+const tokenizer = await loadTokenizer(await folderFiles(source ? values.model : BUNDLED));
+const prose = path.join(BUNDLED, 'eval/prose');
+const vocabulary = readdirSync(prose).flatMap((file) => readFileSync(path.join(prose, file), 'utf8').split(/\s+/));
+const words = (count: number): string => {
+  const begin = rng.int(0, vocabulary.length - count);
+  return vocabulary.slice(begin, begin + count).join(' ');
+};
+const questions = Array.from({ length: requests.length / 4 }, (_, i): ChoiceItem => {
+  const context = `Question: ${words(rng.int(14, 43))}\nAnswer:`;
+  const continuations = Array.from({ length: 4 }, () => ` ${words(rng.int(1, 9))}`);
+  return {
+    id: String(i),
+    group: null,
+    contexts: continuations.map(() => context),
+    continuations,
+    bytes: continuations.map((text) => text.length - 1),
+    answer: 0,
+  };
+});
+const QUESTIONS = { type: 'choices', metrics: ['acc', 'acc_norm'] } as const;
 
 /** Full passes; the host waits for the last one. Tokens that went through. */
 async function prefill(): Promise<number> {
@@ -78,6 +141,7 @@ const ways: Readonly<Record<string, () => Promise<number>>> = {
     return text.length;
   },
   choices: async () => (await scoreContinuations(decoder, requests)).tokens,
+  questions: async () => (await evaluateChoices(decoder, tokenizer, QUESTIONS, questions)).throughput.promptTokens,
 };
 
 /** Milliseconds spent in the decoder's own calls, which wait for nothing on a GPU. */
@@ -127,6 +191,72 @@ function medianInterval(list: readonly number[]): [low: number, high: number] {
 }
 
 const rounds = Number(values.rounds);
+if (empty) {
+  await measureHost();
+  process.exit();
+}
+
+/** The main thread's time per 2048 rows of each way. */
+async function measureHost(): Promise<void> {
+  const { gpu } = backend as WebGpuBackend;
+  // Zeros are no scores: a sum of exponentials of 1 is one.
+  feigning(gpu, ones);
+  const all: Readonly<Record<string, () => Promise<number>>> = { prefill, ...ways };
+  for (const run of Object.values(all)) for (let i = 0; i < 3; i++) await run(); // compiled by V8 too
+  const times = Object.keys(all).map((name) => ({
+    name,
+    thread: [] as number[],
+    clock: [] as number[],
+    submitting: [] as number[],
+  }));
+  const until = performance.now() + 1000 * Number(values.seconds);
+  for (let round = 0; round < rounds && (round === 0 || performance.now() < until); round++)
+    for (const { name, thread, clock, submitting: inside } of times) {
+      submitting = 0;
+      const [begunThread, begun] = [threadMilliseconds(), performance.now()];
+      const per = passRows / (await all[name]());
+      clock.push((performance.now() - begun) * per);
+      thread.push((threadMilliseconds() - begunThread) * per);
+      inside.push(submitting * per);
+    }
+  const rows: unknown[] = [];
+  for (const { name, ...lists } of times) {
+    let tokens = 0;
+    const calls = await countCalls(gpu.device, async () => (tokens = await all[name]()));
+    const passes = tokens / passRows;
+    const perPass = Object.fromEntries(Object.entries(calls).map(([call, count]) => [call, count / passes]));
+    const row = {
+      name,
+      ...Object.fromEntries(Object.entries(lists).map(([key, list]) => [key, median(list)])),
+      least: Math.min(...lists.thread),
+      calls: perPass,
+    };
+    rows.push(row);
+    console.log(
+      `${name.padEnd(11)} ${median(lists.thread).toFixed(2).padStart(6)} ms of the main thread per ${passRows} rows (least ${row.least.toFixed(2)}), ` +
+        `${median(lists.clock).toFixed(2)} by the clock, ${median(lists.submitting).toFixed(2)} in hidden and logits; ` +
+        Object.entries(perPass)
+          .map(([call, count]) => `${count.toFixed(1)} ${call}`)
+          .join(', '),
+    );
+  }
+  for (const [name, run] of values.profile ? Object.entries(all) : []) {
+    let tokens = 0;
+    const functions = await profileHost(async () => {
+      for (let i = 0; i < 4; i++) tokens += await run();
+    });
+    const total = functions.reduce((sum, { milliseconds }) => sum + milliseconds, 0);
+    const per = passRows / tokens;
+    console.log(`${name}: ${(total * per).toFixed(2)} ms per ${passRows} rows under the profiler`);
+    for (const { where, milliseconds } of functions.slice(0, 30))
+      console.log(`  ${(milliseconds * per).toFixed(3).padStart(7)} ms ${where}`);
+  }
+  if (values.out !== undefined) {
+    const found = { benchmark: 'eval-throughput --host', model: shape?.name, backend: backend.info.description };
+    writeFileSync(values.out, `${JSON.stringify({ machine: machine(), ...found, rounds, passRows, rows }, null, 1)}\n`);
+  }
+}
+
 const inTime = (): boolean => performance.now() - begun < 1000 * Number(values.seconds);
 const prefills: Run[] = [];
 const found = new Map(Object.keys(ways).map((name) => [name, [] as (Run & { readonly ratio: number })[]]));

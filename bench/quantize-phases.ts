@@ -1,8 +1,9 @@
-// Where the seconds of `gyre quantize --device webgpu` go, on the bundled model: opening GPUs, compiling kernels, waiting for results,
-// by phase of the run; then the same with every dispatch timed on the GPU.
-// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--length 512] [--rounds 2] [--kernels] [--epochs N]
+// Where the seconds of `gyre quantize --device webgpu` go, on the bundled model: opening GPUs, compiling kernels (until each was there, several
+// at a time), waiting for results, by phase of the run; then the same with every dispatch timed on the GPU.
+// Run: npx tsx bench/quantize-phases.ts [--model DIR] [--method paroquant] [--samples 256] [--length 512] [--rounds 2] [--kernels] [--epochs N] [--host null] [--profile]
 //
-// Host functions: the same under `node --cpu-prof`.
+// --host null leaves the GPU out, as in bench/eval-throughput.ts: what is read back is made up, so with few --samples (48 fit its 512 MB).
+// --profile tells the host's functions.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
@@ -10,6 +11,8 @@ import { parseArgs } from 'node:util';
 import { GpuDevice } from '../src/backends/webgpu/device.js';
 import type { KernelTime } from '../src/backends/webgpu/profile.js';
 import { quantizeCheckpoint } from '../src/quantize.node.js';
+import { EMPTY_BACKENDS, emptyGpu, feigning, ones, sparing } from './support/empty-gpu.js';
+import { profileHost } from './support/host-profile.js';
 import { round, writeResult } from './support/results.js';
 
 const { values: options } = parseArgs({
@@ -22,8 +25,34 @@ const { values: options } = parseArgs({
     kernels: { type: 'boolean', default: false },
     epochs: { type: 'string' },
     name: { type: 'string', default: 'quantize-phases' },
+    host: { type: 'string' },
+    profile: { type: 'boolean', default: false },
   },
 });
+
+const empty = EMPTY_BACKENDS.find((name) => name === options.host);
+if (options.host !== empty) throw new Error(`--host is ${EMPTY_BACKENDS.join(' or ')}`);
+const entry = empty && (await emptyGpu(empty));
+
+/** Whether the calibration text is being written. */
+let writing = true;
+
+/** What a run can go on with where nothing is computed: tokens while text is written, then finite numbers. */
+function feign(bytes: ArrayBuffer): void {
+  if (writing) {
+    new Uint32Array(bytes).fill(7);
+    return;
+  }
+  // What is large is codes of 4 bits in bytes.
+  if (bytes.byteLength >= 2 ** 16) new Uint8Array(bytes).fill(7);
+  else ones(bytes);
+  // One word says where a factorization failed: nowhere. Four may be the probe of how sums and products are rounded (kernels/double.ts).
+  if (bytes.byteLength === 4) new Uint32Array(bytes).fill(0);
+  if (bytes.byteLength !== 16) return;
+  const [a, b] = [Math.fround(4 / 3), Math.fround(1 / 700)];
+  const [product, sum] = [Math.fround(a * b), Math.fround(a + b)];
+  new Float32Array(bytes).set([product, a * b - product, sum, a + b - sum]);
+}
 
 /** What devices did, in seconds of the host and counts. */
 class Trace {
@@ -61,8 +90,12 @@ async function traced<T>(
   const times: KernelTime[] = [];
   GpuDevice.open = async (gpuOptions) => {
     const begun = performance.now();
-    const gpu = await open(gpuOptions);
+    const gpu = await open({ ...gpuOptions, ...(entry && { entry }) });
     trace.opened.add(begun);
+    if (empty) {
+      sparing(gpu, 'the keys of');
+      feigning(gpu, feign);
+    }
     watch(gpu, trace);
     if (!kernels) return gpu;
     gpu.startProfile();
@@ -82,10 +115,14 @@ async function traced<T>(
 
 function watch(gpu: GpuDevice, trace: Trace): void {
   const { device } = gpu;
-  const [compile, flush, read] = [device.createComputePipeline.bind(device), gpu.flush.bind(gpu), gpu.read.bind(gpu)];
-  device.createComputePipeline = (descriptor) => {
+  const [compile, flush, read] = [
+    device.createComputePipelineAsync.bind(device),
+    gpu.flush.bind(gpu),
+    gpu.read.bind(gpu),
+  ];
+  device.createComputePipelineAsync = async (descriptor) => {
     const begun = performance.now();
-    const pipeline = compile(descriptor);
+    const pipeline = await compile(descriptor);
     trace.compiled.add(begun);
     return pipeline;
   };
@@ -109,6 +146,7 @@ async function run(kernels: boolean) {
       const begun = performance.now();
       let afterText: ReturnType<Trace['values']> | undefined;
       let [textBegan, textEnded] = [0, 0];
+      writing = true;
       const report = await quantizeCheckpoint({
         model: options.model,
         out: path.join(out, 'q'),
@@ -119,6 +157,7 @@ async function run(kernels: boolean) {
         ...(options.epochs && { block: { epochs: Number(options.epochs) } }),
         onProgress: ({ stage }) => {
           if (stage === 'quantize') {
+            writing = false;
             textEnded ||= performance.now();
             afterText ??= trace.values();
           } else textBegan ||= performance.now();
@@ -156,6 +195,13 @@ for (let i = 0; i < Number(options.rounds); i++) {
   runs.push(await run(false));
   console.log(JSON.stringify(runs.at(-1)));
 }
+if (options.profile) {
+  const functions = await profileHost(() => run(false));
+  const total = functions.reduce((sum, { milliseconds }) => sum + milliseconds, 0);
+  console.log(`${round(total / 1000)} s of the main thread under the profiler`);
+  for (const { where, milliseconds } of functions.slice(0, 60))
+    console.log(`  ${milliseconds.toFixed(0).padStart(6)} ms ${where}`);
+}
 const profile = options.kernels ? await run(true) : undefined;
 if (profile) {
   const { kernels = [], ...rest } = profile;
@@ -163,4 +209,4 @@ if (profile) {
   for (const { name, calls, milliseconds } of kernels)
     console.log(`  ${name.padEnd(48)} ${String(calls).padStart(7)} ${milliseconds.toFixed(1).padStart(9)} ms`);
 }
-writeResult(options.name, { method: options.method, runs, ...(profile && { profile }) });
+if (!empty) writeResult(options.name, { method: options.method, runs, ...(profile && { profile }) });

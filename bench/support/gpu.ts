@@ -26,8 +26,8 @@ export async function timeDispatches(
       timestampWrites: { querySet: queries, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 },
     });
     for (let i = 0; i < loops; i++)
-      for (const { pipeline, bindGroup, groups } of dispatches) {
-        pass.setPipeline(pipeline);
+      for (const { kernel, bindGroup, groups } of dispatches) {
+        pass.setPipeline(kernel.pipeline as GPUComputePipeline);
         pass.setBindGroup(0, bindGroup);
         pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
       }
@@ -40,6 +40,9 @@ export async function timeDispatches(
     staging.unmap();
     return (Number(end - begin) * 1e-9) / (loops * dispatches.length);
   };
+  // Kernels are compiled then.
+  for (const { dispatches } of candidates) gpu.run(dispatches);
+  await gpu.sync();
   // How many repetitions fill a pass: from one repetition, then from a longer one, since the first is slow.
   const loops = new Map<string, number>();
   for (const { name, dispatches } of candidates) {

@@ -7,7 +7,7 @@ import type { Tokenizer } from '../tokenizer/index.js';
 import type { ChoicesTask, CompletionTask } from './definition.js';
 import { metric } from './metrics.js';
 import type { ChoiceItem } from './items.js';
-import { contextLength } from '../generate/index.js';
+import { contextLength, createBreath } from '../generate/index.js';
 import { encodePair, scoreContinuations, truncateLeft, type Likelihood, type LikelihoodRequest } from './likelihood.js';
 import { hexDigest, noCache, requestKey, type RequestCache } from './request-cache.js';
 import type { ChoicesResult, Metric } from './results.js';
@@ -20,6 +20,8 @@ export interface EvaluateChoicesOptions {
   readonly cache?: RequestCache;
   /** Whatever decides a likelihood beside the tokens: fingerprint, backend, activations. */
   readonly cacheScope?: string;
+  /** Items that are packed and scored together, while the next are encoded; default 500. */
+  readonly itemsAtOnce?: number;
   /** Stage `score`, in requests. */
   readonly onProgress?: ProgressListener;
   readonly signal?: AbortSignal;
@@ -34,6 +36,19 @@ export type ChoicesEvaluation = Pick<
   readonly logLikelihoods: readonly (readonly number[])[];
 };
 
+/** What is told of choices. */
+interface ChoiceMetrics {
+  readonly metrics: readonly ChoicesTask['metrics'][number][];
+}
+
+/** What scoring asks of a task. */
+export type ScoredTask = (Pick<ChoicesTask, 'type'> & ChoiceMetrics) | Pick<CompletionTask, 'type'>;
+
+/** See {@link EvaluateChoicesOptions.itemsAtOnce}. */
+const ITEMS_AT_ONCE = 500;
+/** Longest time that encoding keeps scores from being read and passes from being submitted, ms: a GPU has work for longer. */
+const ENCODING_MS = 10;
+
 const cachedSchema = z.tuple([z.number(), z.boolean().nullable()]);
 
 /**
@@ -44,48 +59,80 @@ const cachedSchema = z.tuple([z.number(), z.boolean().nullable()]);
 export async function evaluateChoices(
   decoder: Decoder,
   tokenizer: Tokenizer,
-  task: ChoicesTask | CompletionTask,
+  task: ScoredTask,
   items: readonly ChoiceItem[],
   options: EvaluateChoicesOptions = {},
 ): Promise<ChoicesEvaluation> {
-  const { cache = noCache, cacheScope = '', startToken, onProgress, signal } = options;
+  const { cache = noCache, cacheScope = '', startToken, itemsAtOnce = ITEMS_AT_ONCE, onProgress, signal } = options;
   const begun = performance.now();
   const greedy = task.type === 'completion';
-  const requests: LikelihoodRequest[] = [];
   const limit = contextLength(decoder.config);
-  let truncated = 0;
-  for (const item of items) {
-    for (const [i, continuation] of item.continuations.entries()) {
+  const total = items.reduce((sum, { continuations }) => sum + continuations.length, 0);
+  const perItem: (readonly Likelihood[])[] = [];
+  let [truncated, tokens, done] = [0, 0, 0];
+  const encode = (item: ChoiceItem): LikelihoodRequest[] =>
+    item.continuations.map((continuation, i) => {
       const whole = encodePair(tokenizer, item.contexts[i], continuation, startToken);
       const request = truncateLeft(whole, limit);
       if (request !== whole) truncated++;
-      requests.push(request);
+      return request;
+    });
+  const score = async (
+    part: readonly ChoiceItem[],
+    requests: readonly LikelihoodRequest[],
+    keys: readonly string[],
+  ): Promise<void> => {
+    const found = keys.map((key) => cachedSchema.safeParse(cache.get(key)).data);
+    const missing = keys.flatMap((_, i) => (found[i] ? [] : [i]));
+    done += keys.length - missing.length;
+    const before = done;
+    const fresh = await scoreContinuations(
+      decoder,
+      missing.map((i) => requests[i]),
+      {
+        greedy,
+        onScored: (indices, results) =>
+          cache.add(indices.map((i, n) => [keys[missing[i]], [results[n].logLikelihood, results[n].greedy]] as const)),
+        onProgress: onProgress && ((event) => onProgress({ ...event, done: before + event.done, total })),
+        signal,
+      },
+    );
+    done += missing.length;
+    tokens += fresh.tokens;
+    const likelihoods: Likelihood[] = found.map((entry) => ({
+      logLikelihood: entry?.[0] ?? NaN,
+      greedy: entry?.[1] ?? null,
+    }));
+    for (const [n, i] of missing.entries()) likelihoods[i] = fresh.results[n];
+    let at = 0;
+    for (const { continuations } of part) perItem.push(likelihoods.slice(at, (at += continuations.length)));
+  };
+  // Tokens of thousands of questions take the host as long as a GPU needs to score them: the next ones are encoded meanwhile.
+  const breathe = createBreath(ENCODING_MS);
+  let scoring = Promise.resolve();
+  try {
+    for (let begin = 0; begin < items.length; begin += itemsAtOnce) {
+      const part = items.slice(begin, begin + itemsAtOnce);
+      const requests: LikelihoodRequest[] = [];
+      const keys: string[] = [];
+      for (const item of part) {
+        await breathe();
+        const own = encode(item);
+        requests.push(...own);
+        keys.push(
+          ...(await Promise.all(
+            own.map(({ context, continuation }) => requestKey('likelihood', cacheScope, greedy, context, continuation)),
+          )),
+        );
+      }
+      await scoring;
+      scoring = score(part, requests, keys);
+      scoring.catch(() => undefined); // whoever awaits it is told
     }
+  } finally {
+    await scoring;
   }
-  const keys = await Promise.all(
-    requests.map(({ context, continuation }) => requestKey('likelihood', cacheScope, greedy, context, continuation)),
-  );
-  const found = keys.map((key) => cachedSchema.safeParse(cache.get(key)).data);
-  const missing = keys.flatMap((_, i) => (found[i] ? [] : [i]));
-  const fresh = await scoreContinuations(
-    decoder,
-    missing.map((i) => requests[i]),
-    {
-      greedy,
-      onScored: (indices, results) =>
-        cache.add(indices.map((i, n) => [keys[missing[i]], [results[n].logLikelihood, results[n].greedy]] as const)),
-      onProgress,
-      signal,
-    },
-  );
-  const likelihoods: Likelihood[] = found.map((entry) => ({
-    logLikelihood: entry?.[0] ?? NaN,
-    greedy: entry?.[1] ?? null,
-  }));
-  for (const [n, i] of missing.entries()) likelihoods[i] = fresh.results[n];
 
-  let at = 0;
-  const perItem = items.map((item) => likelihoods.slice(at, (at += item.continuations.length)));
   const columns = task.type === 'completion' ? completionColumns(perItem) : choiceColumns(task, items, perItem);
   const seconds = (performance.now() - begun) / 1000;
   const names = [...new Set(items.flatMap(({ group }) => (group === null ? [] : [group])))].sort();
@@ -108,9 +155,9 @@ export async function evaluateChoices(
     }),
     throughput: {
       seconds,
-      promptTokens: fresh.tokens,
+      promptTokens: tokens,
       generatedTokens: 0,
-      tokensPerSecond: fresh.tokens / seconds,
+      tokensPerSecond: tokens / seconds,
     },
     truncated,
     logLikelihoods: perItem.map((scores) => scores.map(({ logLikelihood }) => logLikelihood)),
@@ -123,7 +170,7 @@ function best(values: readonly number[]): number {
 }
 
 function choiceColumns(
-  task: ChoicesTask,
+  task: ChoiceMetrics,
   items: readonly ChoiceItem[],
   perItem: readonly (readonly Likelihood[])[],
 ): Record<string, number[]> {

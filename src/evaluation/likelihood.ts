@@ -52,6 +52,18 @@ export interface Likelihoods {
   readonly tokens: number;
 }
 
+/** The last context that each tokenizer has encoded, and in how many tokens: the choices of a question share theirs. */
+const lastContexts = new WeakMap<Tokenizer, { readonly context: string; readonly tokens: number }>();
+
+function contextTokens(tokenizer: Tokenizer, context: string): number {
+  let last = lastContexts.get(tokenizer);
+  if (last?.context !== context) {
+    last = { context, tokens: tokenizer.encode(context, { addSpecialTokens: false }).length };
+    lastContexts.set(tokenizer, last);
+  }
+  return last.tokens;
+}
+
 /**
  * A context and a continuation as tokens, the way lm-evaluation-harness splits them: spaces at the end of the context go
  * to the continuation, both are encoded together, and what encoding the context alone gives is cut off. An empty context
@@ -78,7 +90,7 @@ export function encodePair(
     return { context: Int32Array.of(startToken ?? first), continuation: encode(ending) };
   }
   const whole = encode(kept + ending);
-  const length = Math.min(encode(kept).length, whole.length - 1);
+  const length = Math.min(contextTokens(tokenizer, kept), whole.length - 1);
   const opening = startToken === undefined ? [] : [startToken];
   return { context: Int32Array.from([...opening, ...whole.subarray(0, length)]), continuation: whole.slice(length) };
 }
@@ -169,18 +181,23 @@ function toSequence({ context, continuation }: LikelihoodRequest, index: number)
 
 /** Sums scores of rows, sequence by sequence. */
 function likelihoods(sequences: readonly ScoredSequence[], parts: readonly RowScores[], greedy: boolean): Likelihood[] {
-  const rows = parts.flatMap(({ nll, hit }) => Array.from(nll, (value, i) => ({ value, hit: hit[i] === 1 })));
-  let at = 0;
+  // Rows of a sequence may lie in two parts.
+  let [part, row] = [0, 0];
   return sequences.map(({ targets }) => {
-    const own = rows.slice(at, (at += targets.length));
-    const logLikelihood = own.reduce((sum, { value }) => sum - value, 0);
+    let logLikelihood = 0;
+    let likely = true;
+    for (let i = 0; i < targets.length; i++, row++) {
+      for (; row === parts[part].nll.length; row = 0) part++;
+      logLikelihood -= parts[part].nll[row];
+      likely &&= parts[part].hit[row] === 1;
+    }
     ensure(
       Number.isFinite(logLikelihood),
       'non-finite',
       'the logits of the model are not finite',
       'the model or its quantization is broken: look for damaged tensors with `gyre inspect`',
     );
-    return { logLikelihood, greedy: greedy ? own.every(({ hit }) => hit) : null };
+    return { logLikelihood, greedy: greedy ? likely : null };
   });
 }
 

@@ -255,6 +255,28 @@ describe('evaluateChoices', () => {
     );
   });
 
+  it('gives the same however many items are scored together, and tells of all of them', async () => {
+    const whole = await evaluateChoices(decoder, tokenizer, task, items);
+    const done: number[] = [];
+    const parts = await evaluateChoices(decoder, tokenizer, task, items, {
+      itemsAtOnce: 5,
+      onProgress: (event) => {
+        expect(event.total).toBe(24);
+        done.push(event.done);
+      },
+    });
+    expect(parts.items).toEqual(whole.items);
+    expect(done).toEqual([10, 20, 24]);
+    parts.logLikelihoods.flat().forEach((score, i) => expect(score).toBeCloseTo(whole.logLikelihoods.flat()[i], 4));
+    const stopped = new AbortController();
+    const cut = evaluateChoices(decoder, tokenizer, task, items, {
+      itemsAtOnce: 5,
+      onProgress: () => stopped.abort(),
+      signal: stopped.signal,
+    });
+    await expect(cut).rejects.toMatchObject({ code: 'interrupted' });
+  });
+
   it('goes on after a run that was killed in the middle of a line, and ends with the same', async () => {
     const file = path.join(folder, 'cache', 'piqa.jsonl');
     const whole = await evaluateChoices(decoder, tokenizer, task, items);

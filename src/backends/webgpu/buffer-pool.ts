@@ -10,16 +10,20 @@ const IDLE_SHARE = 2;
 export class BufferPool {
   readonly #make: (bytes: number) => GPUBuffer;
   readonly #budget: number;
+  readonly #submit: () => void;
   readonly #idle = new Map<number, GPUBuffer[]>();
-  readonly #live = new Set<GPUBuffer>();
+  /** Buffers in use with their bytes: asking a buffer itself is a call into the GPU's library. */
+  readonly #live = new Map<GPUBuffer, number>();
   /** Buffers to destroy once the commands that use them are submitted. */
   #doomed: GPUBuffer[] = [];
   #idleBytes = 0;
   allocatedBytes = 0;
 
-  constructor(make: (bytes: number) => GPUBuffer, budget: number) {
+  /** `submit`: submits what is recorded, so that idle buffers can be destroyed before others take their place. */
+  constructor(make: (bytes: number) => GPUBuffer, budget: number, submit: () => void) {
     this.#make = make;
     this.#budget = budget;
+    this.#submit = submit;
   }
 
   /** A buffer of at least `bytes`, contents undefined. @throws GyreError `out-of-memory` beyond the budget. */
@@ -29,7 +33,10 @@ export class BufferPool {
     if (buffer) {
       this.#idleBytes -= size;
     } else {
-      if (this.allocatedBytes + size > this.#budget) this.#drop();
+      if (this.allocatedBytes + size > this.#budget) {
+        this.#drop();
+        this.#submit();
+      }
       if (this.allocatedBytes + size > this.#budget)
         throw new GyreError(
           'out-of-memory',
@@ -39,22 +46,24 @@ export class BufferPool {
       buffer = this.#make(size);
       this.allocatedBytes += size;
     }
-    this.#live.add(buffer);
+    this.#live.set(buffer, size);
     return buffer;
   }
 
   /** Takes a buffer back. Giving one back twice does nothing. */
   give(buffer: GPUBuffer): void {
-    if (!this.#live.delete(buffer)) return;
-    const inUse = this.allocatedBytes - this.#idleBytes - buffer.size;
-    if (this.#idleBytes + buffer.size > Math.max(IDLE_BYTES, IDLE_SHARE * inUse)) {
-      this.#doom(buffer);
+    const size = this.#live.get(buffer);
+    if (size === undefined) return;
+    this.#live.delete(buffer);
+    const inUse = this.allocatedBytes - this.#idleBytes - size;
+    if (this.#idleBytes + size > Math.max(IDLE_BYTES, IDLE_SHARE * inUse)) {
+      this.#doom(buffer, size);
       return;
     }
-    const list = this.#idle.get(buffer.size);
+    const list = this.#idle.get(size);
     if (list) list.push(buffer);
-    else this.#idle.set(buffer.size, [buffer]);
-    this.#idleBytes += buffer.size;
+    else this.#idle.set(size, [buffer]);
+    this.#idleBytes += size;
   }
 
   /** Called after each submission. */
@@ -67,19 +76,19 @@ export class BufferPool {
   dispose(): void {
     this.#drop();
     this.submitted();
-    for (const buffer of this.#live) buffer.destroy();
+    for (const buffer of this.#live.keys()) buffer.destroy();
     this.#live.clear();
     this.allocatedBytes = 0;
   }
 
   #drop(): void {
-    for (const list of this.#idle.values()) for (const buffer of list) this.#doom(buffer);
+    for (const [size, list] of this.#idle) for (const buffer of list) this.#doom(buffer, size);
     this.#idle.clear();
     this.#idleBytes = 0;
   }
 
-  #doom(buffer: GPUBuffer): void {
-    this.allocatedBytes -= buffer.size;
+  #doom(buffer: GPUBuffer, size: number): void {
+    this.allocatedBytes -= size;
     this.#doomed.push(buffer);
   }
 }

@@ -100,13 +100,16 @@ export const RAISED = [
   'maxComputeWorkgroupSizeY',
 ] as const;
 
-/** The adapter's own values of the limits we use. */
-export function requiredLimits(adapter: GPUAdapter): Record<string, number> {
-  return Object.fromEntries(RAISED.map((name) => [name, adapter.limits[name]]));
+/** Values of the limits we use. */
+export type GpuLimits = Readonly<Record<(typeof RAISED)[number], number>>;
+
+/** Reads an adapter's or a device's limits, once: each read is a call into the GPU's library. */
+export function readLimits({ limits }: { readonly limits: GPUSupportedLimits }): GpuLimits {
+  return Object.fromEntries(RAISED.map((name) => [name, limits[name]])) as GpuLimits;
 }
 
 /** Refuses a buffer that no binding could reach, before anything is allocated. @throws GyreError `limit-exceeded`. */
-export function checkBufferSize(limits: GPUSupportedLimits, bytes: number, what: string): void {
+export function checkBufferSize(limits: GpuLimits, bytes: number, what: string): void {
   const limit = Math.min(limits.maxBufferSize, limits.maxStorageBufferBindingSize);
   if (bytes > limit)
     throw new GyreError('limit-exceeded', `${what} needs ${bytes} bytes in one GPU buffer; this GPU allows ${limit}`, {

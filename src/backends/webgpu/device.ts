@@ -5,12 +5,14 @@ import {
   checkBufferSize,
   probe,
   requiredFeatures,
-  requiredLimits,
+  readLimits,
   type FeatureChoice,
   type GpuCapabilities,
+  type GpuLimits,
 } from './capabilities.js';
-import { packParams, paramBytes, type Kernel } from './kernel.js';
+import { packParams, type Kernel } from './kernel.js';
 import { BufferPool, StagingPool, UploadPool } from './buffer-pool.js';
+import { Pipelines, type Binding, type CompiledKernel } from './pipelines.js';
 import { Profile, type KernelTime } from './profile.js';
 import { webgpuEntry } from './provider.js';
 
@@ -21,6 +23,8 @@ export interface GpuDeviceOptions {
   /** Features to do without, for testing. */
   readonly features?: FeatureChoice;
   readonly powerPreference?: GPUPowerPreference;
+  /** WebGPU's entry point; default: this machine's. */
+  readonly entry?: GPU;
 }
 
 /** Part of a GPU buffer. `offset` is a multiple of 256. */
@@ -34,23 +38,24 @@ export interface BufferSlice {
 export type Workgroups = readonly [number, number?, number?];
 
 /** A dispatch whose pipeline, bindings and parameters are fixed: made once, run many times. */
-export interface PreparedDispatch {
+export interface PreparedDispatch extends Binding {
   readonly name: string;
-  readonly pipeline: GPUComputePipeline;
-  readonly bindGroup: GPUBindGroup;
+  readonly kernel: CompiledKernel;
   readonly groups: Workgroups;
 }
 
-interface Compiled {
-  readonly pipeline: GPUComputePipeline;
-  readonly layout: GPUBindGroupLayout;
-  /** Bindings made so far, by {@link GpuDevice.#key} of their buffers. */
-  readonly bindings: Map<string, GPUBindGroup>;
+/** A command that comes after one whose kernel is being compiled. */
+interface Waiting {
+  /** Of a dispatch. */
+  readonly kernel?: CompiledKernel;
+  /** Whether somebody awaits it, who must be told in any case. */
+  readonly awaited?: boolean;
+  run(): void;
 }
 
-/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops
- * need few, and a pass through a large model one per layer and use. */
-const MOST_BINDINGS = 2048;
+/** Bindings kept per kernel. The pool hands the same buffers out again and again, so loops need few; passes of many sizes through a
+ * large model need some per layer, use and size. */
+const MOST_BINDINGS = 16384;
 
 /** Bytes between uniform blocks of dispatches in one submission. */
 const UNIFORM_STRIDE = 256;
@@ -66,12 +71,13 @@ const BATCH = 64;
 export class GpuDevice {
   readonly device: GPUDevice;
   readonly capabilities: GpuCapabilities;
-  readonly limits: GPUSupportedLimits;
+  readonly limits: GpuLimits;
   readonly #pool: BufferPool;
   readonly #staging: StagingPool;
   readonly #uploads: UploadPool;
-  /** Kernels of dispatches, whose parameters lie anywhere in {@link GpuDevice.#uniforms}, and of prepared ones, which have their own. */
-  readonly #compiled = { dispatch: new Map<string, Compiled>(), prepare: new Map<string, Compiled>() };
+  readonly #pipelines: Pipelines;
+  /** Everything since the first dispatch whose kernel is still being compiled, in order. */
+  readonly #waiting: Waiting[] = [];
   /** Numbers of buffers, for the keys of bindings. */
   readonly #numbers = new WeakMap<GPUBuffer, number>();
   #lastNumber = 0;
@@ -79,6 +85,8 @@ export class GpuDevice {
   readonly #uniformData = new DataView(new ArrayBuffer(UNIFORM_STRIDE * UNIFORM_SLOTS));
   #slots = 0;
   #dispatches = 0;
+  /** Buffers of the commands that are recorded and not submitted. */
+  #recorded: (readonly GPUBuffer[])[] = [];
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   /** The pipeline the pass has set: every call into Dawn costs about as much as a small kernel. */
@@ -93,10 +101,22 @@ export class GpuDevice {
   private constructor(device: GPUDevice, capabilities: GpuCapabilities, options: GpuDeviceOptions) {
     this.device = device;
     this.capabilities = capabilities;
-    this.limits = device.limits;
-    this.#pool = new BufferPool((bytes) => this.#allocate(bytes), options.memoryBytes ?? Infinity);
+    this.limits = readLimits(device);
+    this.#pool = new BufferPool(
+      (bytes) => this.#allocate(bytes),
+      options.memoryBytes ?? Infinity,
+      () => {
+        this.flush();
+        if (this.#waiting.length === 0) this.#pool.submitted();
+      },
+    );
     this.#staging = new StagingPool(device);
     this.#uploads = new UploadPool(device);
+    this.#pipelines = new Pipelines(device, {
+      watch: (scope, what) => this.#watch(scope, what),
+      fail: (error, what) => this.#fail(describe(error, what)),
+      settled: () => this.#proceed(),
+    });
     this.#uniforms = device.createBuffer({
       label: 'uniforms',
       size: UNIFORM_STRIDE * UNIFORM_SLOTS,
@@ -117,7 +137,7 @@ export class GpuDevice {
 
   /** Opens the machine's GPU. @throws GyreError `unsupported` when there is none. */
   static async open(options: GpuDeviceOptions = {}): Promise<GpuDevice> {
-    const gpu = await webgpuEntry();
+    const gpu = options.entry ?? (await webgpuEntry());
     const adapter = await gpu.requestAdapter({ powerPreference: options.powerPreference ?? 'high-performance' });
     if (!adapter)
       throw new GyreError('unsupported', 'WebGPU found no GPU on this machine', {
@@ -127,7 +147,7 @@ export class GpuDevice {
     const device = await adapter.requestDevice({
       label: 'gyre',
       requiredFeatures: requiredFeatures(capabilities),
-      requiredLimits: requiredLimits(adapter),
+      requiredLimits: readLimits(adapter),
     });
     return new GpuDevice(device, capabilities, options);
   }
@@ -158,23 +178,20 @@ export class GpuDevice {
       if (this.#uploads.filledBytes > MOST_STAGED_BYTES) this.flush();
       return;
     }
-    this.flush();
-    const whole = data.byteLength & ~3;
-    const source = data.buffer as ArrayBuffer;
-    if (whole > 0) this.device.queue.writeBuffer(buffer, offset, source, data.byteOffset, whole);
-    if (whole === data.byteLength) return;
-    // Writes are in words: the last, partial one is padded with zeros.
-    const rest = new Uint8Array(4);
-    rest.set(new Uint8Array(source, data.byteOffset + whole, data.byteLength - whole));
-    this.device.queue.writeBuffer(buffer, offset + whole, rest);
+    this.#check();
+    if (this.#waiting.length > 0) {
+      // The caller's data may change before its turn comes.
+      const own = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength).slice();
+      this.#waiting.push({ run: () => this.#write(buffer, own, offset) });
+    } else this.#write(buffer, data, offset);
   }
 
   /** Copies between buffers on the GPU. Offsets and size are multiples of 4. */
   copy(from: GPUBuffer, fromOffset: number, to: GPUBuffer, toOffset: number, bytes: number): void {
     this.#check();
-    this.#endPass();
-    this.#commands().copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
-    this.#dispatches++;
+    if (this.#waiting.length > 0)
+      this.#waiting.push({ run: () => this.#recordCopy(from, fromOffset, to, toOffset, bytes) });
+    else this.#recordCopy(from, fromOffset, to, toOffset, bytes);
   }
 
   /** Reads part of a buffer back, after all earlier commands. @throws GyreError what any earlier command failed with. */
@@ -185,6 +202,7 @@ export class GpuDevice {
     try {
       this.copy(buffer, offset, staging, 0, size);
       this.flush();
+      if (this.#waiting.length > 0) await this.#turn();
       await staging.mapAsync(GPUMapMode.READ, 0, size).catch((cause: unknown) => {
         this.#check();
         throw new GyreError('backend', 'reading GPU memory failed', { cause });
@@ -204,27 +222,14 @@ export class GpuDevice {
     groups: Workgroups,
   ): void {
     this.#check();
-    if (groups.some((n) => n === 0)) return;
-    const compiled = this.#compile(kernel, 'dispatch');
-    // Here, since parameters go with the submission that they are written for.
-    if (this.#profile?.full) this.flush();
-    const size = paramBytes(kernel);
-    let offset: number | undefined;
-    if (size > 0) {
-      if (this.#slots === UNIFORM_SLOTS) this.flush();
-      offset = this.#slots++ * UNIFORM_STRIDE;
-      packParams(kernel, params, this.#uniformData, offset);
-    }
-    // Making a binding takes longer than all the rest of a dispatch.
-    const key = this.#key(kernel, buffers);
-    let bindGroup = compiled.bindings.get(key);
-    if (!bindGroup) {
-      if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
-      bindGroup = this.#bind(kernel, compiled.layout, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
-      compiled.bindings.set(key, bindGroup);
-    }
-    this.#encode({ name: kernel.name, pipeline: compiled.pipeline, bindGroup, groups }, offset);
-    if (this.#dispatches >= BATCH) this.flush();
+    if (groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
+    const compiled = this.#pipelines.get(kernel, 'shared');
+    if (this.#waiting.length > 0 || !compiled.pipeline)
+      this.#waiting.push({
+        kernel: compiled,
+        run: () => this.#recordDispatch(kernel, compiled, buffers, params, groups),
+      });
+    else this.#recordDispatch(kernel, compiled, buffers, params, groups);
   }
 
   /**
@@ -238,8 +243,8 @@ export class GpuDevice {
     groups: Workgroups,
   ): PreparedDispatch {
     this.#check();
-    const { pipeline, layout } = this.#compile(kernel, 'prepare');
-    const size = paramBytes(kernel);
+    const compiled = this.#pipelines.get(kernel, 'own');
+    const { paramBytes: size } = compiled;
     let uniform: GPUBufferBinding | undefined;
     if (size > 0) {
       const buffer = this.device.createBuffer({
@@ -248,39 +253,34 @@ export class GpuDevice {
         usage: GPUBufferUsage.UNIFORM,
         mappedAtCreation: true,
       });
-      packParams(kernel, params, new DataView(buffer.getMappedRange()));
+      packParams(compiled.params, params, new DataView(buffer.getMappedRange()));
       buffer.unmap();
       uniform = { buffer };
     }
-    return { name: kernel.name, pipeline, bindGroup: this.#bind(kernel, layout, buffers, uniform), groups };
+    return { name: kernel.name, kernel: compiled, ...this.#bind(kernel, compiled, buffers, uniform), groups };
   }
 
   /** Records prepared dispatches in order. */
   run(dispatches: readonly PreparedDispatch[]): void {
     this.#check();
-    for (const dispatch of dispatches) this.#encode(dispatch);
+    for (const dispatch of dispatches) {
+      const { name, kernel, groups } = dispatch;
+      if (this.#waiting.length > 0 || !kernel.pipeline)
+        this.#waiting.push({ kernel, run: () => this.#encode(name, kernel, dispatch, groups) });
+      else this.#encode(name, kernel, dispatch, groups);
+    }
   }
 
-  /** Submits what is recorded; doesn't wait. */
+  /** Submits what is recorded; doesn't wait. What waits for kernels that are being compiled follows by itself. */
   flush(): void {
-    const encoder = this.#encoder;
-    if (!encoder) return;
-    this.#endPass();
-    this.#profile?.resolve(encoder);
-    if (this.#slots > 0)
-      this.device.queue.writeBuffer(this.#uniforms, 0, this.#uniformData.buffer, 0, this.#slots * UNIFORM_STRIDE);
-    this.device.queue.submit([encoder.finish()]);
-    this.#encoder = undefined;
-    this.#slots = 0;
-    this.#dispatches = 0;
-    this.#pool.submitted();
-    this.#uploads.submitted();
-    this.#profile?.submitted();
+    if (this.#waiting.length > 0) this.#waiting.push({ run: () => this.#submit() });
+    else this.#submit();
   }
 
   /** Waits for everything submitted so far. @throws GyreError what any command failed with. */
   async sync(): Promise<void> {
     this.flush();
+    if (this.#waiting.length > 0) await this.#turn();
     await this.device.queue.onSubmittedWorkDone();
     await this.#settle();
   }
@@ -308,12 +308,99 @@ export class GpuDevice {
     this.#encoder = undefined;
     this.#pass = undefined;
     this.#profile?.dispose();
-    for (const kernels of Object.values(this.#compiled)) kernels.clear();
+    // Those who wait for their turn find the device gone.
+    for (const waiting of this.#waiting.splice(0)) if (waiting.awaited) waiting.run();
+    await this.#pipelines.dispose();
     this.#pool.dispose();
     this.#staging.dispose();
     this.#uploads.dispose();
     this.device.destroy();
     await this.device.lost;
+  }
+
+  /** When all commands so far are recorded. */
+  #turn(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#waiting.push({ awaited: true, run: resolve });
+    });
+  }
+
+  /** Records what waited, up to the next kernel that is still being compiled. */
+  #proceed(): void {
+    for (let next = this.#waiting[0]; this.#waiting.length > 0; next = this.#waiting[0]) {
+      if (next.kernel && !next.kernel.pipeline && !next.kernel.failed) return;
+      this.#waiting.shift();
+      // After a failure nothing is worth recording, and whoever waits is told of it.
+      if (this.#failure && next.kernel) continue;
+      next.run();
+    }
+  }
+
+  #recordDispatch(
+    kernel: Kernel,
+    compiled: CompiledKernel,
+    buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
+    params: Readonly<Record<string, number>>,
+    groups: Workgroups,
+  ): void {
+    // Here, since parameters go with the submission that they are written for.
+    if (this.#profile?.full) this.#submit();
+    const { paramBytes: size } = compiled;
+    let offset: number | undefined;
+    if (size > 0) {
+      if (this.#slots === UNIFORM_SLOTS) this.#submit();
+      offset = this.#slots++ * UNIFORM_STRIDE;
+      packParams(compiled.params, params, this.#uniformData, offset);
+    }
+    // Making a binding takes longer than all the rest of a dispatch.
+    const key = this.#key(compiled, buffers);
+    let binding = compiled.bindings.get(key);
+    if (!binding) {
+      if (compiled.bindings.size >= MOST_BINDINGS) compiled.bindings.clear();
+      binding = this.#bind(kernel, compiled, buffers, size > 0 ? { buffer: this.#uniforms, size } : undefined);
+      compiled.bindings.set(key, binding);
+    }
+    this.#encode(kernel.name, compiled, binding, groups, offset);
+    if (this.#dispatches >= BATCH) this.#submit();
+  }
+
+  #recordCopy(from: GPUBuffer, fromOffset: number, to: GPUBuffer, toOffset: number, bytes: number): void {
+    this.#endPass();
+    this.#commands().copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
+    this.#recorded.push([from, to]);
+    this.#dispatches++;
+  }
+
+  #write(buffer: GPUBuffer, data: ArrayBufferView, offset: number): void {
+    // Writes come before all that is not submitted yet, which only matters to commands with the same buffer.
+    if (this.#recorded.some((buffers) => buffers.includes(buffer))) this.#submit();
+    const whole = data.byteLength & ~3;
+    const source = data.buffer as ArrayBuffer;
+    if (whole > 0) this.device.queue.writeBuffer(buffer, offset, source, data.byteOffset, whole);
+    if (whole === data.byteLength) return;
+    // Writes are in words: the last, partial one is padded with zeros.
+    const rest = new Uint8Array(4);
+    rest.set(new Uint8Array(source, data.byteOffset + whole, data.byteLength - whole));
+    this.device.queue.writeBuffer(buffer, offset + whole, rest);
+  }
+
+  #submit(): void {
+    const encoder = this.#encoder;
+    if (!encoder) return;
+    this.#endPass();
+    this.#profile?.resolve(encoder);
+    if (this.#slots > 0)
+      this.device.queue.writeBuffer(this.#uniforms, 0, this.#uniformData.buffer, 0, this.#slots * UNIFORM_STRIDE);
+    this.device.queue.submit([encoder.finish()]);
+    this.#encoder = undefined;
+    this.#recorded = [];
+    this.#slots = 0;
+    this.#dispatches = 0;
+    this.#profile?.submitted();
+    // Commands that still wait may use buffers that were given up or filled in the meantime.
+    if (this.#waiting.length > 0) return;
+    this.#pool.submitted();
+    this.#uploads.submitted();
   }
 
   #commands(): GPUCommandEncoder {
@@ -326,62 +413,40 @@ export class GpuDevice {
     this.#pass = undefined;
   }
 
-  /** `offset`: of the parameters, for what was compiled for dispatches. */
-  #encode({ name, pipeline, bindGroup, groups }: PreparedDispatch, offset?: number): void {
-    const encoder = this.#commands();
+  /** `offset`: of the parameters, where dispatches share a buffer for them. */
+  #encode(
+    name: string,
+    { pipeline }: CompiledKernel,
+    { bindGroup, buffers }: Binding,
+    groups: Workgroups,
+    offset?: number,
+  ): void {
+    if (!pipeline) return;
     if (this.#profile) {
       this.#endPass();
-      if (this.#profile.full) {
-        this.flush();
-        this.#encode({ name, pipeline, bindGroup, groups }, offset);
-        return;
-      }
+      if (this.#profile.full) this.#submit();
     }
+    const encoder = this.#commands();
     const profiled = this.#profile?.next(name);
-    if (!this.#pass) {
-      this.#pass = encoder.beginComputePass(profiled && { timestampWrites: profiled });
+    let pass = this.#pass;
+    if (!pass) {
+      pass = this.#pass = encoder.beginComputePass(profiled && { timestampWrites: profiled });
       this.#bound = undefined;
     }
-    if (this.#bound !== pipeline) this.#pass.setPipeline(pipeline);
+    if (this.#bound !== pipeline) pass.setPipeline(pipeline);
     this.#bound = pipeline;
-    if (offset === undefined) this.#pass.setBindGroup(0, bindGroup);
-    else this.#pass.setBindGroup(0, bindGroup, [offset]);
-    this.#pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
+    if (offset === undefined) pass.setBindGroup(0, bindGroup);
+    else pass.setBindGroup(0, bindGroup, [offset]);
+    pass.dispatchWorkgroups(groups[0], groups[1] ?? 1, groups[2] ?? 1);
+    this.#recorded.push(buffers);
     this.#dispatches++;
     if (profiled) this.#endPass();
   }
 
-  #compile(kernel: Kernel, use: 'dispatch' | 'prepare'): Compiled {
-    const known = this.#compiled[use].get(kernel.code);
-    if (known) return known;
-    const { device } = this;
-    device.pushErrorScope('out-of-memory');
-    device.pushErrorScope('internal');
-    device.pushErrorScope('validation');
-    const module = device.createShaderModule({ label: kernel.name, code: kernel.code });
-    const entries: GPUBindGroupLayoutEntry[] = [];
-    const add = (type: GPUBufferBindingType, hasDynamicOffset = false): void => {
-      const buffer = { type, hasDynamicOffset };
-      entries.push({ binding: entries.length, visibility: GPUShaderStage.COMPUTE, buffer });
-    };
-    if (paramBytes(kernel) > 0) add('uniform', use === 'dispatch');
-    for (const { access } of Object.values(kernel.buffers)) add(access === 'read' ? 'read-only-storage' : 'storage');
-    const layout = device.createBindGroupLayout({ label: kernel.name, entries });
-    const pipeline = device.createComputePipeline({
-      label: kernel.name,
-      layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
-      compute: { module, entryPoint: 'main' },
-    });
-    for (let i = 0; i < 3; i++) this.#watch(device.popErrorScope(), `kernel '${kernel.name}'`);
-    const compiled = { pipeline, layout, bindings: new Map<string, GPUBindGroup>() };
-    this.#compiled[use].set(kernel.code, compiled);
-    return compiled;
-  }
-
   /** What tells a kernel's bindings apart. */
-  #key(kernel: Kernel, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
+  #key({ names }: CompiledKernel, buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>): string {
     let key = '';
-    for (const name in kernel.buffers) {
+    for (const name of names) {
       const value = buffers[name];
       key +=
         'bytes' in value ? `${this.#number(value.buffer)}+${value.offset}:${value.bytes},` : `${this.#number(value)},`;
@@ -396,22 +461,22 @@ export class GpuDevice {
   }
 
   #bind(
-    kernel: Kernel,
-    layout: GPUBindGroupLayout,
+    { name }: Kernel,
+    { layout, names }: CompiledKernel,
     buffers: Readonly<Record<string, GPUBuffer | BufferSlice>>,
     uniform: GPUBufferBinding | undefined,
-  ): GPUBindGroup {
-    const entries: GPUBindGroupEntry[] = [];
-    if (uniform) entries.push({ binding: 0, resource: uniform });
-    for (const name in kernel.buffers) {
-      const value = buffers[name];
-      const resource =
-        'bytes' in value
-          ? { buffer: value.buffer, offset: value.offset, size: (value.bytes + 3) & ~3 }
-          : { buffer: value };
-      entries.push({ binding: entries.length, resource });
-    }
-    return this.device.createBindGroup({ label: kernel.name, layout, entries });
+  ): Binding {
+    const bound = names.map((own): GPUBufferBinding => {
+      const value = buffers[own];
+      return 'bytes' in value
+        ? { buffer: value.buffer, offset: value.offset, size: (value.bytes + 3) & ~3 }
+        : { buffer: value };
+    });
+    const entries = [...(uniform ? [uniform] : []), ...bound].map((resource, binding) => ({ binding, resource }));
+    return {
+      bindGroup: this.device.createBindGroup({ label: name, layout, entries }),
+      buffers: bound.map(({ buffer }) => buffer),
+    };
   }
 
   #allocate(bytes: number): GPUBuffer {
@@ -451,11 +516,17 @@ export class GpuDevice {
   }
 }
 
-function describe(error: GPUError, what: string): GyreError {
+function describe(error: unknown, what: string): GyreError {
   if (error instanceof GPUOutOfMemoryError)
     return new GyreError('out-of-memory', `${what}: the GPU is out of memory (${error.message})`, {
       remedy: 'use a smaller batch, context or model, or --device cpu',
       cause: error,
     });
-  return new GyreError('backend', `${what} failed on the GPU: ${error.message}`, { cause: error });
+  return new GyreError(
+    'backend',
+    `${what} failed on the GPU: ${error instanceof Error || error instanceof GPUError ? error.message : String(error)}`,
+    {
+      cause: error,
+    },
+  );
 }

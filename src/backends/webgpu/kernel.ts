@@ -106,11 +106,23 @@ function moduleCode(
   return `${lines.join('\n')}\n${body}`;
 }
 
-/** Remembers the kernels that `make` returns, by the JSON of its arguments. */
+/** What a kernel is chosen by: values, and plain objects of them. */
+type Choice = string | number | boolean | undefined | { readonly [name: string]: Choice };
+
+/** Tells choices apart; JSON would take as long as recording the dispatch. */
+function choiceKey(choice: Choice): string {
+  if (typeof choice !== 'object') return typeof choice === 'string' ? `'${choice}'` : String(choice);
+  let key = '{';
+  for (const name in choice) key += `${name}:${choiceKey(choice[name])},`;
+  return `${key}}`;
+}
+
+/** Remembers the kernels that `make` returns, by the values of its arguments. */
 export function variants<A extends readonly unknown[], K extends Kernel>(make: (...args: A) => K): (...args: A) => K {
   const made = new Map<string, K>();
   return (...args) => {
-    const key = JSON.stringify(args);
+    let key = '';
+    for (const arg of args) key += `${choiceKey(arg as Choice)};`;
     let kernel = made.get(key);
     if (!kernel) {
       kernel = make(...args);
@@ -120,15 +132,23 @@ export function variants<A extends readonly unknown[], K extends Kernel>(make: (
   };
 }
 
-/** Bytes of a kernel's uniform block (a multiple of 16), 0 without parameters. */
-export function paramBytes(kernel: Kernel): number {
-  const count = Object.keys(kernel.params).length;
-  return Math.ceil((count * 4) / 16) * 16;
-}
+/** A uniform of a kernel. */
+export type Param = readonly [name: string, type: ParamType];
 
-/** Writes parameters in declaration order at `offset` of `view`. */
-export function packParams(kernel: Kernel, values: Readonly<Record<string, number>>, view: DataView, offset = 0): void {
-  for (const [name, type] of Object.entries(kernel.params)) {
+/** A kernel's parameters in the order of its uniform block. */
+export const paramsOf = (kernel: Kernel): Param[] => Object.entries(kernel.params);
+
+/** Bytes of a uniform block of so many parameters (a multiple of 16), 0 without any. */
+export const paramBytes = (params: readonly Param[]): number => Math.ceil((params.length * 4) / 16) * 16;
+
+/** Writes parameters in their order at `offset` of `view`. */
+export function packParams(
+  params: readonly Param[],
+  values: Readonly<Record<string, number>>,
+  view: DataView,
+  offset = 0,
+): void {
+  for (const [name, type] of params) {
     const value = values[name];
     if (type === 'f32') view.setFloat32(offset, value, true);
     else if (type === 'i32') view.setInt32(offset, value, true);

@@ -99,15 +99,15 @@ function equal(a: Uint32Array, b: Uint32Array): boolean {
   return true;
 }
 
-/** A small table on the GPU, valid for commands recorded now. */
-export function tableOn(gpu: GpuDevice, table: Uint32Array): GPUBuffer {
+/** A small table on the GPU, valid for commands recorded now. `borrowed`: whoever owns the table may write over it later. */
+export function tableOn(gpu: GpuDevice, table: Uint32Array, { borrowed = false } = {}): GPUBuffer {
   const known = uploaded.get(gpu) ?? [];
   uploaded.set(gpu, known);
   const same = known.find((one) => one.table === table || equal(one.table, table));
   if (same) return same.buffer;
   const buffer = gpu.buffer(table.byteLength, 'positions of sequences');
   gpu.upload(buffer, table);
-  known.unshift({ table, buffer });
+  known.unshift({ table: borrowed ? table.slice() : table, buffer });
   for (const old of known.splice(TABLES_KEPT)) gpu.release(old.buffer);
   return buffer;
 }
@@ -117,12 +117,14 @@ export function startsOn(gpu: GpuDevice, start: PerSequence, batch: number): Sta
   if (typeof start === 'number') return { start, ragged: 0, buffer: undefined, longest: start };
   const starts = startsOf(start, batch);
   let [longest, alike] = [0, true];
-  for (const own of starts) {
-    longest = Math.max(longest, own);
-    alike &&= own === starts[0];
+  // By index: packed passes have thousands, and each of their layers asks.
+  for (let i = 0; i < starts.length; i++) {
+    if (starts[i] > longest) longest = starts[i];
+    alike &&= starts[i] === starts[0];
   }
   if (alike) return { start: longest, ragged: 0, buffer: undefined, longest };
-  return { start: 0, ragged: 1, buffer: tableOn(gpu, new Uint32Array(starts)), longest };
+  const table = new Uint32Array(starts.buffer, starts.byteOffset, starts.length);
+  return { start: 0, ragged: 1, buffer: tableOn(gpu, table, { borrowed: true }), longest };
 }
 
 /** See InferenceOps.copySequences. */

@@ -5,8 +5,8 @@ import type { ActivationGrid, LinearHandle, LinearSource, QuantizedWeight, Tenso
 import { gridRun, quantizeRows } from './activation-grid.js';
 import { hasMatrixUnits } from './capabilities.js';
 import type { GpuDevice } from './device.js';
-import { chooseGemmTile, gemmKernel as matrixKernel, gemmTakes, type GemmVariant } from './fast/gemm.js';
-import { tileGroups } from './fast/matrix-tiles.js';
+import { chooseGemmTile, gemmKernel as gemmMatrixKernel, gemmTakes, type GemmVariant } from './fast/gemm.js';
+import { tileGroups, type MatrixTile } from './fast/matrix-tiles.js';
 import { embedKernel } from './kernels/embed.js';
 import type { IntegerBits } from './kernels/linear-integer.js';
 import { GEMM_TILE, gemmKernel, GEMV_OUTPUTS, gemvKernel, isGemvAligned, MAX_GEMV_ROWS } from './kernels/linear.js';
@@ -27,6 +27,8 @@ import {
 /** Bytes of host data in flight to the GPU at a time, so that the driver's copies of them stay small. */
 const SLICE_BYTES = 64 * 2 ** 20;
 
+type MatrixKernel = ReturnType<typeof gemmMatrixKernel>;
+
 /** A weight in GPU memory; see kernels/weights.ts. */
 export class GpuLinear implements LinearHandle {
   readonly inFeatures: number;
@@ -46,6 +48,8 @@ export class GpuLinear implements LinearHandle {
   activations: ActivationGrid | undefined;
   /** Bits of codes whose products with codes of the input run in integers. */
   integers: IntegerBits | undefined;
+  /** Kernels for matrix units, by tile: without a residual and with one. */
+  readonly #matrixKernels = [new Map<MatrixTile, MatrixKernel>(), new Map<MatrixTile, MatrixKernel>()] as const;
 
   constructor(
     gpu: GpuDevice,
@@ -72,6 +76,23 @@ export class GpuLinear implements LinearHandle {
 
   get bytes(): number {
     return 4 * this.outFeatures * (this.wordsPerRow + this.groupsPerRow);
+  }
+
+  /** The kernel for matrix units, and its tile. */
+  matrixKernel(
+    weights: GemmVariant['weights'],
+    rows: number,
+    residual: boolean,
+  ): { readonly kernel: MatrixKernel; readonly tile: MatrixTile } {
+    const groupSize = weights === 'int4' ? this.groupSize : 0;
+    const tile = chooseGemmTile(rows, this.outFeatures, this.inFeatures, groupSize);
+    const known = this.#matrixKernels[residual ? 1 : 0];
+    let kernel = known.get(tile);
+    if (!kernel) {
+      kernel = gemmMatrixKernel({ ...tile, weights, groupSize, bias: this.bias !== undefined, residual });
+      known.set(tile, kernel);
+    }
+    return { kernel, tile };
   }
 
   free(gpu: GpuDevice): void {
@@ -254,14 +275,7 @@ function product(
   const onUnits = half && many ? matrixWeights(gpu, linear) : undefined;
   if (onUnits) {
     const x = given instanceof HalfTensor ? given : narrow(gpu, given);
-    const gridGroup = onUnits === 'int4' ? groupSize : 0;
-    const variant: GemmVariant = {
-      ...chooseGemmTile(rows, outFeatures, inFeatures, gridGroup),
-      weights: onUnits,
-      groupSize: gridGroup,
-      bias: linear.bias !== undefined,
-      residual: add !== undefined,
-    };
+    const { kernel, tile } = linear.matrixKernel(onUnits, rows, add !== undefined);
     // Kernels have no binding for what is absent.
     const buffers = {
       x,
@@ -271,12 +285,7 @@ function product(
       residual: add ?? out,
       out,
     };
-    gpu.dispatch(
-      matrixKernel(variant),
-      buffers,
-      { m: rows, n: outFeatures, k: inFeatures },
-      tileGroups(variant, rows, outFeatures),
-    );
+    gpu.dispatch(kernel, buffers, { m: rows, n: outFeatures, k: inFeatures }, tileGroups(tile, rows, outFeatures));
     if (x !== given) freeTensor(gpu, x);
     return out;
   }

@@ -1,7 +1,7 @@
 // What WebGPU offers on this machine, without a model: for choosing a device and for `gyre doctor`.
 import { inNode } from '../../core/environment.js';
 import { GyreError } from '../../core/errors.js';
-import { probe, RAISED, type GpuCapabilities } from './capabilities.js';
+import { probe, readLimits, type GpuCapabilities, type GpuLimits } from './capabilities.js';
 import { GpuDevice } from './device.js';
 import { webgpuEntry } from './provider.js';
 
@@ -15,7 +15,7 @@ export type WebGpuProbe =
       /** All features of the adapter, sorted. */
       readonly features: readonly string[];
       /** Those limits that kernels and weights depend on. */
-      readonly limits: Readonly<Record<string, number>>;
+      readonly limits: GpuLimits;
       /** Bytes of the largest weight that fits. */
       readonly largestWeight: number;
       /** Version of Dawn's package, in Node.js. */
@@ -40,12 +40,12 @@ export async function probeWebGpu(): Promise<WebGpuProbe> {
       : 'allow hardware acceleration in the settings of the browser';
     return { available: false, reason: 'WebGPU found no GPU on this machine', remedy };
   }
-  const { limits } = adapter;
+  const limits = readLimits(adapter);
   return {
     available: true,
     capabilities: probe(gpu, adapter),
     features: [...adapter.features].sort(),
-    limits: Object.fromEntries(RAISED.map((name) => [name, limits[name]])),
+    limits,
     largestWeight: Math.min(limits.maxBufferSize, limits.maxStorageBufferBindingSize),
     version: inNode ? (await import('./provider.node.js')).dawnVersion() : undefined,
   };

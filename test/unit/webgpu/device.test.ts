@@ -10,6 +10,15 @@ const broken = defineKernel({
   body: '@compute @workgroup_size(1) fn main() { y[0] = x[0] + nonsense; }',
 });
 
+/** y = 2·x + what `added` makes different kernels of. */
+const doubled = (added: number) =>
+  defineKernel({
+    name: `doubled${added}`,
+    buffers: { x: read('f32'), y: write('f32') },
+    params: { factor: 'f32' },
+    body: `@compute @workgroup_size(4) fn main(@builtin(local_invocation_index) i: u32) { y[i] = params.factor * x[i] + ${added}.0; }`,
+  });
+
 describe.skipIf(webgpuMissing)('WebGPU device', () => {
   let backend: WebGpuBackend;
   beforeAll(async () => {
@@ -59,6 +68,46 @@ describe.skipIf(webgpuMissing)('WebGPU device', () => {
     expect([...(await backend.download(doubled))]).toEqual([2, 2, 2, 2]);
     backend.free(b, doubled);
     await gpu.sync();
+  });
+
+  it('keeps the order of commands while kernels are being compiled', async () => {
+    const { gpu } = await openTestWebGpu();
+    const [x, y, z] = [gpu.buffer(16), gpu.buffer(16), gpu.buffer(16)];
+    const data = Float32Array.of(1, 2, 3, 4);
+    gpu.upload(x, data);
+    gpu.dispatch(doubled(1), { x, y }, { factor: 2 }, [1]); // 3 5 7 9
+    data.fill(10);
+    gpu.upload(x, data);
+    data.fill(0); // the upload was of what it held then
+    const early = gpu.read(y, 0, 16);
+    gpu.dispatch(doubled(2), { x: y, y: z }, { factor: 2 }, [1]); // 8 12 16 20
+    gpu.copy(z, 0, y, 0, 8);
+    gpu.flush();
+    gpu.run([gpu.prepare(doubled(3), { x, y: z }, { factor: 3 }, [1])]); // 33
+    gpu.dispatch(doubled(1), { x: z, y: x }, { factor: 2 }, [1]); // 67
+    gpu.release(z);
+    const big = new Float32Array(100_000).fill(5);
+    const large = gpu.buffer(big.byteLength);
+    gpu.upload(large, big);
+    gpu.dispatch(doubled(4), { x: large, y: large }, { factor: 2 }, [0]); // no workgroups: nothing
+    const results = await Promise.all([early, gpu.read(y, 0, 16), gpu.read(x, 0, 16), gpu.read(large, 399_984, 16)]);
+    expect(results.map((bytes) => [...new Float32Array(bytes)])).toEqual([
+      [3, 5, 7, 9],
+      [8, 12, 7, 9],
+      [67, 67, 67, 67],
+      [5, 5, 5, 5],
+    ]);
+    await gpu.dispose();
+  });
+
+  it('can be disposed of while kernels are being compiled', async () => {
+    const { gpu } = await openTestWebGpu();
+    const [x, y] = [gpu.buffer(16), gpu.buffer(16)];
+    gpu.dispatch(doubled(5), { x, y }, { factor: 2 }, [1]);
+    const unread = gpu.read(y, 0, 16);
+    const refused = expect(unread).rejects.toThrow(/disposed/);
+    await gpu.dispose();
+    await refused;
   });
 
   it('refuses to exceed its memory budget', async () => {

@@ -8,6 +8,7 @@
 // by row, so `top` only follows the row's largest score when that exceeds it by more than 2^14 (f16 holds 2^16), which hardly happens
 // after the first tile, and all sums then pass through workgroup memory once.
 // Operations 4·rows·keys·headDim; bytes of keys and values once per tile of rows, mostly from L2.
+import type { GpuLimits } from '../capabilities.js';
 import { defineKernel, read, variants, write } from '../kernel.js';
 import { narrowWgsl } from './half.js';
 
@@ -43,7 +44,7 @@ const BUSY_GROUPS = 512;
  * Subgroups per workgroup for so many rows of each of `keyHeads` key heads. Eight serve twice the rows with each load of keys: a
  * third faster on an H200 from 2048 tokens on (bench/webgpu-prefill.ts --attention), but they need 36 KiB of workgroup memory.
  */
-export function flashWarps(rows: number, keyHeads: number, headDim: number, limits: GPUSupportedLimits): 4 | 8 {
+export function flashWarps(rows: number, keyHeads: number, headDim: number, limits: GpuLimits): 4 | 8 {
   const eight = { headDim, source: 'rows', warps: 8 } as const;
   const fits =
     32 * eight.warps <= limits.maxComputeInvocationsPerWorkgroup &&

@@ -9,7 +9,7 @@
 import { ensure } from '../../../core/errors.js';
 import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
 import { halfWgsl } from './half.js';
-import { STRIP, each, tileEntry, tileGroups, tileLoop, tileStore, type MatrixTile } from './matrix-tiles.js';
+import { STRIP, each, tileEntry, tileLoop, tileStore, type MatrixTile } from './matrix-tiles.js';
 
 /** A variant of {@link gemmKernel}. */
 export interface GemmVariant extends MatrixTile {
@@ -45,12 +45,13 @@ export const GEMM_TILES: readonly (MatrixTile & { readonly least: number })[] = 
 
 /** The first tile with enough workgroups that doesn't waste a third of its rows. `groupSize` 0: weights without grids. */
 export function chooseGemmTile(m: number, n: number, k: number, groupSize: number): MatrixTile {
-  const fits = GEMM_TILES.find((tile) => {
-    const [columns, rows] = tileGroups(tile, m, n);
-    const whole = k % tile.tileK === 0 && groupSize % tile.tileK === 0;
-    return whole && columns * rows >= tile.least && (tile.least === 0 || rows * tile.tileM * 2 <= m * 3);
-  });
-  return fits ?? GEMM_TILES[GEMM_TILES.length - 1];
+  for (const tile of GEMM_TILES) {
+    const { tileM, tileN, tileK, least } = tile;
+    if (k % tileK !== 0 || groupSize % tileK !== 0) continue;
+    const rows = Math.ceil(m / tileM);
+    if (rows * Math.ceil(n / tileN) >= least && (least === 0 || rows * tileM * 2 <= m * 3)) return tile;
+  }
+  return GEMM_TILES[GEMM_TILES.length - 1];
 }
 
 /**

@@ -1,4 +1,5 @@
 // A plan's attention: from the new q, k and v to the input of o's product, in one dispatch while contexts are short, in two after that.
+import type { GpuLimits } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { withConstants } from '../kernel.js';
 import { stagesOf } from './activations.js';
@@ -75,7 +76,7 @@ const WHOLE_GROUPS = 128;
 function wholeVariant(
   shape: Omit<WholeAttentionVariant, 'teams' | 'unroll'> & { readonly headDim: number },
   batch: number,
-  limits: GPUSupportedLimits,
+  limits: GpuLimits,
 ): WholeAttentionVariant | undefined {
   if (shape.headDim !== WHOLE_HEAD || shape.heads * batch > WHOLE_GROUPS) return undefined;
   for (const teams of [16, 8]) {

@@ -8,6 +8,7 @@
 // depends on the largest value of all: then values go out in f32 beside each workgroup's largest, and a second kernel rounds them.
 // Bytes: the source per workgroup (silu: 8·channels, attention: 4·splits·M·32), 2 out per channel; codes 4 out, 4 in, 1 out. All
 // in loops with runtime bounds: code runs once, so that unrolled it would be fetched, not run.
+import type { GpuLimits } from '../capabilities.js';
 import type { GpuDevice, PreparedDispatch } from '../device.js';
 import { defineKernel, read, variants, write, type BufferSpec, type Kernel } from '../kernel.js';
 import { CODES_OF } from '../kernels/activation-grid.js';
@@ -84,7 +85,7 @@ type Spread = Pick<RowSliceVariant, 'source' | 'rows' | 'columns' | 'sylvester' 
 
 /** What a transform's variants share; undefined where the kernel doesn't take it. */
 function sliceVariant(
-  limits: Pick<GPUSupportedLimits, 'maxComputeInvocationsPerWorkgroup' | 'maxComputeWorkgroupStorageSize'>,
+  limits: Pick<GpuLimits, 'maxComputeInvocationsPerWorkgroup' | 'maxComputeWorkgroupStorageSize'>,
   source: ActivationSource,
   channels: number,
   hadamard: Pick<RowHadamard, 'm' | 'p' | 'inner'>,
