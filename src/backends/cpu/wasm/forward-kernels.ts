@@ -9,6 +9,7 @@ import {
   rotationTableBytes,
   writeAngles,
   writePairs,
+  writeThin,
   type RotationSpec,
 } from './transform-kernels.js';
 
@@ -53,6 +54,8 @@ export class RowTransform {
   readonly #pool: KernelPool;
   readonly #spec: RotationSpec;
   readonly #table: Pointer;
+  /** For a few rows. */
+  readonly #thin: Pointer;
   readonly #scales: Pointer;
   /** What it was made of. */
   readonly source: PairwiseTransform;
@@ -70,6 +73,8 @@ export class RowTransform {
     this.#table = arena.alloc(rotationTableBytes(spec));
     writePairs(pool, this.#table, spec);
     writeAngles(pool, this.#table, spec, theta);
+    this.#thin = arena.alloc(rotationTableBytes(spec));
+    writeThin(pool, this.#thin, spec, theta);
     this.#scales = arena.alloc(spec.channels * 4);
     arena.f32.set(scales, this.#scales >>> 2);
   }
@@ -96,7 +101,7 @@ export class RowTransform {
       pool.run(
         'rotateRows',
         (channels / groupSize) * Math.ceil(rows / width),
-        [from, to, rows, channels, groupSize, krot, this.#table, this.#scales, width],
+        [from, to, rows, channels, groupSize, krot, this.#table, this.#thin, this.#scales, width],
         Math.ceil(ROTATE_WORK / (groupSize * width * (krot + 1))),
       );
       arena.finish(to, out);
@@ -105,8 +110,7 @@ export class RowTransform {
 
   /** Frees it. */
   free(): void {
-    this.#pool.arena.free(this.#table);
-    this.#pool.arena.free(this.#scales);
+    for (const pointer of [this.#table, this.#thin, this.#scales]) this.#pool.arena.free(pointer);
   }
 }
 

@@ -102,6 +102,23 @@ export function writeAngles(pool: KernelPool, table: Pointer, spec: RotationSpec
   }
 }
 
+/** Writes a table for tiles of 4 columns (rotateThin): offsets of 16-byte rows, cos and sin. {@link writePairs} checks the pairs. */
+export function writeThin(pool: KernelPool, table: Pointer, spec: RotationSpec, theta: Float32Array): void {
+  const { channels, groupSize, krot, pairs } = spec;
+  const { f32, u32 } = pool.arena;
+  let at = table >>> 2;
+  for (let first = 0; first < (krot && channels); first += groupSize) {
+    for (let k = 0; k < krot; k++) {
+      for (let from = k * channels + first, end = from + groupSize; from < end; from += 2, at += 4) {
+        u32[at] = pairs[from] * 16;
+        u32[at + 1] = pairs[from + 1] * 16;
+        f32[at + 2] = Math.cos(theta[from >> 1]);
+        f32[at + 3] = Math.sin(theta[from >> 1]);
+      }
+    }
+  }
+}
+
 /** A rotation table in the arena; the caller frees it. */
 export function rotationTable(pool: KernelPool, spec: RotationSpec, theta: Float32Array): Pointer {
   checkRotation(spec);

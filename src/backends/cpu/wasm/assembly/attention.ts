@@ -26,6 +26,23 @@ export function dot1(a: usize, b: usize, n: u32): f32 {
   return sum;
 }
 
+/** The same with more sums at once: the latency of one would show. */
+// @ts-ignore: decorator
+@inline
+function dotRow(a: usize, b: usize, n: u32): f32 {
+  let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
+  const end = a + (<usize>(n & ~15) << 2);
+  for (; a < end; a += 64, b += 64) {
+    s0 = f32x4.add(s0, f32x4.mul(v128.load(a), v128.load(b)));
+    s1 = f32x4.add(s1, f32x4.mul(v128.load(a, 16), v128.load(b, 16)));
+    s2 = f32x4.add(s2, f32x4.mul(v128.load(a, 32), v128.load(b, 32)));
+    s3 = f32x4.add(s3, f32x4.mul(v128.load(a, 48), v128.load(b, 48)));
+  }
+  let sum = sumLanes(f32x4.add(f32x4.add(s0, s1), f32x4.add(s2, s3)));
+  for (const stop = a + (<usize>(n & 15) << 2); a < stop; a += 4, b += 4) sum += load<f32>(a) * load<f32>(b);
+  return sum;
+}
+
 /** Four keys at once (`step` bytes apart), n a multiple of 4. */
 export function dot4(q: usize, key: usize, step: usize, n: u32, to: usize, scale: f32): void {
   let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
@@ -68,6 +85,16 @@ export function softmaxParts(x: usize, n: u32): f32 {
     sum += <f64>e;
   }
   return <f32>sum;
+}
+
+/** to += weight · values, over n floats. */
+// @ts-ignore: decorator
+@inline
+function addRow(weight: f32, values: usize, n: u32, to: usize): void {
+  const w = f32x4.splat(weight);
+  const end = values + (<usize>(n & ~3) << 2);
+  for (; values < end; values += 16, to += 16) v128.store(to, f32x4.add(v128.load(to), f32x4.mul(v128.load(values), w)));
+  for (const stop = values + (<usize>(n & 3) << 2); values < stop; values += 4, to += 4) store<f32>(to, load<f32>(to) + load<f32>(values) * weight);
 }
 
 /** to += Σ_p weights[p] · values[p], over n floats. */
@@ -122,24 +149,14 @@ export function attention(
     const first = q + (b * tokens * heads + h * share) * bytes;
     const result = out + (b * tokens * heads + h * share) * bytes;
     const oldest = window && start + 1 > window ? start + 1 - window : 0;
-    touched += touchRows(keyAt, step, oldest, min(oldest + BLOCK, total), bytes);
-    for (let p = oldest; p < total; p += 4) {
-      if ((p - oldest) % BLOCK == 0) touched += touchRows(keyAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
+    for (let p = oldest; p < total; p++) {
       const key = keyAt + p * step;
-      for (let t: u32 = 0; t < tokens; t++) {
-        if (p > start + t) continue;
+      for (let t = p > start ? p - start : 0; t < tokens; t++) {
         for (let i: u32 = 0; i < share; i++) {
-          const query = first + (t * heads + i) * bytes;
-          const to = scratch + (t * share + i) * padded + (<usize>p << 2);
-          if (p + 4 <= total && !(d & 3)) {
-            dot4(query, key, step, d, to, scale);
-          } else {
-            for (let c: u32 = 0; c < min<u32>(4, total - p); c++) store<f32>(to + (<usize>c << 2), dot1(query, key + c * step, d) * scale);
-          }
+          store<f32>(scratch + (t * share + i) * padded + (<usize>p << 2), dotRow(first + (t * heads + i) * bytes, key, d) * scale);
         }
       }
     }
-    touched += touchRows(valueAt, step, oldest, min(oldest + BLOCK, total), bytes);
     for (let t: u32 = 0; t < tokens; t++) {
       const last = start + t + 1;
       const from = window && last > window ? last - window : 0;
@@ -151,7 +168,6 @@ export function attention(
       }
     }
     for (let p = oldest; p < total; p += BLOCK) {
-      touched += touchRows(valueAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
       for (let t: u32 = 0; t < tokens; t++) {
         const last = start + t + 1;
         const from = max(p, window && last > window ? last - window : 0);
@@ -159,7 +175,7 @@ export function attention(
         if (from >= to) continue;
         for (let i: u32 = 0; i < share; i++) {
           const row = scratch + (t * share + i) * padded;
-          addWeighted(row + (<usize>from << 2), valueAt + from * step, step, to - from, d, result + (t * heads + i) * bytes);
+          for (let r = from; r < to; r++) addRow(load<f32>(row + (<usize>r << 2)), valueAt + r * step, d, result + (t * heads + i) * bytes);
         }
       }
     }
