@@ -1,20 +1,8 @@
 // Grouped-query attention of a few query rows over many keys: decoding, and short chunks.
 import { exp4, sumLanes } from './math';
 
-/** Positions whose values are summed at a time, for every query: with the next ones, which are being asked for, they fit in an L1 cache. */
+/** Positions whose values are summed at a time, for every query: they fit in an L1 cache. */
 export const BLOCK: u32 = 16;
-
-/** Loads one word of every line of `rows` rows, so that their misses are in flight together; see touch in products.ts. */
-// @ts-ignore: decorator
-@inline
-function touchRows(from: usize, step: usize, first: u32, last: u32, bytes: usize): u32 {
-  let sum: u32 = 0;
-  for (let r = first; r < last; r++) {
-    const row = from + r * step;
-    for (let at: usize = 0; at < bytes; at += 64) sum += load<u32>(row + at);
-  }
-  return sum;
-}
 
 /** Σ a·b of n floats. */
 export function dot1(a: usize, b: usize, n: u32): f32 {
@@ -26,7 +14,10 @@ export function dot1(a: usize, b: usize, n: u32): f32 {
   return sum;
 }
 
-/** The same with more sums at once: the latency of one would show. */
+/**
+ * The same with more sums at once. One key after another is a single stream; four at once are four in one page, which hardware
+ * prefetchers follow badly, so dot4 is for keys in a cache.
+ */
 // @ts-ignore: decorator
 @inline
 function dotRow(a: usize, b: usize, n: u32): f32 {
@@ -137,7 +128,6 @@ export function attention(
 ): void {
   const share = heads / kvHeads;
   const bytes = <usize>d << 2;
-  let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / kvHeads;
     const start = load<u32>(starts + (<usize>b << 2));
@@ -187,7 +177,6 @@ export function attention(
       }
     }
   }
-  store<u32>(scratch, touched);
 }
 
 /**
