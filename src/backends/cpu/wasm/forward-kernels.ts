@@ -7,6 +7,8 @@ import {
   checkLength,
   checkRotation,
   rotationTableBytes,
+  THIN_GROUP,
+  thinTableBytes,
   writeAngles,
   writePairs,
   writeThin,
@@ -54,7 +56,7 @@ export class RowTransform {
   readonly #pool: KernelPool;
   readonly #spec: RotationSpec;
   readonly #table: Pointer;
-  /** For a few rows. */
+  /** For a few rows; 0 if groups are too large for it. */
   readonly #thin: Pointer;
   readonly #scales: Pointer;
   /** What it was made of. */
@@ -73,8 +75,8 @@ export class RowTransform {
     this.#table = arena.alloc(rotationTableBytes(spec));
     writePairs(pool, this.#table, spec);
     writeAngles(pool, this.#table, spec, theta);
-    this.#thin = arena.alloc(rotationTableBytes(spec));
-    writeThin(pool, this.#thin, spec, theta);
+    this.#thin = spec.groupSize <= THIN_GROUP ? arena.alloc(thinTableBytes(spec)) : 0;
+    if (this.#thin) writeThin(pool, this.#thin, spec, theta);
     this.#scales = arena.alloc(spec.channels * 4);
     arena.f32.set(scales, this.#scales >>> 2);
   }
@@ -93,7 +95,7 @@ export class RowTransform {
     const pool = this.#pool;
     const { arena } = pool;
     // Wide tiles waste lanes on few rows.
-    const width = rows >= 24 ? 32 : 4;
+    const width = rows >= 24 || !this.#thin ? 32 : 4;
     pool.ensureScratch(groupSize * width * 4);
     arena.scoped(() => {
       const from = arena.input(x);

@@ -1,6 +1,6 @@
 // The forward pass's small kernels on row-major activations: norms, rotations of rows, SiLU·up, heads with RoPE.
 import { exp4, sumLanes, transpose4 } from './math';
-import { ENTRY_SHIFT, rotateAllWide, rotateThin } from './rotation';
+import { ENTRY_SHIFT, THIN_ENTRY, rotateAllWide, rotateThin } from './rotation';
 
 /** Σ x² of n floats. */
 function sumSquares(x: usize, n: u32): f32 {
@@ -141,26 +141,26 @@ export function rotateRows(
   const tiles = (rows + width - 1) / width;
   const stride = <usize>channels << 2;
   const pairs = size >> 1;
-  const rotationBytes = <usize>pairs << ENTRY_SHIFT;
+  const thinBytes = <usize>pairs * THIN_ENTRY;
   const step = <usize>width << 2;
   for (let unit = begin; unit < end; unit++) {
     const group = unit / tiles;
     const row = (unit - group * tiles) * width;
     const count = min(rows - row, width);
     const at = row * stride + (<usize>(group * size) << 2);
-    const entries = <usize>(group * rotations) * rotationBytes;
+    const first = <usize>(group * rotations);
     const s = scales + (<usize>(group * size) << 2);
-    if (count == 1) {
+    if (count == 1 && width == 4) {
       for (let c: usize = 0; c < <usize>size << 2; c += 4) {
         v128.store(scratch + (c << 2), f32x4.mul(v128.load32_splat(x + at + c), v128.load32_splat(s + c)));
       }
-      for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + entries + k * rotationBytes, pairs);
+      for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + (first + k) * thinBytes, pairs);
       for (let c: usize = 0; c < <usize>size << 2; c += 4) store<f32>(out + at + c, load<f32>(scratch + (c << 2)));
       continue;
     }
     gatherRows(x + at, stride, count, size, scratch, step, width >> 2, s);
-    if (width == 32) rotateAllWide(scratch, table + entries, pairs, rotations, false);
-    else for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + entries + k * rotationBytes, pairs);
+    if (width == 32) rotateAllWide(scratch, table + ((first * pairs) << ENTRY_SHIFT), pairs, rotations, false);
+    else for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + (first + k) * thinBytes, pairs);
     scatterRows(scratch, step, width >> 2, count, size, out + at, stride);
   }
 }

@@ -12,6 +12,8 @@ import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, touchPanel, loadWide
 
 /** Bytes of one pair in a rotation table. */
 export const ENTRY_SHIFT: u32 = 4;
+/** The same in a thin table, see rotateThin. */
+export const THIN_ENTRY: usize = 12;
 /** Columns whose gradients are summed together, a fixed number so that sums do not depend on threads. */
 export const CHUNK: u32 = 256;
 
@@ -68,13 +70,15 @@ export function rotateWide(tile: usize, table: usize, pairs: u32, first: usize):
 }
 
 /**
- * `pairs` rotations of a tile of 4 columns (rows of 16 bytes), from a table of its own: byte offsets of rows i and j (u32
- * each), cos, sin. Instructions count here, and the latency from one rotation to the next: no marks, no shears.
+ * `pairs` rotations of a tile of 4 columns (rows of 16 bytes), from a thin table: per pair the byte offsets of rows i and j (u16
+ * each), cos, sin. Instructions count here, the latency from one rotation to the next, and the bytes of the table, which
+ * comes from memory for every token: no marks, no shears.
  */
 export function rotateThin(tile: usize, table: usize, pairs: u32): void {
-  const end = table + (<usize>pairs << ENTRY_SHIFT);
-  for (let e = table; e < end; e += 16) {
-    turn(tile + load<u32>(e), tile + load<u32>(e, 4), v128.load32_splat(e, 8), v128.load32_splat(e, 12));
+  const end = table + <usize>pairs * THIN_ENTRY;
+  for (let e = table; e < end; e += THIN_ENTRY) {
+    const offsets = load<u32>(e);
+    turn(tile + (offsets & 0xffff), tile + (offsets >> 16), v128.load32_splat(e, 4), v128.load32_splat(e, 8));
   }
 }
 
