@@ -129,7 +129,8 @@ export class KernelPool {
     }
     const control = this.#control;
     if (args.length > MAX_ARGUMENTS) throw new GyreError('backend', `kernel ${kernel} has too many arguments`);
-    const pieces = Math.min(units, parts * PIECES);
+    // No piece below minUnits either: each begins a stream of its own from memory.
+    const pieces = Math.max(parts, Math.min(Math.floor(units / Math.max(1, minUnits)), parts * PIECES));
     control[CONTROL.kernel] = this.#ids.get(kernel) as number;
     control[CONTROL.units] = units;
     control[CONTROL.parts] = parts;

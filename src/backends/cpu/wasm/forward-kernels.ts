@@ -7,8 +7,11 @@ import {
   checkLength,
   checkRotation,
   rotationTableBytes,
+  THIN_GROUP,
+  thinTableBytes,
   writeAngles,
   writePairs,
+  writeThin,
   type RotationSpec,
 } from './transform-kernels.js';
 
@@ -53,6 +56,8 @@ export class RowTransform {
   readonly #pool: KernelPool;
   readonly #spec: RotationSpec;
   readonly #table: Pointer;
+  /** For a few rows; 0 if groups are too large for it. */
+  readonly #thin: Pointer;
   readonly #scales: Pointer;
   /** What it was made of. */
   readonly source: PairwiseTransform;
@@ -70,6 +75,8 @@ export class RowTransform {
     this.#table = arena.alloc(rotationTableBytes(spec));
     writePairs(pool, this.#table, spec);
     writeAngles(pool, this.#table, spec, theta);
+    this.#thin = spec.groupSize <= THIN_GROUP ? arena.alloc(thinTableBytes(spec)) : 0;
+    if (this.#thin) writeThin(pool, this.#thin, spec, theta);
     this.#scales = arena.alloc(spec.channels * 4);
     arena.f32.set(scales, this.#scales >>> 2);
   }
@@ -88,7 +95,7 @@ export class RowTransform {
     const pool = this.#pool;
     const { arena } = pool;
     // Wide tiles waste lanes on few rows.
-    const width = rows >= 24 ? 32 : 4;
+    const width = rows >= 24 || !this.#thin ? 32 : 4;
     pool.ensureScratch(groupSize * width * 4);
     arena.scoped(() => {
       const from = arena.input(x);
@@ -96,7 +103,7 @@ export class RowTransform {
       pool.run(
         'rotateRows',
         (channels / groupSize) * Math.ceil(rows / width),
-        [from, to, rows, channels, groupSize, krot, this.#table, this.#scales, width],
+        [from, to, rows, channels, groupSize, krot, this.#table, this.#thin, this.#scales, width],
         Math.ceil(ROTATE_WORK / (groupSize * width * (krot + 1))),
       );
       arena.finish(to, out);
@@ -105,8 +112,7 @@ export class RowTransform {
 
   /** Frees it. */
   free(): void {
-    this.#pool.arena.free(this.#table);
-    this.#pool.arena.free(this.#scales);
+    for (const pointer of [this.#table, this.#thin, this.#scales]) this.#pool.arena.free(pointer);
   }
 }
 

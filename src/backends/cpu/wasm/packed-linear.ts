@@ -8,11 +8,13 @@ import { checkGrid, checkLength } from './transform-kernels.js';
 
 /** Rows up to which {@link PackedLinear.gemv} pays; more belong in a GEMM over dequantized weights. */
 export const MAX_GEMV_ROWS = 8;
-/** Groups up to this many channels are one segment, longer ones are cut; the largest activation. See products.ts for why. */
-const NIBBLES = { segment: 128, limit: 16383, perVector: 8 } as const;
-const BYTES = { segment: 256, limit: 32767, perVector: 16 } as const;
-/** Outputs of a panel of 4-bit codes. */
+/** How codes are stored: groups up to `segment` channels are one segment, longer ones are cut. See products.ts for why. */
+const STORED = { 4: { segment: 128, kernel: 'gemvNibbles' }, 8: { segment: 256, kernel: 'gemvBytes' } } as const;
+/** The largest rounded activation. */
+const LIMIT = 32767;
+/** Outputs of a panel of codes, and what segments' channels are padded to a multiple of. */
 const PANEL = 8;
+const CHANNELS = 8;
 /** Bytes of weights below which a second thread does not pay. */
 const THREAD_BYTES = 48 * 1024;
 /** Weights are packed and unpacked in bands of about this many bytes. */
@@ -33,10 +35,8 @@ interface Segments {
 /** How a weight lies in the arena. */
 type Layout =
   | { readonly kind: 'dense'; readonly type: 'f32' | 'f16' | 'bf16'; readonly padded: number }
-  /** Rows of bytes; offsets are scale · zero, both [out, stride] f32. */
-  | ({ readonly kind: 'bytes'; readonly scales: Pointer; readonly offsets: Pointer } & Segments)
-  /** Panels of 8 rows; scales f32 and zeros u8, [panels, segments, 8]. */
-  | ({ readonly kind: 'nibbles'; readonly scales: Pointer; readonly zeros: Pointer } & Segments);
+  /** Panels of 8 rows of codes in `bits`; scales f32 and zeros u8, [panels, segments, 8]. */
+  | ({ readonly kind: 'panels'; readonly bits: 4 | 8; readonly scales: Pointer; readonly zeros: Pointer } & Segments);
 
 const DENSE_KIND = { f32: 0, f16: 1, bf16: 2 } as const;
 const DENSE_GEMV = { f32: 'gemvF32', f16: 'gemvF16', bf16: 'gemvBf16' } as const;
@@ -107,16 +107,16 @@ export class PackedLinear {
     checkLength('codes', weight.codes, inFeatures * outFeatures);
     checkLength('scales', weight.scales, groups * outFeatures);
     checkLength('zeros', weight.zeros, groups * outFeatures);
-    const nibbles = weight.bits <= 4;
-    const form = nibbles ? NIBBLES : BYTES;
-    const length = Math.min(group, form.segment);
+    const bits = weight.bits <= 4 ? 4 : 8;
+    const length = Math.min(group, STORED[bits].segment);
     const perGroup = Math.ceil(group / length);
     const segments = groups * perGroup;
-    const padded = Math.ceil(length / form.perVector) * form.perVector;
+    const padded = Math.ceil(length / CHANNELS) * CHANNELS;
     const stride = Math.ceil(segments / 4) * 4;
     const cut: Segments = { segments, length, padded, group, perGroup, stride };
-    const rows = nibbles ? Math.ceil(outFeatures / PANEL) * PANEL : outFeatures;
-    const codeBytes = (segments * padded * rows) / (nibbles ? 2 : 1);
+    const rows = Math.ceil(outFeatures / PANEL) * PANEL;
+    const codeBytes = (segments * padded * rows * bits) / 8;
+    const slots = segments * rows;
     const { arena } = pool;
     const taken: Pointer[] = [];
     const take = (bytes: number): Pointer => {
@@ -126,38 +126,21 @@ export class PackedLinear {
     };
     try {
       const codes = take(codeBytes);
-      packCodes(pool, weight, codes, cut);
-      if (nibbles) {
-        const slots = segments * rows;
-        const scales = take(slots * 4);
-        const zeros = take(slots);
-        const [floats, bytes] = [arena.f32, arena.u8];
-        for (let r = 0; r < rows; r++) {
-          const panel = r - (r % PANEL);
-          for (let s = 0; s < segments; s++) {
-            const at = panel * segments + s * PANEL + (r - panel);
-            const from = r * groups + Math.floor(s / perGroup);
-            floats[(scales >>> 2) + at] = r < outFeatures ? weight.scales[from] : 0;
-            bytes[zeros + at] = r < outFeatures ? weight.zeros[from] : 0;
-          }
-        }
-        const layout: Layout = { kind: 'nibbles', scales, zeros, ...cut };
-        return new PackedLinear(pool, inFeatures, outFeatures, codeBytes + slots * 5, codes, layout);
-      }
-      const scales = take(stride * 4 * outFeatures);
-      const offsets = take(stride * 4 * outFeatures);
-      const floats = arena.f32;
-      for (let r = 0; r < outFeatures; r++) {
-        const at = r * stride;
-        for (let s = 0; s < stride; s++) {
+      packCodes(pool, weight, codes, bits, cut);
+      const scales = take(slots * 4);
+      const zeros = take(slots);
+      const [floats, bytes] = [arena.f32, arena.u8];
+      for (let r = 0; r < rows; r++) {
+        const panel = r - (r % PANEL);
+        for (let s = 0; s < segments; s++) {
+          const at = panel * segments + s * PANEL + (r - panel);
           const from = r * groups + Math.floor(s / perGroup);
-          const scale = s < segments ? weight.scales[from] : 0;
-          floats[(scales >>> 2) + at + s] = scale;
-          floats[(offsets >>> 2) + at + s] = s < segments ? scale * weight.zeros[from] : 0;
+          floats[(scales >>> 2) + at] = r < outFeatures ? weight.scales[from] : 0;
+          bytes[zeros + at] = r < outFeatures ? weight.zeros[from] : 0;
         }
       }
-      const layout: Layout = { kind: 'bytes', scales, offsets, ...cut };
-      return new PackedLinear(pool, inFeatures, outFeatures, codeBytes + stride * 8 * outFeatures, codes, layout);
+      const layout: Layout = { kind: 'panels', bits, scales, zeros, ...cut };
+      return new PackedLinear(pool, inFeatures, outFeatures, codeBytes + slots * 5, codes, layout);
     } catch (error) {
       for (const pointer of taken) arena.free(pointer);
       throw error;
@@ -173,7 +156,7 @@ export class PackedLinear {
     const pool = this.#pool;
     const { arena } = pool;
     const layout = this.#layout;
-    const units = Math.ceil(outFeatures / (layout.kind === 'nibbles' ? PANEL : 2));
+    const units = layout.kind === 'panels' ? Math.ceil(outFeatures / PANEL) : outFeatures;
     const minUnits = Math.ceil(THREAD_BYTES / ((this.bytes / units) * Math.max(1, rows / 2)));
     arena.scoped(() => {
       const from = arena.input(x);
@@ -189,23 +172,17 @@ export class PackedLinear {
           minUnits,
         );
       } else {
-        const { segments, length, padded, group, perGroup, stride, kind, scales } = layout;
-        const nibbles = kind === 'nibbles';
-        const form = nibbles ? NIBBLES : BYTES;
+        const { segments, length, padded, group, perGroup, stride, bits, scales, zeros } = layout;
         const xq = arena.scratch(rows * segments * padded * 2);
         const xscale = arena.scratch(rows * stride * 4);
         const xsum = arena.scratch(rows * stride * 4);
         const cut = [segments, length, padded, group, perGroup, stride];
-        pool.call(
-          'quantizeActivations',
-          ...[0, rows, 0, from, inFeatures, xq, xscale, xsum, ...cut, form.limit, nibbles ? 0 : 1],
-        );
-        const shift = nibbles ? layout.zeros : layout.offsets;
-        const vectors = padded / form.perVector;
+        pool.call('quantizeActivations', ...[0, rows, 0, from, inFeatures, xq, xscale, xsum, ...cut, LIMIT]);
+        const vectors = padded / CHANNELS;
         pool.run(
-          nibbles ? 'gemvNibbles' : 'gemvBytes',
+          STORED[bits].kernel,
           units,
-          [this.#weights, scales, shift, xq, xscale, xsum, to, plus, rows, outFeatures, segments, vectors, stride],
+          [this.#weights, scales, zeros, xq, xscale, xsum, to, plus, rows, outFeatures, segments, vectors, stride],
           minUnits,
         );
       }
@@ -255,7 +232,7 @@ export class PackedLinear {
     const layout = this.#layout;
     if (layout.kind === 'dense') return;
     arena.free(layout.scales);
-    arena.free(layout.kind === 'nibbles' ? layout.zeros : layout.offsets);
+    arena.free(layout.zeros);
   }
 
   #decode(first: number, count: number, to: Pointer): void {
@@ -268,25 +245,19 @@ export class PackedLinear {
       pool.run('decodeRows', count, [first, this.#weights, to, inFeatures, padded, DENSE_KIND[type]], minUnits);
       return;
     }
-    const { segments, length, padded, group, perGroup, stride, scales } = layout;
+    const { segments, length, padded, group, perGroup, bits, scales, zeros } = layout;
     const cut = [segments, length, padded, group, perGroup];
-    if (layout.kind === 'bytes') {
-      const rest = [first, this.#weights, scales, layout.offsets, to, inFeatures, ...cut, stride];
-      pool.run('dequantizeBytes', count, rest, minUnits);
-      return;
-    }
     const panels = Math.ceil((first + count) / PANEL) - Math.floor(first / PANEL);
-    const rest = [first, first + count, this.#weights, scales, layout.zeros, to, inFeatures, ...cut];
-    pool.run('dequantizeNibbles', panels, rest, Math.ceil(minUnits / PANEL));
+    const rest = [first, first + count, bits, this.#weights, scales, zeros, to, inFeatures, ...cut];
+    pool.run('dequantizePanels', panels, rest, Math.ceil(minUnits / PANEL));
   }
 }
 
 /** Packs a weight's codes, staged in bands, to `codes`. */
-function packCodes(pool: KernelPool, weight: QuantizedWeight, codes: Pointer, cut: Segments): void {
+function packCodes(pool: KernelPool, weight: QuantizedWeight, codes: Pointer, bits: 4 | 8, cut: Segments): void {
   const { inFeatures, outFeatures } = weight;
   const { segments, length, padded, group, perGroup } = cut;
-  const nibbles = weight.bits <= 4;
-  const rowBytes = (segments * padded) / (nibbles ? 2 : 1);
+  const rowBytes = (segments * padded * bits) / 8;
   const { arena } = pool;
   const band =
     Math.max(1, Math.min(Math.ceil(outFeatures / PANEL), Math.floor(BAND_BYTES / inFeatures / PANEL))) * PANEL;
@@ -296,11 +267,8 @@ function packCodes(pool: KernelPool, weight: QuantizedWeight, codes: Pointer, cu
       const count = Math.min(band, outFeatures - r);
       arena.u8.set(weight.codes.subarray(r * inFeatures, (r + count) * inFeatures), staged);
       const to = codes + r * rowBytes;
-      const rest = [inFeatures, to, segments, length, padded, group, perGroup];
-      const minUnits = Math.ceil(65_536 / inFeatures);
-      if (nibbles)
-        pool.run('packNibbles', Math.ceil(count / PANEL), [staged, count, ...rest], Math.ceil(minUnits / PANEL));
-      else pool.run('packBytes', count, [staged, ...rest], minUnits);
+      const rest = [staged, count, inFeatures, bits, to, segments, length, padded, group, perGroup];
+      pool.run('packPanels', Math.ceil(count / PANEL), rest, Math.ceil(65_536 / inFeatures / PANEL));
     }
   });
 }

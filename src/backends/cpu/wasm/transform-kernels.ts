@@ -102,6 +102,30 @@ export function writeAngles(pool: KernelPool, table: Pointer, spec: RotationSpec
   }
 }
 
+/** Largest group whose rows a thin table can address. */
+export const THIN_GROUP = 4096;
+
+/** Bytes of a thin table (rotateThin in rotation.ts). */
+export function thinTableBytes(spec: RotationSpec): number {
+  return spec.krot * (spec.channels / 2) * 12;
+}
+
+/** Writes a thin table: offsets of 16-byte rows, cos and sin. Groups up to {@link THIN_GROUP}; {@link writePairs} checks the pairs. */
+export function writeThin(pool: KernelPool, table: Pointer, spec: RotationSpec, theta: Float32Array): void {
+  const { channels, groupSize, krot, pairs } = spec;
+  const { f32, u32 } = pool.arena;
+  let at = table >>> 2;
+  for (let first = 0; first < (krot && channels); first += groupSize) {
+    for (let k = 0; k < krot; k++) {
+      for (let from = k * channels + first, end = from + groupSize; from < end; from += 2, at += 3) {
+        u32[at] = pairs[from] * 16 + pairs[from + 1] * 16 * 65536;
+        f32[at + 1] = Math.cos(theta[from >> 1]);
+        f32[at + 2] = Math.sin(theta[from >> 1]);
+      }
+    }
+  }
+}
+
 /** A rotation table in the arena; the caller frees it. */
 export function rotationTable(pool: KernelPool, spec: RotationSpec, theta: Float32Array): Pointer {
   checkRotation(spec);

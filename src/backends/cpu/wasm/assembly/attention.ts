@@ -1,20 +1,8 @@
 // Grouped-query attention of a few query rows over many keys: decoding, and short chunks.
 import { exp4, sumLanes } from './math';
 
-/** Positions whose values are summed at a time, for every query: with the next ones, which are being asked for, they fit in an L1 cache. */
+/** Positions whose values are summed at a time, for every query: they fit in an L1 cache. */
 export const BLOCK: u32 = 16;
-
-/** Loads one word of every line of `rows` rows, so that their misses are in flight together; see touch in products.ts. */
-// @ts-ignore: decorator
-@inline
-function touchRows(from: usize, step: usize, first: u32, last: u32, bytes: usize): u32 {
-  let sum: u32 = 0;
-  for (let r = first; r < last; r++) {
-    const row = from + r * step;
-    for (let at: usize = 0; at < bytes; at += 64) sum += load<u32>(row + at);
-  }
-  return sum;
-}
 
 /** Σ a·b of n floats. */
 export function dot1(a: usize, b: usize, n: u32): f32 {
@@ -23,6 +11,26 @@ export function dot1(a: usize, b: usize, n: u32): f32 {
   for (; i + 4 <= n; i += 4) s = f32x4.add(s, f32x4.mul(v128.load(a + (<usize>i << 2)), v128.load(b + (<usize>i << 2))));
   let sum = sumLanes(s);
   for (; i < n; i++) sum += load<f32>(a + (<usize>i << 2)) * load<f32>(b + (<usize>i << 2));
+  return sum;
+}
+
+/**
+ * The same with more sums at once. One key after another is a single stream; four at once are four in one page, which hardware
+ * prefetchers follow badly, so dot4 is for keys in a cache.
+ */
+// @ts-ignore: decorator
+@inline
+function dotRow(a: usize, b: usize, n: u32): f32 {
+  let s0 = f32x4.splat(0), s1 = f32x4.splat(0), s2 = f32x4.splat(0), s3 = f32x4.splat(0);
+  const end = a + (<usize>(n & ~15) << 2);
+  for (; a < end; a += 64, b += 64) {
+    s0 = f32x4.add(s0, f32x4.mul(v128.load(a), v128.load(b)));
+    s1 = f32x4.add(s1, f32x4.mul(v128.load(a, 16), v128.load(b, 16)));
+    s2 = f32x4.add(s2, f32x4.mul(v128.load(a, 32), v128.load(b, 32)));
+    s3 = f32x4.add(s3, f32x4.mul(v128.load(a, 48), v128.load(b, 48)));
+  }
+  let sum = sumLanes(f32x4.add(f32x4.add(s0, s1), f32x4.add(s2, s3)));
+  for (const stop = a + (<usize>(n & 15) << 2); a < stop; a += 4, b += 4) sum += load<f32>(a) * load<f32>(b);
   return sum;
 }
 
@@ -70,6 +78,16 @@ export function softmaxParts(x: usize, n: u32): f32 {
   return <f32>sum;
 }
 
+/** to += weight · values, over n floats. */
+// @ts-ignore: decorator
+@inline
+function addRow(weight: f32, values: usize, n: u32, to: usize): void {
+  const w = f32x4.splat(weight);
+  const end = values + (<usize>(n & ~3) << 2);
+  for (; values < end; values += 16, to += 16) v128.store(to, f32x4.add(v128.load(to), f32x4.mul(v128.load(values), w)));
+  for (const stop = values + (<usize>(n & 3) << 2); values < stop; values += 4, to += 4) store<f32>(to, load<f32>(to) + load<f32>(values) * weight);
+}
+
 /** to += Σ_p weights[p] · values[p], over n floats. */
 export function addWeighted(weights: usize, values: usize, step: usize, count: u32, n: u32, to: usize): void {
   let at: usize = 0;
@@ -110,7 +128,6 @@ export function attention(
 ): void {
   const share = heads / kvHeads;
   const bytes = <usize>d << 2;
-  let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const b = unit / kvHeads;
     const start = load<u32>(starts + (<usize>b << 2));
@@ -122,24 +139,14 @@ export function attention(
     const first = q + (b * tokens * heads + h * share) * bytes;
     const result = out + (b * tokens * heads + h * share) * bytes;
     const oldest = window && start + 1 > window ? start + 1 - window : 0;
-    touched += touchRows(keyAt, step, oldest, min(oldest + BLOCK, total), bytes);
-    for (let p = oldest; p < total; p += 4) {
-      if ((p - oldest) % BLOCK == 0) touched += touchRows(keyAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
+    for (let p = oldest; p < total; p++) {
       const key = keyAt + p * step;
-      for (let t: u32 = 0; t < tokens; t++) {
-        if (p > start + t) continue;
+      for (let t = p > start ? p - start : 0; t < tokens; t++) {
         for (let i: u32 = 0; i < share; i++) {
-          const query = first + (t * heads + i) * bytes;
-          const to = scratch + (t * share + i) * padded + (<usize>p << 2);
-          if (p + 4 <= total && !(d & 3)) {
-            dot4(query, key, step, d, to, scale);
-          } else {
-            for (let c: u32 = 0; c < min<u32>(4, total - p); c++) store<f32>(to + (<usize>c << 2), dot1(query, key + c * step, d) * scale);
-          }
+          store<f32>(scratch + (t * share + i) * padded + (<usize>p << 2), dotRow(first + (t * heads + i) * bytes, key, d) * scale);
         }
       }
     }
-    touched += touchRows(valueAt, step, oldest, min(oldest + BLOCK, total), bytes);
     for (let t: u32 = 0; t < tokens; t++) {
       const last = start + t + 1;
       const from = window && last > window ? last - window : 0;
@@ -151,7 +158,6 @@ export function attention(
       }
     }
     for (let p = oldest; p < total; p += BLOCK) {
-      touched += touchRows(valueAt, step, p + BLOCK, min(p + 2 * BLOCK, total), bytes);
       for (let t: u32 = 0; t < tokens; t++) {
         const last = start + t + 1;
         const from = max(p, window && last > window ? last - window : 0);
@@ -159,7 +165,7 @@ export function attention(
         if (from >= to) continue;
         for (let i: u32 = 0; i < share; i++) {
           const row = scratch + (t * share + i) * padded;
-          addWeighted(row + (<usize>from << 2), valueAt + from * step, step, to - from, d, result + (t * heads + i) * bytes);
+          for (let r = from; r < to; r++) addRow(load<f32>(row + (<usize>r << 2)), valueAt + r * step, d, result + (t * heads + i) * bytes);
         }
       }
     }
@@ -171,7 +177,6 @@ export function attention(
       }
     }
   }
-  store<u32>(scratch, touched);
 }
 
 /**

@@ -1,6 +1,6 @@
 // The forward pass's small kernels on row-major activations: norms, rotations of rows, SiLU·up, heads with RoPE.
 import { exp4, sumLanes, transpose4 } from './math';
-import { ENTRY_SHIFT, rotateAllWide, rotateThin } from './rotation';
+import { ENTRY_SHIFT, THIN_ENTRY, rotateAllWide, rotateThin } from './rotation';
 
 /** Σ x² of n floats. */
 function sumSquares(x: usize, n: u32): f32 {
@@ -131,26 +131,36 @@ function scatterRows(tile: usize, step: usize, strips: u32, rows: u32, size: u32
 
 /**
  * x ⊙ scales, then the rotations, on rows of x [rows, channels]; units are (group, tile of `width` rows), width 32 (many
- * rows) or 4. One to three rows run as four: a scalar gather would take as many instructions per pair.
+ * rows) or 4; `thin` is the table of the latter, see rotateThin. One to three rows run as four: a scalar takes as many
+ * instructions per pair.
  */
 export function rotateRows(
   begin: u32, end: u32, scratch: usize,
-  x: usize, out: usize, rows: u32, channels: u32, size: u32, rotations: u32, table: usize, scales: usize, width: u32,
+  x: usize, out: usize, rows: u32, channels: u32, size: u32, rotations: u32, table: usize, thin: usize, scales: usize, width: u32,
 ): void {
   const tiles = (rows + width - 1) / width;
   const stride = <usize>channels << 2;
   const pairs = size >> 1;
-  const rotationBytes = <usize>pairs << ENTRY_SHIFT;
+  const thinBytes = <usize>pairs * THIN_ENTRY;
   const step = <usize>width << 2;
   for (let unit = begin; unit < end; unit++) {
     const group = unit / tiles;
     const row = (unit - group * tiles) * width;
     const count = min(rows - row, width);
     const at = row * stride + (<usize>(group * size) << 2);
-    const pairsAt = table + group * rotations * rotationBytes;
-    gatherRows(x + at, stride, count, size, scratch, step, width >> 2, scales + (<usize>(group * size) << 2));
-    if (width == 32) rotateAllWide(scratch, pairsAt, pairs, rotations, false);
-    else for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, pairsAt + k * rotationBytes, pairs);
+    const first = <usize>(group * rotations);
+    const s = scales + (<usize>(group * size) << 2);
+    if (count == 1 && width == 4) {
+      for (let c: usize = 0; c < <usize>size << 2; c += 4) {
+        v128.store(scratch + (c << 2), f32x4.mul(v128.load32_splat(x + at + c), v128.load32_splat(s + c)));
+      }
+      for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + (first + k) * thinBytes, pairs);
+      for (let c: usize = 0; c < <usize>size << 2; c += 4) store<f32>(out + at + c, load<f32>(scratch + (c << 2)));
+      continue;
+    }
+    gatherRows(x + at, stride, count, size, scratch, step, width >> 2, s);
+    if (width == 32) rotateAllWide(scratch, table + ((first * pairs) << ENTRY_SHIFT), pairs, rotations, false);
+    else for (let k: u32 = 0; k < rotations; k++) rotateThin(scratch, thin + (first + k) * thinBytes, pairs);
     scatterRows(scratch, step, width >> 2, count, size, out + at, stride);
   }
 }

@@ -12,7 +12,7 @@ export { attention, attentionForest, appendCache } from './attention';
 export { hadamardRows } from './hadamard';
 export { quantizeRows, encodeRows, appendQuantized, decodeCache, attentionQuantized } from './activations';
 export {
-  quantizeActivations, gemvNibbles, gemvBytes, packBytes, packNibbles, dequantizeBytes, dequantizeNibbles, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
+  quantizeActivations, gemvNibbles, gemvBytes, packPanels, dequantizePanels, prepareActivations, gemvF32, gemvF16, gemvBf16, decodeRows,
 } from './products';
 export { scoreRows } from './score';
 export {

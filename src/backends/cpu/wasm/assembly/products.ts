@@ -4,26 +4,29 @@
 // to integers xq per segment, so that codes are multiplied as integers (dot_i16x8) and only one conversion per segment is
 // left. With x ≈ xscale · xq: y = Σ_segments scale · xscale · (Σ code·xq − zero · Σ xq).
 //
-// 4-bit codes (2 and 3 bits use the same layout) lie in panels of 8 outputs, so that a thread reads one stream and lanes end
-// as outputs, with no sums across lanes: [panels, segments, padded / 8, 2 halves] vectors; a vector has 8 channels of 4
-// outputs: nibble n of 16-bit lane 2r + j is channel 2n + j of output r. A pair of activations is broadcast to all lanes.
-// Nibbles 1 and 2 are used in place, 16 and 256 times too large, and their sums are shifted right exactly. Bounds: xq has 15
-// bits and a segment at most 128 channels: a lane adds 16 pairs of at most 2 · 3840 · 16383 = 126e6, 2.01e9 < 2^31.
+// Codes lie in panels of 8 outputs, so that a thread reads one stream (hardware prefetchers follow it to within a tenth of what
+// the arithmetic takes from a cache; two rows side by side lose half of that) and lanes end as outputs, with no sums across
+// lanes: [panels, segments, padded / 8, …, 2 halves] vectors, a half being 4 outputs, a pair of activations broadcast to all.
 //
-// 8-bit codes lie row by row, 16 to a vector, with 16-bit xq and segments of at most 256 channels: 32 pairs of
-// 2 · 255 · 32767 = 16.7e6, 535e6 < 2^31.
+// 4 bits (2 and 3 use the same layout): a vector has 8 channels; nibble n of 16-bit lane 2r + j is channel 2n + j of output
+// r. Odd nibbles are used in place, 16 times too large, and their sum is shifted right exactly. Bounds: a segment has at most
+// 128 channels; a lane adds 32 pairs of at most 2 · 240 · 32767 = 15.7e6, 503e6 < 2^31.
+//
+// 8 bits: a vector has 4 channels, byte b of lane 2r + j is channel 2b + j of output r. A segment has at most 256 channels:
+// 128 pairs of 2 · 255 · 32767 = 16.7e6, 2.14e9 < 2^31 = 2.147e9. Σ code·xq − zero · Σ xq = Σ (code − zero)·xq has the same
+// bound, and is right whether or not its second half wraps.
 import { sumLanes, transpose4 } from './math';
 
 /**
  * Rounds rows of activations to integers of at most `limit` (32767 or less) per segment. xq [rows, segments, padded] i16,
- * then per row and segment the scale [rows, stride] f32 and the sum [rows, stride], Σ xq in i32 or, when `scaled`,
- * scale · Σ xq in f32 (both zero beyond the segments). Segment s covers `length` channels from
+ * then per row and segment the scale [rows, stride] f32 and the sum Σ xq [rows, stride] i32 (both zero beyond the
+ * segments). Segment s covers `length` channels from
  * (s / perGroup) · group + (s mod perGroup) · length, cut at its group's end. Units are rows.
  */
 export function quantizeActivations(
   begin: u32, end: u32, scratch: usize,
   x: usize, n: u32, xq: usize, xscale: usize, xsum: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, stride: u32,
-  limit: f32, scaled: u32,
+  limit: f32,
 ): void {
   for (let r = begin; r < end; r++) {
     const row = x + ((<usize>r * n) << 2);
@@ -62,56 +65,28 @@ export function quantizeActivations(
       for (; i < padded; i++) store<i16>(to + (<usize>i << 1), 0);
       const scale: f32 = inverse > 0 ? top / limit : 0;
       store<f32>(scales + (<usize>s << 2), scale);
-      if (scaled) store<f32>(sums + (<usize>s << 2), scale * <f32>total);
-      else store<i32>(sums + (<usize>s << 2), total);
+      store<i32>(sums + (<usize>s << 2), total);
       to += <usize>padded << 1;
     }
   }
 }
 
-/** Σ a·b over `stride` floats (a multiple of 4). */
-// @ts-ignore: decorator
-@inline
-function dotPadded(a: usize, b: usize, stride: u32): f32 {
-  let s = f32x4.splat(0);
-  for (let at: usize = 0; at < <usize>stride << 2; at += 16) s = f32x4.add(s, f32x4.mul(v128.load(a + at), v128.load(b + at)));
-  return sumLanes(s);
-}
-
-/** Bytes of 8-bit weights asked for at a time. */
-const BURST: usize = 4096;
-/** How far ahead 4-bit weights are asked for, a segment at a time: hardware prefetchers stop at the end of a page. */
-const AHEAD: usize = 4096;
-
-/** Pairs of rows that make a burst. */
-// @ts-ignore: decorator
-@inline
-function pairsAhead(rowBytes: usize): u32 {
-  return max<u32>(1, <u32>(BURST / (2 * rowBytes)));
-}
-
-/** Loads one word of every line of [from, from + bytes) below `last`: spread over the arithmetic, too few misses would be in flight at once. */
-// @ts-ignore: decorator
-@inline
-function touch(from: usize, bytes: usize, last: usize): u32 {
-  let sum: u32 = 0;
-  for (let p = from, stop = min(from + bytes, last); p < stop; p += 64) sum += load<u32>(p);
-  return sum;
-}
-
 /**
- * y [rows, out] = x · Wᵀ (+ residual, may be null) for 4-bit codes; units are panels of 8 outputs. scales f32 and zeros u8
- * are [panels, segments, 8]; xscale f32 and xsum i32 are [rows, stride]. `vectors` are groups of 8 channels per segment.
+ * y [rows, out] = x · Wᵀ (+ residual, may be null) for codes in panels of 8 outputs, which are the units. scales f32 and zeros
+ * u8 are [panels, segments, 8]; xscale f32 and xsum i32 are [rows, stride]. `vectors` are groups of 8 channels per segment.
  */
-export function gemvNibbles(
+// @ts-ignore: decorator
+@inline
+function gemvPanels(
   begin: u32, end: u32, scratch: usize,
   codes: usize, scales: usize, zeros: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
-  rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
+  rows: u32, out: u32, segments: u32, vectors: u32, stride: u32, nibbles: bool,
 ): void {
-  const segmentBytes = <usize>vectors << 5;
-  const last = codes + ((<usize>out + 7) >> 3) * segments * segmentBytes;
-  let touched: u32 = 0;
-  const m0 = i16x8.splat(0x000f), m1 = i16x8.splat(0x00f0), m2 = i16x8.splat(0x0f00);
+  const segmentBytes = <usize>vectors << (nibbles ? 5 : 6);
+  // Masks come from memory: V8 would make a constant anew in every round of the loop.
+  v128.store(scratch, i16x8.splat(nibbles ? 0x000f : 0x00ff));
+  v128.store(scratch, i16x8.splat(0x00f0), 16);
+  const m0 = v128.load(scratch), m1 = v128.load(scratch, 16);
   for (let unit = begin; unit < end; unit++) {
     const o = unit << 3;
     for (let r: u32 = 0; r < rows; r++) {
@@ -123,30 +98,43 @@ export function gemvNibbles(
       const xsums = xsum + ((<usize>r * stride) << 2);
       let f = f32x4.splat(0), g = f32x4.splat(0);
       for (let s: usize = 0; s < <usize>segments << 2; s += 4) {
-        if (r == 0) touched += touch(p + AHEAD, segmentBytes, last);
-        let a0 = i32x4.splat(0), a1 = i32x4.splat(0), a2 = i32x4.splat(0);
-        let b0 = i32x4.splat(0), b1 = i32x4.splat(0), b2 = i32x4.splat(0);
-        for (const stop = p + segmentBytes; p < stop; p += 32, x += 16) {
-          const v = v128.load(p);
-          const u = v128.load(p, 16);
-          const x0 = v128.load32_splat(x);
-          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(v128.and(v, m0), x0));
-          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(v128.and(u, m0), x0));
-          const x1 = v128.load32_splat(x, 4);
-          a1 = i32x4.add(a1, i32x4.dot_i16x8_s(v128.and(v, m1), x1));
-          b1 = i32x4.add(b1, i32x4.dot_i16x8_s(v128.and(u, m1), x1));
-          const x2 = v128.load32_splat(x, 8);
-          a2 = i32x4.add(a2, i32x4.dot_i16x8_s(v128.and(v, m2), x2));
-          b2 = i32x4.add(b2, i32x4.dot_i16x8_s(v128.and(u, m2), x2));
-          const x3 = v128.load32_splat(x, 12);
-          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(i16x8.shr_u(v, 12), x3));
-          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(i16x8.shr_u(u, 12), x3));
+        let a = i32x4.splat(0), b = i32x4.splat(0);
+        const stop = p + segmentBytes;
+        if (nibbles) {
+          let a16 = i32x4.splat(0), b16 = i32x4.splat(0);
+          for (; p < stop; p += 32, x += 16) {
+            const v = v128.load(p);
+            const u = v128.load(p, 16);
+            const x0 = v128.load32_splat(x);
+            a = i32x4.add(a, i32x4.dot_i16x8_s(v128.and(v, m0), x0));
+            b = i32x4.add(b, i32x4.dot_i16x8_s(v128.and(u, m0), x0));
+            const x1 = v128.load32_splat(x, 4);
+            a16 = i32x4.add(a16, i32x4.dot_i16x8_s(v128.and(v, m1), x1));
+            b16 = i32x4.add(b16, i32x4.dot_i16x8_s(v128.and(u, m1), x1));
+            const x2 = v128.load32_splat(x, 8);
+            a16 = i32x4.add(a16, i32x4.dot_i16x8_s(v128.and(i16x8.shr_u(v, 4), m1), x2));
+            b16 = i32x4.add(b16, i32x4.dot_i16x8_s(v128.and(i16x8.shr_u(u, 4), m1), x2));
+            const x3 = v128.load32_splat(x, 12);
+            a = i32x4.add(a, i32x4.dot_i16x8_s(i16x8.shr_u(v, 12), x3));
+            b = i32x4.add(b, i32x4.dot_i16x8_s(i16x8.shr_u(u, 12), x3));
+          }
+          a = i32x4.add(a, i32x4.shr_s(a16, 4));
+          b = i32x4.add(b, i32x4.shr_s(b16, 4));
+        } else {
+          for (; p < stop; p += 32, x += 8) {
+            const v = v128.load(p);
+            const u = v128.load(p, 16);
+            const x0 = v128.load32_splat(x);
+            a = i32x4.add(a, i32x4.dot_i16x8_s(v128.and(v, m0), x0));
+            b = i32x4.add(b, i32x4.dot_i16x8_s(v128.and(u, m0), x0));
+            const x1 = v128.load32_splat(x, 4);
+            a = i32x4.add(a, i32x4.dot_i16x8_s(i16x8.shr_u(v, 8), x1));
+            b = i32x4.add(b, i32x4.dot_i16x8_s(i16x8.shr_u(u, 8), x1));
+          }
         }
         const xf = v128.load32_splat(xscales + s);
         const sum = v128.load32_splat(xsums + s);
         const z = i16x8.extend_low_i8x16_u(v128.load64_zero(zero));
-        const a = i32x4.add(a0, i32x4.add(i32x4.shr_s(a1, 4), i32x4.shr_s(a2, 8)));
-        const b = i32x4.add(b0, i32x4.add(i32x4.shr_s(b1, 4), i32x4.shr_s(b2, 8)));
         const da = f32x4.convert_i32x4_s(i32x4.sub(a, i32x4.mul(i32x4.extend_low_i16x8_u(z), sum)));
         const db = f32x4.convert_i32x4_s(i32x4.sub(b, i32x4.mul(i32x4.extend_high_i16x8_u(z), sum)));
         f = f32x4.add(f, f32x4.mul(da, f32x4.mul(xf, v128.load(scale))));
@@ -163,78 +151,30 @@ export function gemvNibbles(
         v128.store(y + at, f);
         v128.store(y + at, g, 16);
       } else {
-        v128.store(scratch, f);
-        v128.store(scratch, g, 16);
+        v128.store(scratch, f, 32);
+        v128.store(scratch, g, 48);
         for (let i: usize = 0; i < <usize>(out - o) << 2; i += 4) {
-          store<f32>(y + at + i, residual ? load<f32>(scratch + i) + load<f32>(residual + at + i) : load<f32>(scratch + i));
+          store<f32>(y + at + i, load<f32>(scratch + i, 32) + (residual ? load<f32>(residual + at + i) : 0));
         }
       }
     }
   }
-  store<u32>(scratch, touched);
 }
 
-/**
- * y [rows, out] = x · Wᵀ (+ residual, may be null) for 8-bit codes; units are pairs of outputs. scales and offsets
- * (scale · zero) are [out, stride] f32, xscale and xsum (scaled) [rows, stride]. `vectors` are 16 codes of a segment.
- */
-export function gemvBytes(
+export function gemvNibbles(
   begin: u32, end: u32, scratch: usize,
-  codes: usize, scales: usize, offsets: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
+  codes: usize, scales: usize, zeros: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
   rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
 ): void {
-  const rowBytes = <usize>(segments * vectors) << 4;
-  const last = codes + out * rowBytes;
-  const burst = pairsAhead(rowBytes);
-  let touched: u32 = 0;
-  for (let unit = begin; unit < end; unit++) {
-    const o0 = unit << 1;
-    if ((unit - begin) % burst == 0) touched += touch(codes + (o0 + 2 * burst) * rowBytes, 2 * burst * rowBytes, last);
-    const o1 = min(o0 + 1, out - 1);
-    const w0 = codes + o0 * rowBytes;
-    const w1 = codes + o1 * rowBytes;
-    const s0 = scales + ((<usize>o0 * stride) << 2);
-    const s1 = scales + ((<usize>o1 * stride) << 2);
-    for (let r: u32 = 0; r < rows; r++) {
-      let x = xq + ((<usize>r * segments * vectors) << 5);
-      const xs = xscale + ((<usize>r * stride) << 2);
-      let p = w0;
-      let q = w1;
-      let f0 = f32x4.splat(0), f1 = f32x4.splat(0);
-      for (let s: usize = 0; s < <usize>segments << 2; s += 4) {
-        let a0 = i32x4.splat(0), b0 = i32x4.splat(0), a1 = i32x4.splat(0), b1 = i32x4.splat(0);
-        for (const stop = p + (<usize>vectors << 4); p < stop; p += 16, q += 16, x += 32) {
-          const v = v128.load(p);
-          const u = v128.load(q);
-          const x0 = v128.load(x), x1 = v128.load(x, 16);
-          a0 = i32x4.add(a0, i32x4.dot_i16x8_s(i16x8.extend_low_i8x16_u(v), x0));
-          b0 = i32x4.add(b0, i32x4.dot_i16x8_s(i16x8.extend_high_i8x16_u(v), x1));
-          a1 = i32x4.add(a1, i32x4.dot_i16x8_s(i16x8.extend_low_i8x16_u(u), x0));
-          b1 = i32x4.add(b1, i32x4.dot_i16x8_s(i16x8.extend_high_i8x16_u(u), x1));
-        }
-        const xf = v128.load32_splat(xs + s);
-        f0 = f32x4.add(f0, f32x4.mul(f32x4.convert_i32x4_s(i32x4.add(a0, b0)), f32x4.mul(xf, v128.load32_splat(s0 + s))));
-        f1 = f32x4.add(f1, f32x4.mul(f32x4.convert_i32x4_s(i32x4.add(a1, b1)), f32x4.mul(xf, v128.load32_splat(s1 + s))));
-      }
-      finishPair(f0, f1, offsets, xsum + ((<usize>r * stride) << 2), stride, o0, o1, y, residual, <usize>r * out);
-    }
-  }
-  store<u32>(scratch, touched);
+  gemvPanels(begin, end, scratch, codes, scales, zeros, xq, xscale, xsum, y, residual, rows, out, segments, vectors, stride, true);
 }
 
-// @ts-ignore: decorator
-@inline
-function finishPair(f0: v128, f1: v128, offsets: usize, xsum: usize, stride: u32, o0: u32, o1: u32, y: usize, residual: usize, row: usize): void {
-  let y0 = sumLanes(f0) - dotPadded(offsets + ((<usize>o0 * stride) << 2), xsum, stride);
-  let y1 = sumLanes(f1) - dotPadded(offsets + ((<usize>o1 * stride) << 2), xsum, stride);
-  const at0 = (row + o0) << 2;
-  const at1 = (row + o1) << 2;
-  if (residual) {
-    y0 += load<f32>(residual + at0);
-    y1 += load<f32>(residual + at1);
-  }
-  store<f32>(y + at0, y0);
-  store<f32>(y + at1, y1);
+export function gemvBytes(
+  begin: u32, end: u32, scratch: usize,
+  codes: usize, scales: usize, zeros: usize, xq: usize, xscale: usize, xsum: usize, y: usize, residual: usize,
+  rows: u32, out: u32, segments: u32, vectors: u32, stride: u32,
+): void {
+  gemvPanels(begin, end, scratch, codes, scales, zeros, xq, xscale, xsum, y, residual, rows, out, segments, vectors, stride, false);
 }
 
 /** Copies segment `s` of a row of codes to `to`, padded with 0. */
@@ -247,23 +187,12 @@ function copySegment(row: usize, s: u32, length: u32, padded: u32, group: u32, p
   memory.fill(to + count, 0, padded - count);
 }
 
-/** Packs codes [rows, n] (one per byte) into segments of bytes; units are rows. */
-export function packBytes(
+/** Packs codes [rows, n] (one per byte; `bits` 4 or 8) into panels of 8 rows, missing rows as 0; units are panels. */
+export function packPanels(
   begin: u32, end: u32, scratch: usize,
-  codes: usize, n: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
+  codes: usize, rows: u32, n: u32, bits: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
 ): void {
-  let p = to + <usize>begin * segments * padded;
-  for (let r = begin; r < end; r++) {
-    for (let s: u32 = 0; s < segments; s++, p += padded) copySegment(codes + <usize>r * n, s, length, padded, group, perGroup, p);
-  }
-}
-
-/** Packs codes [rows, n] (one per byte, below 16) into panels of 8 rows, missing rows as 0; units are panels. */
-export function packNibbles(
-  begin: u32, end: u32, scratch: usize,
-  codes: usize, rows: u32, n: u32, to: usize, segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
-): void {
-  const panelBytes = <usize>(segments * padded) << 2;
+  const panelBytes = <usize>(segments * padded) * bits;
   const even: u64 = 0x00ff00ff00ff00ff;
   for (let unit = begin; unit < end; unit++) {
     const panel = to + unit * panelBytes;
@@ -274,12 +203,21 @@ export function packNibbles(
       let p = panel + (<usize>r << 2);
       for (let s: u32 = 0; s < segments; s++) {
         copySegment(codes + <usize>(first + r) * n, s, length, padded, group, perGroup, scratch);
-        for (let c: usize = 0; c < <usize>padded; c += 8, p += 32) {
+        for (let c: usize = 0; c < <usize>padded; c += 8) {
           const w = load<u64>(scratch + c);
-          const a = w & even;
-          const b = (w >> 8) & even;
-          store<u16>(p, <u16>(a | (a >> 12) | (a >> 24) | (a >> 36)));
-          store<u16>(p, <u16>(b | (b >> 12) | (b >> 24) | (b >> 36)), 2);
+          if (bits == 4) {
+            const a = w & even;
+            const b = (w >> 8) & even;
+            store<u16>(p, <u16>(a | (a >> 12) | (a >> 24) | (a >> 36)));
+            store<u16>(p, <u16>(b | (b >> 12) | (b >> 24) | (b >> 36)), 2);
+            p += 32;
+          } else {
+            // Channels 0, 2, 1, 3 of each four.
+            const t = (w & 0xff0000ffff0000ff) | ((w & 0x0000ff000000ff00) << 8) | ((w & 0x00ff000000ff0000) >> 8);
+            store<u32>(p, <u32>t);
+            store<u32>(p, <u32>(t >> 32), 32);
+            p += 64;
+          }
         }
       }
     }
@@ -295,62 +233,39 @@ function decode8(codes: v128, scale: v128, offset: v128, to: usize): void {
 }
 
 /**
- * Rows [first + begin, first + end) of 8-bit codes → f32 [.., n] at `out` (row `first` first). (code − zero) · scale comes
- * out exactly: code · scale and the offset zero · scale are exact in f32, as scales are f16 numbers.
+ * Rows [first, last) of codes in panels → f32 [last − first, n] at `out`; units are panels from that of `first` on.
+ * (code − zero) · scale comes out exactly: code · scale and the offset zero · scale are exact in f32, as scales are f16 numbers.
  */
-export function dequantizeBytes(
+export function dequantizePanels(
   begin: u32, end: u32, scratch: usize,
-  first: u32, codes: usize, scales: usize, offsets: usize, out: usize, n: u32,
-  segments: u32, length: u32, padded: u32, group: u32, perGroup: u32, stride: u32,
-): void {
-  for (let unit = begin; unit < end; unit++) {
-    const r = first + unit;
-    let p = codes + <usize>r * segments * padded;
-    const to = out + ((<usize>unit * n) << 2);
-    for (let s: u32 = 0; s < segments; s++) {
-      const inside = (s % perGroup) * length;
-      const count = min(length, group - inside);
-      const at = to + (<usize>((s / perGroup) * group + inside) << 2);
-      const target = count == padded ? at : scratch;
-      const slot = (<usize>r * stride + s) << 2;
-      const scale = v128.load32_splat(scales + slot);
-      const offset = v128.load32_splat(offsets + slot);
-      let t = target;
-      for (let c: u32 = 0; c < padded; c += 16, p += 16, t += 64) {
-        const v = v128.load(p);
-        decode8(i16x8.extend_low_i8x16_u(v), scale, offset, t);
-        decode8(i16x8.extend_high_i8x16_u(v), scale, offset, t + 32);
-      }
-      if (target != at) memory.copy(at, scratch, <usize>count << 2);
-    }
-  }
-}
-
-/** Rows [first, last) of 4-bit codes → f32 [last − first, n] at `out`, exactly; units are panels from that of `first` on. */
-export function dequantizeNibbles(
-  begin: u32, end: u32, scratch: usize,
-  first: u32, last: u32, codes: usize, scales: usize, zeros: usize, out: usize, n: u32,
+  first: u32, last: u32, bits: u32, codes: usize, scales: usize, zeros: usize, out: usize, n: u32,
   segments: u32, length: u32, padded: u32, group: u32, perGroup: u32,
 ): void {
   const low = i16x8.splat(0xf);
+  const byte = i16x8.splat(0xff);
   for (let unit = (first >> 3) + begin; unit < (first >> 3) + end; unit++) {
     for (let half: u32 = 0; half < 2; half++) {
       const row = (unit << 3) + (half << 2);
       if (row + 4 <= first || row >= last) continue;
-      let p = codes + ((<usize>unit * segments * padded) << 2) + (<usize>half << 4);
+      let p = codes + <usize>unit * segments * padded * bits + (<usize>half << 4);
       for (let s: u32 = 0; s < segments; s++) {
         const inside = (s % perGroup) * length;
         const count = min(length, group - inside);
         const column = (s / perGroup) * group + inside;
         const slot = ((unit * segments + s) << 3) + (half << 2);
-        // Codes of each row first, 16 bits each: 4 vectors of nibbles are a 4 × 4 matrix of pairs, rows down.
+        // Codes of each row first, 16 bits each: the 4 vectors of 8 channels are a 4 × 4 matrix of pairs, rows down.
         const rowBytes = <usize>padded << 1;
         let t = scratch;
-        for (let c: u32 = 0; c < padded; c += 8, p += 32, t += 16) {
+        for (let c: u32 = 0; c < padded; c += 8, p += <usize>bits << 3, t += 16) {
           const v = v128.load(p);
-          const a = v128.and(v, low), b = v128.and(i16x8.shr_u(v, 4), low);
-          const d = v128.and(i16x8.shr_u(v, 8), low), e = i16x8.shr_u(v, 12);
-          transpose4(a, b, d, e, t, rowBytes);
+          if (bits == 4) {
+            const a = v128.and(v, low), b = v128.and(i16x8.shr_u(v, 4), low);
+            const d = v128.and(i16x8.shr_u(v, 8), low), e = i16x8.shr_u(v, 12);
+            transpose4(a, b, d, e, t, rowBytes);
+          } else {
+            const u = v128.load(p, 32);
+            transpose4(v128.and(v, byte), i16x8.shr_u(v, 8), v128.and(u, byte), i16x8.shr_u(u, 8), t, rowBytes);
+          }
         }
         for (let r: u32 = 0; r < 4; r++) {
           if (row + r < first || row + r >= last) continue;
@@ -407,41 +322,45 @@ function odd(v: v128, kind: u32): v128 {
   return kind == F16 ? v128.and(i32x4.shr_s(v, 3), i32x4.splat(<i32>0x8fffe000)) : v128.and(v, i32x4.splat(<i32>0xffff0000));
 }
 
-/** y [rows, out] = x · Wᵀ (+ residual) for 16-bit floats; units are pairs of outputs, weight rows padded to 8. */
+/**
+ * y [rows, out] = x · Wᵀ (+ residual) for 16-bit floats; units are outputs, weight rows padded to 8. One row at a time: two
+ * would be two streams, which hardware prefetchers follow badly when they are less than a page apart.
+ */
+// @ts-ignore: decorator
+@inline
 function gemvHalf(
   begin: u32, end: u32, w: usize, x: usize, y: usize, residual: usize, rows: u32, out: u32, padded: u32, kind: u32,
 ): void {
   const rowBytes = <usize>padded << 1;
   const factor: f32 = kind == F16 ? 65536 : 1;
-  for (let unit = begin; unit < end; unit++) {
-    const o0 = unit << 1;
-    const o1 = min(o0 + 1, out - 1);
+  for (let o = begin; o < end; o++) {
     for (let r: u32 = 0; r < rows; r++) {
-      let p = w + o0 * rowBytes;
-      let q = w + o1 * rowBytes;
+      let p = w + o * rowBytes;
       let t = x + ((<usize>r * padded) << 2);
-      let a0 = f32x4.splat(0), b0 = f32x4.splat(0), a1 = f32x4.splat(0), b1 = f32x4.splat(0);
-      for (const stop = p + rowBytes; p < stop; p += 16, q += 16, t += 32) {
-        const v = v128.load(p);
-        const u = v128.load(q);
-        const x0 = v128.load(t), x1 = v128.load(t, 16);
-        a0 = f32x4.add(a0, f32x4.mul(even(v, kind), x0));
-        b0 = f32x4.add(b0, f32x4.mul(odd(v, kind), x1));
-        a1 = f32x4.add(a1, f32x4.mul(even(u, kind), x0));
-        b1 = f32x4.add(b1, f32x4.mul(odd(u, kind), x1));
+      let a = f32x4.splat(0), b = f32x4.splat(0), c = f32x4.splat(0), d = f32x4.splat(0);
+      const stop = p + rowBytes;
+      for (const even32 = stop - 16; p < even32; p += 32, t += 64) {
+        const v = v128.load(p), u = v128.load(p, 16);
+        a = f32x4.add(a, f32x4.mul(even(v, kind), v128.load(t)));
+        b = f32x4.add(b, f32x4.mul(odd(v, kind), v128.load(t, 16)));
+        c = f32x4.add(c, f32x4.mul(even(u, kind), v128.load(t, 32)));
+        d = f32x4.add(d, f32x4.mul(odd(u, kind), v128.load(t, 48)));
       }
-      storePair(sumLanes(f32x4.add(a0, b0)) * factor, sumLanes(f32x4.add(a1, b1)) * factor, o0, o1, y, residual, <usize>r * out);
+      if (p < stop) {
+        const v = v128.load(p);
+        a = f32x4.add(a, f32x4.mul(even(v, kind), v128.load(t)));
+        b = f32x4.add(b, f32x4.mul(odd(v, kind), v128.load(t, 16)));
+      }
+      storeSum(sumLanes(f32x4.add(f32x4.add(a, b), f32x4.add(c, d))) * factor, o, y, residual, <usize>r * out);
     }
   }
 }
 
 // @ts-ignore: decorator
 @inline
-function storePair(y0: f32, y1: f32, o0: u32, o1: u32, y: usize, residual: usize, row: usize): void {
-  const at0 = (row + o0) << 2;
-  const at1 = (row + o1) << 2;
-  store<f32>(y + at0, residual ? y0 + load<f32>(residual + at0) : y0);
-  store<f32>(y + at1, residual ? y1 + load<f32>(residual + at1) : y1);
+function storeSum(sum: f32, o: u32, y: usize, residual: usize, row: usize): void {
+  const at = (row + o) << 2;
+  store<f32>(y + at, residual ? sum + load<f32>(residual + at) : sum);
 }
 
 export function gemvF16(begin: u32, end: u32, scratch: usize, w: usize, x: usize, y: usize, residual: usize, rows: u32, out: u32, padded: u32): void {
@@ -454,22 +373,16 @@ export function gemvBf16(begin: u32, end: u32, scratch: usize, w: usize, x: usiz
 
 export function gemvF32(begin: u32, end: u32, scratch: usize, w: usize, x: usize, y: usize, residual: usize, rows: u32, out: u32, padded: u32): void {
   const rowBytes = <usize>padded << 2;
-  for (let unit = begin; unit < end; unit++) {
-    const o0 = unit << 1;
-    const o1 = min(o0 + 1, out - 1);
+  for (let o = begin; o < end; o++) {
     for (let r: u32 = 0; r < rows; r++) {
-      let p = w + o0 * rowBytes;
-      let q = w + o1 * rowBytes;
+      let p = w + o * rowBytes;
       let t = x + r * rowBytes;
-      let a0 = f32x4.splat(0), b0 = f32x4.splat(0), a1 = f32x4.splat(0), b1 = f32x4.splat(0);
-      for (const stop = p + rowBytes; p < stop; p += 32, q += 32, t += 32) {
-        const x0 = v128.load(t), x1 = v128.load(t, 16);
-        a0 = f32x4.add(a0, f32x4.mul(v128.load(p), x0));
-        b0 = f32x4.add(b0, f32x4.mul(v128.load(p, 16), x1));
-        a1 = f32x4.add(a1, f32x4.mul(v128.load(q), x0));
-        b1 = f32x4.add(b1, f32x4.mul(v128.load(q, 16), x1));
+      let a = f32x4.splat(0), b = f32x4.splat(0);
+      for (const stop = p + rowBytes; p < stop; p += 32, t += 32) {
+        a = f32x4.add(a, f32x4.mul(v128.load(p), v128.load(t)));
+        b = f32x4.add(b, f32x4.mul(v128.load(p, 16), v128.load(t, 16)));
       }
-      storePair(sumLanes(f32x4.add(a0, b0)), sumLanes(f32x4.add(a1, b1)), o0, o1, y, residual, <usize>r * out);
+      storeSum(sumLanes(f32x4.add(a, b)), o, y, residual, <usize>r * out);
     }
   }
 }

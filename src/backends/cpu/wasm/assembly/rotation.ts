@@ -8,10 +8,12 @@
 // first offset set and hold cos and sin.
 // Rotating by −θ is rotating by θ with i and j exchanged, so the inverse reads the same table with the two offsets
 // swapped (`first` = 4 instead of 0).
-import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, loadWide, storeWide, loadNarrow, storeNarrow } from './tile';
+import { WIDE, WIDE_SHIFT, NARROW, NARROW_SHIFT, tileBytes, touchPanel, loadWide, storeWide, loadNarrow, storeNarrow } from './tile';
 
 /** Bytes of one pair in a rotation table. */
 export const ENTRY_SHIFT: u32 = 4;
+/** The same in a thin table, see rotateThin. */
+export const THIN_ENTRY: usize = 12;
 /** Columns whose gradients are summed together, a fixed number so that sums do not depend on threads. */
 export const CHUNK: u32 = 256;
 
@@ -67,16 +69,16 @@ export function rotateWide(tile: usize, table: usize, pairs: u32, first: usize):
   }
 }
 
-/** One rotation of a tile of 4 columns (rows of 16 bytes). */
+/**
+ * `pairs` rotations of a tile of 4 columns (rows of 16 bytes), from a thin table: per pair the byte offsets of rows i and j (u16
+ * each), cos, sin. Instructions count here, the latency from one rotation to the next, and the bytes of the table, which
+ * comes from memory for every token: no marks, no shears.
+ */
 export function rotateThin(tile: usize, table: usize, pairs: u32): void {
-  const end = table + (<usize>pairs << ENTRY_SHIFT);
-  for (let e = table; e < end; e += 16) {
-    const i = load<u32>(e);
-    const q = tile + (load<u32>(e, 4) >> 3);
-    const t = v128.load32_splat(e, 8);
-    const s = v128.load32_splat(e, 12);
-    if (i & PLAIN) turn(tile + (i >> 3), q, t, s);
-    else shear(tile + (i >> 3), q, t, s);
+  const end = table + <usize>pairs * THIN_ENTRY;
+  for (let e = table; e < end; e += THIN_ENTRY) {
+    const offsets = load<u32>(e);
+    turn(tile + (offsets & 0xffff), tile + (offsets >> 16), v128.load32_splat(e, 4), v128.load32_splat(e, 8));
   }
 }
 
@@ -237,6 +239,7 @@ export function transformChannels(
   const tableBytes = rotationBytes * rotations;
   const apart = tileBytes(size, WIDE_SHIFT);
   const first: usize = inverse ? 4 : 0;
+  let touched: u32 = 0;
   for (let unit = begin; unit < end; unit++) {
     const group = unit / panels;
     const column = (unit - group * panels) * panel;
@@ -244,6 +247,7 @@ export function transformChannels(
     const at = <usize>group * size * stride + (<usize>column << 2);
     const s = scales ? scales + (<usize>(group * size) << 2) : 0;
     const entries = table + group * tableBytes;
+    touched += touchPanel(src + at, stride, size, width);
     if (rotations > 1 && width % WIDE == 0) {
       const last = entries + (rotations - 1) * rotationBytes;
       rotateMemory(src + at, stride, width, scratch, apart, inverse ? last : entries, pairs, first, inverse ? 0 : s, true);
@@ -261,6 +265,7 @@ export function transformChannels(
     }
     storeWide(scratch, apart, size, width, dst + at, stride, inverse ? s : 0);
   }
+  store<u32>(scratch, touched);
 }
 
 /**

@@ -19,6 +19,19 @@ export function tileBytes(rows: u32, shift: u32): usize {
   return (<usize>rows << shift) + 128;
 }
 
+/**
+ * Loads one word of every line of a panel in memory, so that as many misses as possible are in flight together: between the
+ * stores of a tile that is being filled there is room for few. The sum must be stored, or the loads are left out.
+ */
+export function touchPanel(from: usize, stride: usize, rows: u32, columns: u32): u32 {
+  let sum: u32 = 0;
+  const bytes = <usize>columns << 2;
+  for (let r: u32 = 0; r < rows; r++, from += stride) {
+    for (let at: usize = 0; at < bytes; at += 64) sum += load<u32>(from + at);
+  }
+  return sum;
+}
+
 /** Copies `columns` floats to `to`, each times s, then zeros up to `width`. */
 function copyPadded(from: usize, to: usize, columns: u32, width: u32, s: v128): void {
   let c: u32 = 0;
