@@ -15,7 +15,7 @@ import type { Tokenizer } from './tokenizer/index.js';
 /** Openings after the start token; the empty one twice as often. Neutral on purpose: the model chooses what to write. */
 const OPENINGS = ['', '', 'The', 'It was', 'Question:', 'In the beginning', '1.', 'def '] as const;
 /** Memory for keys and values of the sequences written together, bytes, and on a GPU. */
-const [CACHE_BYTES, GPU_CACHE_BYTES] = [1.5e9, 4 * 2 ** 30];
+const [CACHE_BYTES, GPU_CACHE_BYTES] = [0.5e9, 4 * 2 ** 30];
 /** Sequences written together on the CPU: products of more rows are no faster there. */
 const CPU_BATCH = 32;
 /** Groups of 8-bit weights, the first that tiles every linear: products on groups of 128 take two thirds of the time on 32. */

@@ -49,7 +49,7 @@ export interface BackendOptions {
   threads?: number;
   /**
    * How products with quantized weights treat activations on the CPU: `exact` (f32 products; a few rows at a time
-   * with activations rounded to 15 or 16 bits per group, the default) or `int8` (rounded to 8 bits: faster, some quality lost).
+   * with activations rounded to 16 bits per group, the default) or `int8` (rounded to 8 bits: faster, some quality lost).
    */
   activations?: 'exact' | 'int8';
   /**

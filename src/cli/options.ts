@@ -84,7 +84,7 @@ export const runtimeOptions = (): Option[] => [
   new Option('--threads <n>', 'CPU threads (default: all cores)'),
   new Option(
     '--activations <how>',
-    'inputs of products with quantized weights: exact, or int8 (faster, some quality lost)',
+    'inputs of products with quantized weights: exact, or int8 (faster on many tokens at once, some quality lost)',
   ).default('exact'),
   new Option(
     '--head-bits <n>',
